@@ -1,0 +1,30 @@
+"""How every script ends: with its result, or with one line that says what is wrong and what mends it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Call `main` and exit; a user's mistake (ValueError, OSError) is printed without a traceback.
+
+    The exit status is what `main` returns (None is 0), 2 after a user's mistake and 130 after Ctrl-C.
+    """
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def print_settings(args: argparse.Namespace) -> None:
+    """Print the resolved flags of a run, in one line, as they would be typed."""
+    print("settings:", " ".join(f"--{name}={value}" for name, value in vars(args).items()))

@@ -1,0 +1,150 @@
+"""From logits to a token: repetition penalty, temperature, top-k, top-p and a seeded draw, for many rows at once.
+
+Every function takes a batch of logits [B, V] and one setting a row. What a row gets depends on its own logits, settings
+and random number only, never on the rows beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MASK_64 = (1 << 64) - 1
+GOLDEN = 0x9E3779B97F4A7C15
+"""2^64 over the golden ratio: the step of the SplitMix64 generator."""
+
+# Of a row with top-k only so many of the greatest logits are looked at, unless top_k or ties at its edge need more.
+FEW = 128
+
+
+def repetition_penalised(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
+    """CTRL's repetition penalty: a positive logit of a seen token is divided by it, a negative one multiplied.
+
+    Args:
+        logits: [B, V].
+        seen: [B, V], true for the tokens so far.
+        penalty: [B]; 1 changes nothing.
+    """
+    penalty = penalty.to(logits.dtype)[:, None]
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def tempered(logits: Tensor, temperature: Tensor) -> Tensor:
+    """The logits over the temperature [B], shifted so that the greatest of a row is 0 and nothing overflows."""
+    shifted = logits - logits.amax(dim=-1, keepdim=True)
+    return shifted / temperature.to(logits.dtype).clamp_min(torch.finfo(logits.dtype).tiny)[:, None]
+
+
+def surviving(ranked: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the logits, sorted in descending order, pass top-k first and then top-p on what is left.
+
+    Top-k keeps every logit that is not below the k-th, so ties at the edge all stay. Top-p keeps a token while the
+    probability of those before it is not above `top_p`, so the first one always stays.
+
+    Args:
+        ranked: [B, C], descending.
+        top_k: [B] integers; 0 is off.
+        top_p: [B]; 0 and everything from 1 on is off.
+
+    Returns:
+        The mask [B, C] of those that stay and the unnormalised probabilities [B, C] in float64, 0 for the others.
+    """
+    candidates = ranked.shape[1]
+    edge = torch.where(top_k > 0, top_k, candidates).clamp_max(candidates) - 1
+    keep = ranked >= ranked.gather(1, edge[:, None])
+    # In float64 the order of the sum, which may change with the shape of the batch, does not show in the result.
+    weights = (ranked.double() - ranked[:, :1].double()).exp() * keep
+    cumulative = weights.cumsum(dim=1)
+    limit = torch.where((top_p > 0) & (top_p < 1), top_p.double(), torch.inf)
+    keep[:, 1:] &= cumulative[:, :-1] <= limit[:, None] * cumulative[:, -1:]
+    return keep, weights * keep
+
+
+def filtered(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """The logits [B, V] with -inf for what top-k [B] and top-p [B] remove; of equal logits the first ones stay."""
+    ranked, order = logits.sort(dim=-1, descending=True, stable=True)
+    keep, _ = surviving(ranked, top_k, top_p)
+    return logits.masked_fill(~torch.zeros_like(keep).scatter(1, order, keep), -torch.inf)
+
+
+def row_seed(seed: int, sample: int) -> int:
+    """The seed of one sample of a request: another one for each sample, the same however many there are."""
+    return _mixed(_mixed(seed & MASK_64) + (sample + 1) * GOLDEN)
+
+
+def _mixed(value: int) -> int:
+    """SplitMix64's finaliser, on a Python integer."""
+    value &= MASK_64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK_64
+    return value ^ (value >> 31)
+
+
+def uniforms(seeds: Sequence[int], steps: Sequence[int]) -> Tensor:
+    """One number above 0 and below 1 for each row, from its seed and the count of its tokens alone: float64 [B].
+
+    A counter-based generator (SplitMix64): no state to keep or to share, so a row may join, leave and move. 48 bits,
+    so that a number times a sum is never rounded up to the sum.
+    """
+    value = np.array(seeds, dtype=np.uint64) + np.array(steps, dtype=np.uint64) * np.uint64(GOLDEN)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    value ^= value >> np.uint64(31)
+    return torch.from_numpy(((value >> np.uint64(16)).astype(np.float64) + 0.5) / 2.0**48)
+
+
+def draw(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """One token for each row: the greatest logit where the temperature is 0, else a draw from what the filter keeps.
+
+    The draw turns one uniform number into a token: candidates stand in descending order (equal ones by their id; in
+    the order of the vocabulary where neither top-k nor top-p is on), and the first is taken whose cumulative
+    probability is above the number.
+
+    Args:
+        logits: [B, V]; -inf for what must not be drawn.
+        uniform: [B] in (0, 1), see `uniforms`.
+        temperature: [B], 0 or more.
+        top_k: [B] integers; 0 is off.
+        top_p: [B]; 0 and everything from 1 on is off.
+
+    Returns:
+        Token ids [B], int64.
+    """
+    tokens = logits.argmax(dim=-1)
+    random = temperature > 0
+    has_top_p = (top_p > 0) & (top_p < 1)
+    few = random & (top_k > 0) & (top_k < min(FEW, logits.shape[1]))
+    ranked = random & ~few & ((top_k > 0) | has_top_p)
+    plain = random & ~few & ~ranked
+    # A GPU waits here for the masks: three small transfers a step.
+    if rows := few.nonzero().flatten().tolist():
+        scores = tempered(logits[rows], temperature[rows])
+        best, ids = scores.topk(min(FEW, logits.shape[1]), dim=-1)
+        # topk promises no order among equal logits: first by id, then stably by logit.
+        ids, by_id = ids.sort(dim=-1)
+        best, by_logit = best.gather(1, by_id).sort(dim=-1, descending=True, stable=True)
+        _, weights = surviving(best, top_k[rows], top_p[rows])
+        tokens[rows] = _pick(weights, uniform[rows], ids.gather(1, by_logit))
+        # Ties at top-k's edge that reach the last candidate may go on behind it: such rows are ranked whole.
+        edge = best.gather(1, top_k[rows][:, None] - 1)[:, 0]
+        ranked[rows] = (best[:, -1] == edge) & edge.isfinite()
+    if rows := ranked.nonzero().flatten().tolist():
+        best, ids = tempered(logits[rows], temperature[rows]).sort(dim=-1, descending=True, stable=True)
+        _, weights = surviving(best, top_k[rows], top_p[rows])
+        tokens[rows] = _pick(weights, uniform[rows], ids)
+    if rows := plain.nonzero().flatten().tolist():
+        weights = tempered(logits[rows], temperature[rows]).double().exp()
+        tokens[rows] = _pick(weights, uniform[rows], None)
+    return tokens
+
+
+def _pick(weights: Tensor, uniform: Tensor, ids: Tensor | None) -> Tensor:
+    """The token in whose share of the cumulative weights [B, C] the number [B] falls; its place where ids is None."""
+    cumulative = weights.cumsum(dim=1)
+    place = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+    # Past the end only if a logit was not a number; the last candidate rather than a crash of every row.
+    place = place.clamp_max(weights.shape[1] - 1)
+    return (place if ids is None else ids.gather(1, place))[:, 0]

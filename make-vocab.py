@@ -1,0 +1,190 @@
+"""Stage 2: build the vocabulary from the words of the corpus.
+
+Reads data/train.json, writes vocab/vocab_user.txt: five special tokens, then THULAC's words ranked by Keras' Tokenizer.
+
+    python make-vocab.py
+    python make-vocab.py --vocab_size 20000
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from tqdm import tqdm
+
+from gpt2_chinese.command_line import print_settings, run_script
+from gpt2_chinese.corpus import read_train_json
+from gpt2_chinese.segmenter import Segmenter
+from gpt2_chinese.tokenizer import BYTE_TOKENS, LINE_BREAK, WordSplitter, spelling
+from gpt2_chinese.vocabulary import SPECIAL_TOKENS, write_vocabulary
+
+MAX_WORD = 100  # characters; longer "words" (links, encoded data) are spelled, as the reference gives them up
+MIN_SIZE_FOR_BYTES = 2048  # below, 256 byte tokens would be more than an eighth of the vocabulary
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Build vocab/vocab_user.txt from data/train.json.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    # files
+    parser.add_argument("--raw_data_path", default="data/train.json", help="the corpus, from build_trainfile.py")
+    parser.add_argument("--vocab_file", default="vocab/vocab_user.txt", help="the file to write")
+    # the vocabulary
+    parser.add_argument(
+        "--vocab_size", type=int, default=50000, help="tokens at the most, the five special tokens not counted"
+    )
+    parser.add_argument(
+        "--compat", action="store_true", help="write GPT2-Chinese's vocabulary byte for byte, with its gaps"
+    )
+    args = parser.parse_args(argv)
+    if args.vocab_size < 1:
+        parser.error(f"--vocab_size {args.vocab_size}: give at least 1")
+    return args
+
+
+def count_words(documents: Iterable[str], split: Callable[[str], list[str]]) -> dict[str, int]:
+    """Count the words of the documents, in the order of first appearance."""
+    counts: dict[str, int] = {}
+    for document in documents:
+        for word in split(document):
+            counts[word] = counts.get(word, 0) + 1
+    return counts
+
+
+def load_keras_text() -> ModuleType:
+    """Load the module of `tf.keras.preprocessing.text` without the 4 seconds that importing TensorFlow takes.
+
+    The module is plain Python, but importing it by its name imports Keras and its backend first. Here its parent
+    packages are only named, not run. If Keras keeps the module elsewhere, TensorFlow is imported after all.
+    """
+    spec = importlib.util.find_spec("keras")
+    assert spec is not None and spec.origin is not None
+    folder = Path(spec.origin).parent
+    before = {name for name in sys.modules if name.partition(".")[0] == "keras"}
+    if not before and (folder / "src" / "legacy" / "preprocessing" / "text.py").is_file():
+        try:
+            for parent in ("keras", "keras.src", "keras.src.legacy", "keras.src.legacy.preprocessing"):
+                package = ModuleType(parent)
+                package.__path__ = [str(folder.joinpath(*parent.split(".")[1:]))]
+                sys.modules[parent] = package
+            return importlib.import_module("keras.src.legacy.preprocessing.text")
+        except ImportError:
+            pass  # a Keras with other dependencies: import it as a whole
+        finally:
+            for name in [name for name in sys.modules if name.partition(".")[0] == "keras"]:
+                del sys.modules[name]
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow greets at import
+    return importlib.import_module("tensorflow.keras.preprocessing.text")
+
+
+def rank_words(counts: dict[str, int]) -> list[str]:
+    """Rank words by Keras' Tokenizer: the most frequent first, ties in the order of first appearance."""
+    tokenizer = load_keras_text().Tokenizer(filters="", lower=False)
+    tokenizer.word_counts = OrderedDict(counts)
+    tokenizer.fit_on_texts([])  # ranks the counts that it holds
+    return list(tokenizer.index_word.values())
+
+
+def reference_counts(counts: dict[str, int]) -> dict[str, int]:
+    """Turn counts of THULAC's words into those of the words that Keras' default filters make of them.
+
+    The reference joins THULAC's words with spaces and lets Keras lower-case the line, drop ASCII punctuation and split
+    it at spaces: word by word it gives the same, and each word needs to be looked at only once.
+    """
+    text_to_word_sequence = load_keras_text().text_to_word_sequence
+    filtered: dict[str, int] = {}
+    for word, count in counts.items():
+        for part in text_to_word_sequence(word):
+            filtered[part] = filtered.get(part, 0) + count
+    return filtered
+
+
+def part_counts(counts: dict[str, int]) -> dict[str, int]:
+    """Count the one-character tokens that spell the words, in the order of first appearance."""
+    parts: dict[str, int] = {}
+    for word, count in counts.items():
+        for part in spelling(word):
+            parts[part] = parts.get(part, 0) + count
+    return parts
+
+
+@dataclass
+class Vocabulary:
+    """The tokens behind the special ones: ranked words, then what spells the others."""
+
+    words: list[str]
+    parts: list[str]
+
+
+def choose_tokens(ranked_words: list[str], ranked_parts: list[str], vocab_size: int) -> Vocabulary:
+    """Share `vocab_size` places between words and the parts that spell the words left out.
+
+    Every part has its place if all of them fit into half of the vocabulary, otherwise the most frequent ones; a part
+    that is among the words anyway takes none. The words get the rest, in their order.
+    """
+    parts = list(ranked_parts)
+    if vocab_size >= MIN_SIZE_FOR_BYTES:
+        parts = [*parts[: vocab_size // 2 - len(BYTE_TOKENS)], *BYTE_TOKENS]
+    else:
+        parts = parts[: vocab_size // 2]
+    words = [word for word in ranked_words if len(word) <= MAX_WORD]
+    not_words = set(parts)
+    kept = 0
+    while kept < len(words):
+        missing = len(not_words) - (words[kept] in not_words)
+        if kept + 1 + missing > vocab_size:
+            break
+        not_words.discard(words[kept])
+        kept += 1
+    return Vocabulary(words[:kept], [part for part in parts if part in not_words])
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    print_settings(args)
+    path = Path(args.raw_data_path)
+    size = path.stat().st_size if path.is_file() else 0
+
+    # 1) Segment and count.
+    with tqdm(total=size, unit="B", unit_scale=True, desc="counting words") as bar:
+        documents = read_train_json(path, progress=bar.update)
+        if args.compat:
+            segmenter = Segmenter()
+            counts = reference_counts(count_words(documents, segmenter.cut))
+        else:
+            counts = count_words(documents, WordSplitter())
+            counts.pop(LINE_BREAK, None)
+    if not counts:
+        raise ValueError(f"--raw_data_path {path}: there is no word in it; nothing was written")
+
+    # 2) Rank, and choose what fits.
+    ranked = rank_words(counts)
+    if args.compat:
+        chosen = Vocabulary(ranked[: args.vocab_size], [])
+    else:
+        chosen = choose_tokens(ranked, rank_words(part_counts(counts)), args.vocab_size)
+
+    # 3) Write, and say what it covers.
+    tokens = [*SPECIAL_TOKENS, *chosen.words, *chosen.parts]
+    write_vocabulary(args.vocab_file, tokens)
+    seen = sum(counts.values())
+    covered = sum(counts[word] for word in chosen.words)
+    print(f"{args.vocab_file}: {len(tokens):,} lines: 5 special tokens, {len(chosen.words):,} words", end="")
+    print("" if args.compat else f", {len(chosen.parts):,} characters, parts and bytes to spell other words")
+    print(f"words seen: {seen:,}, {len(counts):,} different; {len(chosen.words):,} kept cover {covered / seen:.2%}")
+    if covered < seen:
+        fate = "become [UNK]" if args.compat else "are spelled"
+        print(f"{len(counts) - len(chosen.words):,} words that stand {seen - covered:,} times {fate}")
+
+
+if __name__ == "__main__":
+    run_script(main)

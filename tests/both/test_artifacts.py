@@ -1,0 +1,118 @@
+"""Files are whole or not there, vocabulary files are checked line by line, and the house keeps its rules."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt2_chinese.artifacts import read_json, replacing, sha256_of, write_json
+from gpt2_chinese.command_line import run_script
+from gpt2_chinese.vocabulary import SPECIAL_TOKENS, read_vocabulary, write_vocabulary
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replacing(path) as file:
+        file.write("new")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path):
+    path = tmp_path / "a.txt"
+    with pytest.raises(OSError, match="a.txt") as error, replacing(path) as file:
+        file.write("new")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert error.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_replacing_makes_the_folder_and_keeps_line_ends(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    with replacing(path) as file:
+        file.write("一\n二\n")
+    assert path.read_bytes() == "一\n二\n".encode()
+
+
+def test_hash_is_that_of_the_bytes(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    assert sha256_of(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_json_round_trip_and_place_of_an_error(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"中": [1]})
+    assert read_json(path) == {"中": [1]}
+    path.write_text('{\n "a": }')
+    with pytest.raises(ValueError, match=r"a\.json is not JSON: line 2, column 7"):
+        read_json(path)
+    path.write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"a\.json is not UTF-8"):
+        read_json(path)
+
+
+def test_vocabulary_round_trip_with_odd_tokens(tmp_path):
+    tokens = [*SPECIAL_TOKENS, "你好", "\u2028", "##a", "\x85"]
+    write_vocabulary(tmp_path / "v.txt", tokens)
+    assert read_vocabulary(tmp_path / "v.txt") == tokens
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["你好"], "first five lines must be .* they are 你好"),
+        ([], "first five lines must be"),
+        (["[CLS]", "[SEP]", "[MASK]", "[PAD]", "[UNK]"], "first five lines"),
+        ([*SPECIAL_TOKENS, "a", "b", "a"], "line 8: 'a' stands in line 6 already"),
+        ([*SPECIAL_TOKENS, "a", "", "b"], "line 7 is empty"),
+    ],
+)
+def test_bad_vocabulary_is_named_with_the_line(tmp_path, lines, message):
+    path = tmp_path / "v.txt"
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_vocabulary(path)
+
+
+def test_missing_and_misencoded_vocabulary(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"make-vocab\.py first"):
+        read_vocabulary(tmp_path / "v.txt")
+    (tmp_path / "v.txt").write_bytes(("\n".join(SPECIAL_TOKENS) + "\n你好\n").encode("gbk"))
+    with pytest.raises(ValueError, match="line 6: byte .* is not UTF-8"):
+        read_vocabulary(tmp_path / "v.txt")
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"),
+    [(ValueError("bad"), 2), (FileNotFoundError("gone"), 2), (KeyboardInterrupt(), 130), (None, 0)],
+)
+def test_scripts_end_with_a_line_and_a_status(capsys, raised, status):
+    def main() -> None:
+        if raised is not None:
+            raise raised
+
+    with pytest.raises(SystemExit) as exit_:
+        run_script(main)
+    assert (exit_.value.code or 0) == status
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    if status == 2:
+        assert printed == f"error: {raised}\n"
+
+
+def test_text_modules_import_neither_torch_nor_tensorflow():
+    """They run in both environments."""
+    modules = ["artifacts", "command_line", "vocabulary", "corpus", "segmenter", "tokenizer"]
+    code = "import sys\n" + "".join(f"import gpt2_chinese.{name}\n" for name in modules)
+    code += "print(sorted({'torch', 'tensorflow', 'keras', 'transformers', 'thulac'} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,78 @@
+"""Stage 1 in process: data/*.txt to train.json."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+
+@pytest.fixture
+def build(script, tmp_path):
+    """Run the stage on files given by name and content, and give the documents of train.json."""
+
+    def run(files: dict[str, bytes], *flags: str) -> list[str]:
+        (tmp_path / "data").mkdir(exist_ok=True)
+        for name, data in files.items():
+            (tmp_path / "data" / name).write_bytes(data)
+        output = tmp_path / "train.json"
+        script("build_trainfile").main(["--data_path", f"{tmp_path}/data", "--output_path", str(output), *flags])
+        return json.loads(output.read_text(encoding="utf-8"))
+
+    return run
+
+
+def test_lines_of_all_files_in_name_order(build, capsys):
+    assert build({"b.txt": "三\n".encode(), "a.txt": "\ufeff一 \r\n\r\n\u3000二".encode()}) == ["一", "二", "三"]
+    printed = capsys.readouterr().out
+    assert "2 files, 3 documents, 3 characters" in printed
+    assert "3 documents (100.0%) are not longer than 128 characters" in printed
+
+
+def test_paragraphs_and_files(build):
+    text = {"a.txt": "一\n二\n\n\n三\n".encode()}
+    assert build(text, "--document", "paragraph") == ["一\n二", "三"]
+    assert build(text, "--document", "file") == ["一\n二\n\n\n三"]
+
+
+def test_auto_encoding_says_what_it_took(build, capsys):
+    files = {"a.txt": "感冒了要多喝水，注意休息。".encode("gbk"), "b.txt": "你好".encode("utf-16")}
+    assert build(files, "--encoding", "auto") == ["感冒了要多喝水，注意休息。", "你好"]
+    printed = capsys.readouterr()
+    assert "a.txt: gb18030" in printed.out + printed.err
+    assert "b.txt: utf-16" in printed.out + printed.err
+
+
+def test_skipped_bytes_are_reported(build, capsys):
+    assert build({"a.txt": "一\n".encode() + b"\xff\xfe" + "二".encode()}, "--on_error", "skip") == ["一", "二"]
+    printed = capsys.readouterr()
+    assert "a.txt: 2 bytes are not utf-8 and were skipped" in printed.out + printed.err
+
+
+@pytest.mark.parametrize(
+    ("files", "flags", "message"),
+    [
+        ({}, [], r"no \.txt or \.txt\.gz file"),
+        ({"a.txt": b"", "b.txt": b" \n\n"}, [], "there is no text in 2 files; nothing was written"),
+        ({"a.txt": "你好，世界".encode("gbk")}, [], "line 1, byte 0: not utf-8"),
+        ({"a.txt": b"a"}, ["--encoding", "utf9"], "--encoding utf9: there is no such encoding"),
+    ],
+)
+def test_a_mistake_is_explained_and_leaves_the_old_file(build, tmp_path, files, flags, message):
+    (tmp_path / "train.json").write_text("[]")
+    with pytest.raises((ValueError, OSError), match=message):
+        build(files, *flags)
+    assert (tmp_path / "train.json").read_text() == "[]"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "train.json"]
+
+
+def test_missing_folder_is_named(script, tmp_path):
+    with pytest.raises(FileNotFoundError, match="--data_path .*nowhere: there is no such folder"):
+        script("build_trainfile").main(["--data_path", str(tmp_path / "nowhere"), "--output_path", str(tmp_path / "t")])
+
+
+def test_reference_train_json(script, reference, tmp_path):
+    output = tmp_path / "train.json"
+    script("build_trainfile").main(["--data_path", str(reference / "data"), "--output_path", str(output)])
+    expected = json.loads((reference / "data" / "train.json").read_text(encoding="utf-8"))
+    assert json.loads(output.read_text(encoding="utf-8")) == expected

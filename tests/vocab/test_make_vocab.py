@@ -1,0 +1,131 @@
+"""Stage 2 in process: train.json to vocab_user.txt; Keras' Tokenizer and the thulac package are the oracles."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+
+from gpt2_chinese.tokenizer import BYTE_TOKENS, Tokenizer
+from gpt2_chinese.vocabulary import SPECIAL_TOKENS, UNK_ID, read_vocabulary
+
+DOCUMENTS = [
+    "高血压患者平时要少吃盐，多运动，按时吃药。体温38.5℃时要多喝水。",
+    "感冒了怎么办？多喝水，多休息，一般7天左右就好了。OK, don't worry!",
+    "患者可以吃维生素C，也可以吃苹果。少吃盐，多喝水。",
+]
+
+
+@pytest.fixture
+def make_vocab(script, tmp_path):
+    def run(documents: list[str], *flags: str) -> list[str]:
+        (tmp_path / "train.json").write_text(json.dumps(documents, ensure_ascii=False), encoding="utf-8")
+        path = tmp_path / "vocab.txt"
+        arguments = ["--raw_data_path", str(tmp_path / "train.json"), "--vocab_file", str(path), *flags]
+        script("make-vocab").main(arguments)
+        return read_vocabulary(path)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def thulac_cut():
+    """The thulac package itself, as the reference's stage 2 calls it."""
+    import thulac
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return thulac.thulac(seg_only=True).cut
+
+
+@pytest.mark.parametrize("vocab_size", [10, 50000])
+def test_compat_equals_thulac_and_keras(make_vocab, thulac_cut, vocab_size):
+    """The reference's own way: THULAC's text form, fitted by Keras' Tokenizer document by document."""
+    from tensorflow.keras.preprocessing.text import Tokenizer as KerasTokenizer
+
+    keras = KerasTokenizer(num_words=vocab_size)
+    keras.fit_on_texts([thulac_cut(document, text=True) for document in DOCUMENTS])
+    expected = [*SPECIAL_TOKENS, *list(keras.index_word.values())[:vocab_size]]
+    assert make_vocab(DOCUMENTS, "--compat", "--vocab_size", str(vocab_size)) == expected
+
+
+def test_keras_loaded_alone_is_the_keras_of_tensorflow(script):
+    """The shortcut past TensorFlow's import must not become another Tokenizer."""
+    import sys
+
+    import keras
+    from tensorflow.keras.preprocessing import text
+
+    loaded = sys.modules["keras"]
+    module = script("make-vocab").load_keras_text()
+    assert sys.modules["keras"] is loaded is keras
+    assert text.__name__ == module.__name__ == "keras.src.legacy.preprocessing.text"
+    assert text.__file__ == module.__file__
+
+
+def test_default_ranks_by_count_then_first_appearance(make_vocab):
+    vocabulary = make_vocab(["水 盐 盐 药 水 茶"])
+    assert vocabulary[5:9] == ["水", "盐", "药", "茶"]
+
+
+def test_default_covers_what_the_reference_loses(make_vocab):
+    vocabulary = make_vocab(DOCUMENTS)
+    tokenizer = Tokenizer(vocabulary)
+    for text in (*DOCUMENTS, "维生素38!", "苹果盐", "don't 8.37, OK?"):
+        ids = tokenizer.encode(text)
+        assert UNK_ID not in ids
+        assert tokenizer.decode(ids) == tokenizer.normalize(text)
+    assert set(BYTE_TOKENS) <= set(vocabulary)
+    ranked = vocabulary.index("多")
+    assert ranked < vocabulary.index("##8"), "parts stand behind the ranked words"
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 10, 40, 80, 2048, 2100])
+def test_the_size_limit_holds_and_half_of_it_is_for_words(make_vocab, vocab_size):
+    vocabulary = make_vocab(DOCUMENTS, "--vocab_size", str(vocab_size))
+    assert len(vocabulary) <= vocab_size + 5
+    assert len(set(vocabulary)) == len(vocabulary)
+    if vocab_size <= 40:
+        assert len(vocabulary) == vocab_size + 5, "no place is wasted"
+
+
+def test_words_of_more_than_100_characters_are_spelled(make_vocab):
+    vocabulary = make_vocab(["看看 " + "x" * 101 + " 吧"] * 3)
+    assert max(map(len, vocabulary)) <= 100
+    assert UNK_ID not in Tokenizer(vocabulary).encode("x" * 101)
+
+
+def test_summary_says_what_is_covered(make_vocab, capsys):
+    make_vocab(DOCUMENTS, "--vocab_size", "20")
+    printed = capsys.readouterr().out
+    assert "25 lines" in printed
+    assert "words seen:" in printed and "kept cover" in printed
+    assert "are spelled" in printed
+
+
+@pytest.mark.parametrize(("documents", "message"), [([], "there is no word"), (["\x00", " "], "there is no word")])
+def test_a_corpus_without_words_is_refused(make_vocab, tmp_path, documents, message):
+    with pytest.raises(ValueError, match=message):
+        make_vocab(documents)
+    assert not (tmp_path / "vocab.txt").exists()
+
+
+def test_stage_one_is_named_when_it_has_not_run(script, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"build_trainfile\.py first"):
+        script("make-vocab").main(["--raw_data_path", str(tmp_path / "no.json"), "--vocab_file", str(tmp_path / "v")])
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "many"])
+def test_bad_size_is_refused(script, size, capsys):
+    with pytest.raises(SystemExit):
+        script("make-vocab").main(["--vocab_size", size])
+    assert "--vocab_size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("size", "name"), [(50000, "vocab_user.txt"), (500, "vocab_500.txt")])
+def test_compat_equals_the_reference_byte_for_byte(script, reference, tmp_path, size, name):
+    path = tmp_path / name
+    flags = ["--raw_data_path", str(reference / "data" / "train.json"), "--vocab_file", str(path)]
+    script("make-vocab").main([*flags, "--vocab_size", str(size), "--compat"])
+    assert path.read_bytes() == (reference / name).read_bytes()
