@@ -12,7 +12,7 @@ help:
 	@echo 'make serve   serve the demo model on http://127.0.0.1:5005'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make test    lint and every test, each in the environment it belongs to'
-	@echo 'make clean   remove what the stages and the tests wrote; the environments stay'
+	@echo 'make clean   remove the demo and the caches; your models and the environments stay'
 
 envs: $(VOCAB)/.built $(TRAIN)/.built
 
@@ -24,3 +24,37 @@ $(TRAIN)/.built: requirements-train.txt requirements-dev.txt
 	$(PYTHON) -m venv --clear .venv-$*
 	.venv-$*/bin/python $(PIP_INSTALL) -r requirements-$*.txt -r requirements-dev.txt
 	touch $@
+
+# The demo keeps to its own folder: it touches nothing of a run of yours.
+DEMO := demo
+DEMO_CONTEXT ?= 感冒了
+MODEL ?= $(firstword $(wildcard model/final_model $(DEMO)/model/final_model) model/final_model)
+
+demo: envs
+	$(VOCAB)/bin/python build_trainfile.py --data_path data --output_path $(DEMO)/train.json
+	$(VOCAB)/bin/python make-vocab.py --raw_data_path $(DEMO)/train.json --vocab_file $(DEMO)/vocab.txt
+	$(TRAIN)/bin/python make-tokenized.py --raw_data_path $(DEMO)/train.json --vocab_filename $(DEMO)/vocab.txt \
+		--tokenized_data_path $(DEMO)/tokenized --num_pieces 4 --min_length 50
+	$(TRAIN)/bin/python train.py --tokenized_data_path $(DEMO)/tokenized --vocab_file $(DEMO)/vocab.txt \
+		--model_config config/model_config_demo.json $(DEMO_RECIPE) \
+		--output_dir $(DEMO)/model --writer_dir $(DEMO)/tensorboard_summary --device cpu
+	$(TRAIN)/bin/python generate.py --model_path $(DEMO)/model/final_model --prefix $(DEMO_CONTEXT) --nsamples 5 --device cpu
+	$(TRAIN)/bin/python examples/ask_server.py --model_path $(DEMO)/model/final_model --context $(DEMO_CONTEXT)
+
+serve: envs
+	$(TRAIN)/bin/python server.py --model_path $(MODEL)
+
+lint: envs
+	$(TRAIN)/bin/ruff check .
+	$(TRAIN)/bin/ruff format --check .
+	$(TRAIN)/bin/mypy
+
+# tests/both runs in both environments, tests/vocab and tests/train each in its own.
+test: lint
+	$(VOCAB)/bin/python -m pytest tests/both tests/vocab
+	$(TRAIN)/bin/python -m pytest tests/both tests/train
+
+# Your own data, vocabulary, tokens and models stay.
+clean:
+	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv-*' -prune -exec rm -rf {} +

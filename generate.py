@@ -18,7 +18,7 @@ from pathlib import Path
 from gpt2_chinese.artifacts import replacing
 from gpt2_chinese.checkpoint import load_model
 from gpt2_chinese.command_line import run_script
-from gpt2_chinese.engine import SETTING_LIMITS, Completion, Engine, Settings, choose_device
+from gpt2_chinese.engine import SETTING_LIMITS, Engine, Settings, choose_device
 
 SAMPLES_FILE = "samples.txt"
 
@@ -50,9 +50,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Raise ValueError for a flag whose value makes no sense."""
-    flags = {"temperature": "temperature", "top_k": "topk", "top_p": "topp", "seed": "seed"}
     for name, (low, high) in SETTING_LIMITS.items():
-        flag = flags.get(name, name)
+        flag = {"top_k": "topk", "top_p": "topp"}.get(name, name)
         value = getattr(args, flag)
         if value is not None and not low <= value <= high:
             raise ValueError(f"--{flag} must be from {low} to {high}, it is {value}")
@@ -89,8 +88,7 @@ def complete(engine: Engine, context: str, length: int, samples: int, settings: 
             file=sys.stderr,
         )
     ticket = engine.submit(prompt, samples=samples, length=length, settings=settings, seed=seed)
-    completions: list[Completion] = ticket.future.result()
-    return [completion.text for completion in completions]
+    return [completion.text for completion in ticket.future.result()]
 
 
 def titled(number: int, text: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import string
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from gpt2_chinese.command_line import print_settings, run_script
 from gpt2_chinese.corpus import read_train_json
 from gpt2_chinese.segmenter import Segmenter
-from gpt2_chinese.tokenizer import BYTE_TOKENS, LINE_BREAK, WordSplitter, spelling
+from gpt2_chinese.tokenizer import BYTE_TOKENS, LINE_BREAK, PART_PREFIX, WordSplitter, fold, is_spaced, spelling
 from gpt2_chinese.vocabulary import SPECIAL_TOKENS, write_vocabulary
 
 MAX_WORD = 100  # characters; longer "words" (links, encoded data) are spelled, as the reference gives them up
@@ -109,11 +110,19 @@ def reference_counts(counts: dict[str, int]) -> dict[str, int]:
 
 
 def part_counts(counts: dict[str, int]) -> dict[str, int]:
-    """Count the one-character tokens that spell the words, in the order of first appearance."""
+    """Count the one-character tokens that spell the words, in the order of first appearance.
+
+    A character that may touch its neighbour is there with and without `##`, even if the corpus has only one of them,
+    and so are all of ASCII: a number or a Latin word of a user need not have stood in the corpus.
+    """
     parts: dict[str, int] = {}
     for word, count in counts.items():
         for part in spelling(word):
             parts[part] = parts.get(part, 0) + count
+    spaced = dict.fromkeys(part[-1] for part in parts if is_spaced(part[-1]))
+    for character in [*spaced, *sorted(set(map(fold, string.digits + string.ascii_letters + string.punctuation)))]:
+        parts.setdefault(character, 0)
+        parts.setdefault(PART_PREFIX + character, 0)
     return parts
 
 

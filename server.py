@@ -130,15 +130,16 @@ def parse_json_object(body: bytes) -> dict[str, Any]:
         raise Refusal(
             400,
             "not_utf8",
-            f"the body is not UTF-8 (byte {error.start}); in cmd.exe write Chinese as \\u escapes, such as \\u4f60\\u597d",
+            f"the body is not UTF-8 at byte {error.start}; in cmd.exe write Chinese as \\u escapes: \\u4f60\\u597d",
         ) from None
 
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        for name in names:
-            if names.count(name) > 1:
+        fields: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in fields:
                 raise Refusal(400, "duplicate_field", f"{_quoted(name)} stands there twice", name)
-        return dict(pairs)
+            fields[name] = value
+        return fields
 
     def no_constant(name: str) -> NoReturn:
         raise Refusal(400, "invalid_json", f"the body is not JSON: {name} is not a JSON number")
@@ -318,11 +319,15 @@ async def errors_as_json(
     except web.HTTPException as error:
         if error.status < 400:
             raise
-        messages = {404: "there is no such page; POST /generate completes texts", 405: "use POST, or GET for a page"}
+        allowed = error.headers.get("Allow", "")
+        messages = {
+            404: f"there is nothing at {request.path}; POST /generate completes texts",
+            405: f"{request.method} is not possible at {request.path}, only {allowed}",
+        }
         code = error.reason.lower().replace(" ", "_")
         response = error_response(error.status, code, messages.get(error.status, error.text or error.reason))
-        if "Allow" in error.headers:
-            response.headers["Allow"] = error.headers["Allow"]
+        if allowed:
+            response.headers["Allow"] = allowed
         return response
     except Exception:
         LOGGER.exception("%s %s failed", request.method, request.path)

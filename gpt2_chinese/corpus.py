@@ -106,6 +106,7 @@ def read_text(
     compressed = path.name.lower().endswith(".gz")
     fed = 0
     lines = 0
+    held_return = ""
     try:
         with open_bytes(path) as file:
             final = False
@@ -121,13 +122,15 @@ def read_text(
                 except UnicodeDecodeError as error:
                     if on_error == "stop":
                         good = error.object[: error.start].decode(codec.removesuffix("-sig"), errors="ignore")
-                        line = lines + len(re.findall(r"\r\n?|\n", good)) + 1
+                        line = lines + len(re.findall(r"\r\n?|\n", held_return + good)) + 1
                         raise ValueError(
                             _decode_message(path, report.encoding, line, start_offset + error.start)
                         ) from None
                     decoder.setstate(state)
                     raw = _decode_past_errors(decoder, block, final, on_error, report)
                 text = newlines.decode(raw, final)
+                if raw:
+                    held_return = "\r" if raw.endswith("\r") else ""  # it may be half a line end: not counted yet
                 report.nul_characters += text.count("\0")
                 lines += text.count("\n")
                 if not compressed:

@@ -69,6 +69,7 @@ class Model(NamedTuple):
     code_points: np.ndarray  # int32, the code point of each number
     features: np.ndarray  # int32, double-array trie of the features: base and check in turn
     weights: np.ndarray  # int32 [features × 4 labels]
+    character_weights: np.ndarray  # int64 [numbers × 8], what a character alone adds to the weights of a pair
     transitions: np.ndarray  # int32 [4 × 4], weight of label b after label a at 4a + b
     user_words: np.ndarray  # int32, tries of the dictionaries
     place_names: np.ndarray
@@ -79,6 +80,8 @@ class Model(NamedTuple):
     flags: np.ndarray  # uint32 [MAX_LENGTH], of the characters of one line
     labels: np.ndarray  # uint8 [MAX_LENGTH], allowed labels, then 1 where a word starts
     choices: np.ndarray  # uint8 [MAX_LENGTH], a bit for each label: which of its two predecessors is better
+    line_scores: np.ndarray  # int64 [2 × (MAX_LENGTH + 4)]
+    missing: np.ndarray  # int64 [MAX_LENGTH + 3, 8], the pairs of a line that are not in the slots
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -263,76 +266,162 @@ def clean(text, start, end, cleaned, offset, model):
 
 @compiled
 def label(length, model):
-    """Find the best labels of a cleaned line, and set labels[i] to 1 where a word starts, to 0 elsewhere.
+    """Find the best labels of a cleaned line, and set labels[i] to 1 where a word starts, to 0 elsewhere."""
+    score_line(
+        length,
+        model.flags,
+        np.int64(model.characters[ord("＃")] & NUMBER_MASK),
+        model.slot_pairs,
+        model.slot_weights,
+        model.line_scores,
+        model.missing,
+        model.code_points,
+        model.features,
+        model.weights,
+        model.character_weights,
+    )
+    if length == MAX_LENGTH:
+        model.line_scores[:] = 0  # the package gives a line of exactly this length no scores
+    find_best(length, model.line_scores, model.transitions, model.labels, model.choices)
+
+
+@compiled
+def score_line(
+    length, flags, boundary, slot_pairs, slots, scores, missing, code_points, features, weights, character_weights
+):
+    """Sum what the weights of characters and pairs give to the four labels of each character of a line.
+
+    The scores of character i are at scores[2 * (i + 2)] (labels 0 and 1) and the place after it (2 and 3). A number
+    holds two labels, one in its low 32 bits and one above; as sums of ints they never mix.
+
+    A pair acts on the character before it, on its two, and on the one after it. The pairs that are not in the slots
+    are looked up together, step by step, so that the processor waits for many places of memory at a time.
+    """
+    # 1) Add the pairs that are in the slots, in a window that moves; note the others.
+    one_0 = one_1 = one_2 = two_0 = two_1 = two_2 = np.int64(0)
+    misses = 0
+    left = boundary
+    for position in range(-2, length + 1):
+        right = boundary
+        if 0 <= position + 1 < length:
+            right = np.int64(flags[position + 1] & NUMBER_MASK)
+        pair = (left << NUMBER_BITS) | right
+        slot = ((pair * 0x9E3779B1) & 0xFFFFFFFF) >> (32 - SLOT_BITS)
+        left = right
+        if slot_pairs[slot] == pair + 1:
+            slot <<= 3
+            one_0 += slots[slot]
+            two_0 += slots[slot + 1]
+            one_1 += slots[slot + 2]
+            two_1 += slots[slot + 3]
+            one_2 += slots[slot + 4]
+            two_2 += slots[slot + 5]
+            one_3 = slots[slot + 6]
+            two_3 = slots[slot + 7]
+        else:
+            missing[misses, 0] = position
+            missing[misses, 1] = pair
+            misses += 1
+            one_3 = two_3 = np.int64(0)
+        if position >= 1:
+            scores[2 * position + 2] = one_0
+            scores[2 * position + 3] = two_0
+        one_0, one_1, one_2 = one_1, one_2, one_3
+        two_0, two_1, two_2 = two_1, two_2, two_3
+    # 2) The features of a string are the children of its child " ", under "1", "2" and so on by the place they act on.
+    cells = features.shape[0] >> 1
+    for miss in range(misses):
+        pair = missing[miss, 1]
+        left_code, right_code = np.int64(code_points[pair >> NUMBER_BITS]), np.int64(code_points[pair & NUMBER_MASK])
+        missing[miss, 2] = -1
+        if left_code >= 0 and right_code >= 0:
+            cell = np.int64(features[2 * left_code]) + right_code
+            if cell < cells and features[2 * cell + 1] == left_code:
+                missing[miss, 2] = features[2 * cell] + 32
+    for miss in range(misses):
+        parent = missing[miss, 2]
+        if parent >= 0:
+            missing[miss, 3] = features[2 * parent]
+    for miss in range(misses):
+        parent = missing[miss, 2]
+        if parent >= 0:
+            for place in range(4):
+                cell = missing[miss, 3] + 49 + place
+                missing[miss, 4 + place] = -1
+                if 0 <= cell < cells and features[2 * cell + 1] == parent:
+                    missing[miss, 4 + place] = 4 * features[2 * cell]
+    for miss in range(misses):
+        pair = missing[miss, 1]
+        slot = ((pair * 0x9E3779B1) & 0xFFFFFFFF) >> (32 - SLOT_BITS)
+        slot_pairs[slot] = pair + 1
+        slot <<= 3
+        character = 8 * (pair >> NUMBER_BITS)
+        for part in range(8):
+            slots[slot + part] = character_weights[character + part]
+        if missing[miss, 2] >= 0:
+            for place in range(4):
+                feature = missing[miss, 4 + place]
+                if feature >= 0:
+                    # "3" acts on the character after the pair, "1" on its second, "2" on its first, "4" before it.
+                    part = slot + (4, 2, 6, 0)[place]
+                    slots[part] += np.int64(weights[feature]) + (np.int64(weights[feature + 1]) << 32)
+                    slots[part + 1] += np.int64(weights[feature + 2]) + (np.int64(weights[feature + 3]) << 32)
+        # 3) Add them to the scores of the line.
+        place = missing[miss, 0]
+        for part in range(8):
+            target = 2 * place + 2 + part
+            if 4 <= target < 2 * length + 4:
+                scores[target] += slots[slot + part]
+
+
+@compiled
+def find_best(length, scores, transitions, labels, choices):
+    """The sequence of allowed labels with the highest score, by Viterbi's algorithm with THULAC's ties.
 
     A label that no allowed label can precede is unreachable. At the last character THULAC compares such labels by
     their own weights with the scores of whole sequences; if one of them wins, every character before it is a word.
     """
-    flags, labels, choices, slots = model.flags, model.labels, model.choices, model.slot_weights
-    # 1) The score of a label needs two characters to either side: sum the weights of pairs in a window that moves.
-    # A number sums two labels, one in its low 32 bits and one above; as sums of ints they never mix.
-    begin_end_0 = begin_end_1 = begin_end_2 = np.int64(0)
-    single_middle_0 = single_middle_1 = single_middle_2 = np.int64(0)
-    from_end_to_begin, from_single_to_begin = np.int64(model.transitions[4]), np.int64(model.transitions[8])
-    from_begin_to_end, from_middle_to_end = np.int64(model.transitions[1]), np.int64(model.transitions[13])
-    from_end_to_single, from_single_to_single = np.int64(model.transitions[6]), np.int64(model.transitions[10])
-    from_begin_to_middle, from_middle_to_middle = np.int64(model.transitions[3]), np.int64(model.transitions[15])
+    from_end_to_begin, from_single_to_begin = np.int64(transitions[4]), np.int64(transitions[8])
+    from_begin_to_end, from_middle_to_end = np.int64(transitions[1]), np.int64(transitions[13])
+    from_end_to_single, from_single_to_single = np.int64(transitions[6]), np.int64(transitions[10])
+    from_begin_to_middle, from_middle_to_middle = np.int64(transitions[3]), np.int64(transitions[15])
     begin = end = single = middle = np.int64(0)
-    boundary = np.int64(model.characters[ord("＃")] & NUMBER_MASK)
     own_begin = own_end = own_single = own_middle = np.int64(0)
-    weightless = length == MAX_LENGTH  # the package's scores of a line of exactly this length are all 0
-    left = boundary
-    for position in range(-2, length + 1):
-        right = boundary
-        if -1 <= position < length - 1:
-            right = np.int64(flags[position + 1] & NUMBER_MASK)
-        slot = pair_slot(left, right, model)
-        left = right
-        begin_end_0 += slots[slot]
-        single_middle_0 += slots[slot + 1]
-        begin_end_1 += slots[slot + 2]
-        single_middle_1 += slots[slot + 3]
-        begin_end_2 += slots[slot + 4]
-        single_middle_2 += slots[slot + 5]
-        # 2) The sums of the character before the pair are complete: extend the best sequences to it.
-        if position >= 1:
-            own_begin = np.int64(np.int32(begin_end_0))
-            own_end = (begin_end_0 - own_begin) >> 32
-            own_single = np.int64(np.int32(single_middle_0))
-            own_middle = (single_middle_0 - own_single) >> 32
-            if weightless:
-                own_begin = own_end = own_single = own_middle = np.int64(0)
-            allowed = labels[position - 1]
-            if position == 1:
-                begin, end, single, middle = own_begin, own_end, own_single, own_middle
-            else:
-                choice = 0
-                first, second = end + from_end_to_begin, single + from_single_to_begin
-                choice |= second > first
-                new_begin = max(first, second) + own_begin
-                first, second = begin + from_begin_to_end, middle + from_middle_to_end
-                choice |= (second > first) << 1
-                new_end = max(first, second) + own_end
-                first, second = end + from_end_to_single, single + from_single_to_single
-                choice |= (second > first) << 2
-                new_single = max(first, second) + own_single
-                first, second = begin + from_begin_to_middle, middle + from_middle_to_middle
-                choice |= (second > first) << 3
-                new_middle = max(first, second) + own_middle
-                begin, end, single, middle = new_begin, new_end, new_single, new_middle
-                choices[position - 1] = choice
-            if allowed != ANY_LABEL and allowed != 0:
-                if not allowed & BEGIN:
-                    begin = np.int64(UNREACHABLE)
-                if not allowed & END:
-                    end = np.int64(UNREACHABLE)
-                if not allowed & SINGLE:
-                    single = np.int64(UNREACHABLE)
-                if not allowed & MIDDLE:
-                    middle = np.int64(UNREACHABLE)
-        begin_end_0, begin_end_1, begin_end_2 = begin_end_1, begin_end_2, slots[slot + 6]
-        single_middle_0, single_middle_1, single_middle_2 = single_middle_1, single_middle_2, slots[slot + 7]
-    # 3) Choose the last label, then follow the choices back.
+    # 1) Extend the best sequences by one character after the other.
+    for position in range(length):
+        one, two = scores[2 * position + 4], scores[2 * position + 5]
+        own_begin = np.int64(np.int32(one))
+        own_end = (one - own_begin) >> 32
+        own_single = np.int64(np.int32(two))
+        own_middle = (two - own_single) >> 32
+        if position == 0:
+            begin, end, single, middle = own_begin, own_end, own_single, own_middle
+        else:
+            end_to_begin, single_to_begin = end + from_end_to_begin, single + from_single_to_begin
+            begin_to_end, middle_to_end = begin + from_begin_to_end, middle + from_middle_to_end
+            end_to_single, single_to_single = end + from_end_to_single, single + from_single_to_single
+            begin_to_middle, middle_to_middle = begin + from_begin_to_middle, middle + from_middle_to_middle
+            begin = max(end_to_begin, single_to_begin) + own_begin
+            end = max(begin_to_end, middle_to_end) + own_end
+            single = max(end_to_single, single_to_single) + own_single
+            middle = max(begin_to_middle, middle_to_middle) + own_middle
+            choices[position] = (
+                np.int64(single_to_begin > end_to_begin)
+                | np.int64(middle_to_end > begin_to_end) << 1
+                | np.int64(single_to_single > end_to_single) << 2
+                | np.int64(middle_to_middle > begin_to_middle) << 3
+            )
+        allowed = labels[position]
+        if allowed != ANY_LABEL and allowed != 0:
+            if not allowed & BEGIN:
+                begin = np.int64(UNREACHABLE)
+            if not allowed & END:
+                end = np.int64(UNREACHABLE)
+            if not allowed & SINGLE:
+                single = np.int64(UNREACHABLE)
+            if not allowed & MIDDLE:
+                middle = np.int64(UNREACHABLE)
+    # 2) Choose the last label.
     allowed = labels[length - 1]
     best = -1
     best_score = np.int64(0)
@@ -352,67 +441,20 @@ def label(length, model):
                 score = own
             if best < 0 or score > best_score:
                 best, best_score, reached = candidate, score, is_reached
+    # 3) Follow the choices back.
     if not reached:
-        labels[: length - 1] = 1
+        for position in range(length - 1):
+            labels[position] = 1
         labels[length - 1] = best == 0 or best == 2
         return
     for position in range(length - 1, 0, -1):
         labels[position] = best == 0 or best == 2
         chosen = (choices[position] >> best) & 1
         if best == 0 or best == 2:
-            best = 2 if chosen else 1
+            best = 1 + chosen
         else:
-            best = 3 if chosen else 0
+            best = 3 * chosen
     labels[0] = 1
-
-
-@compiled
-def pair_slot(left, right, model):
-    """Where the weights of the pair of these two characters begin in slot_weights."""
-    pair = (left << NUMBER_BITS) | right
-    slot = ((pair * 0x9E3779B1) & 0xFFFFFFFF) >> (32 - SLOT_BITS)
-    if model.slot_pairs[slot] != pair + 1:
-        fill_slot(slot << 3, left, right, model)
-        model.slot_pairs[slot] = pair + 1
-    return slot << 3
-
-
-@compiled
-def fill_slot(start, left, right, model):
-    """Look up what the pair (left, right), and left alone, give to the labels of the characters around.
-
-    Four couples of numbers, for the character before left, left, right, and the one after right.
-    """
-    features, slots = model.features, model.slot_weights
-    slots[start : start + 8] = 0
-    if left == 0:
-        return
-    # The features of a string are the children of its child " ", under "1", "2" and so on by the place they act on.
-    left_code = np.int64(model.code_points[left])
-    base = np.int64(features[2 * left_code])
-    add_weights(start, base + 32, 51, model)
-    add_weights(start + 2, base + 32, 49, model)
-    add_weights(start + 4, base + 32, 50, model)
-    if right == 0:
-        return
-    pair = base + np.int64(model.code_points[right])
-    if pair < features.shape[0] >> 1 and features[2 * pair + 1] == left_code:
-        parent = np.int64(features[2 * pair]) + 32
-        add_weights(start, parent, 52, model)
-        add_weights(start + 2, parent, 50, model)
-        add_weights(start + 4, parent, 49, model)
-        add_weights(start + 6, parent, 51, model)
-
-
-@compiled
-def add_weights(start, parent, place, model):
-    """Add the weights of one feature, two labels to a number, if the trie has it."""
-    features, weights, slots = model.features, model.weights, model.slot_weights
-    cell = np.int64(features[2 * parent]) + place
-    if 0 <= cell < features.shape[0] >> 1 and features[2 * cell + 1] == parent:
-        feature = 4 * np.int64(features[2 * cell])
-        slots[start] += np.int64(weights[feature]) + (np.int64(weights[feature + 1]) << 32)
-        slots[start + 1] += np.int64(weights[feature + 2]) + (np.int64(weights[feature + 3]) << 32)
 
 
 @compiled
@@ -533,6 +575,7 @@ def load_model(user_words: Sequence[str]) -> Model:
         code_points=code_points,
         features=features,
         weights=weights[18:],
+        character_weights=weights_of_characters(code_points, features, weights[18:]),
         transitions=weights[2:18],
         user_words=dictionaries[0],
         place_names=dictionaries[1],
@@ -543,6 +586,8 @@ def load_model(user_words: Sequence[str]) -> Model:
         flags=np.zeros(MAX_LENGTH, dtype=np.uint32),
         labels=np.zeros(MAX_LENGTH, dtype=np.uint8),
         choices=np.zeros(MAX_LENGTH, dtype=np.uint8),
+        line_scores=np.zeros(2 * (MAX_LENGTH + 4), dtype=np.int64),
+        missing=np.zeros((MAX_LENGTH + 3, 8), dtype=np.int64),
     )
 
 
@@ -554,6 +599,21 @@ def map_integers(path: Path) -> np.ndarray:
 def children_of_root(trie: np.ndarray) -> np.ndarray:
     """The code points that begin an entry of a trie, in ascending order; 0 is among them, for the root is its own."""
     return np.flatnonzero(trie[1 : 2 * CODE_POINTS : 2] == 0)
+
+
+def weights_of_characters(code_points: np.ndarray, features: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """What the left character of a pair gives to the labels around; see score_line for the features."""
+    sums = np.zeros((len(code_points), 4, 2), dtype=np.int64)
+    cells = features.reshape(-1, 2)
+    parents = cells[code_points[1:], 0].astype(np.int64) + ord(" ")
+    bases = cells[parents, 0].astype(np.int64)
+    for column, place in ((0, "3"), (1, "1"), (2, "2")):
+        leaves = bases + ord(place)
+        (found,) = np.nonzero((leaves >= 0) & (leaves < len(cells)))
+        found = found[cells[leaves[found], 1] == parents[found]]
+        rows = weights.reshape(-1, 4)[cells[leaves[found], 0]].astype(np.int64)
+        sums[found + 1, column] = rows[:, ::2] + (rows[:, 1::2] << 32)
+    return sums.reshape(-1)
 
 
 def character_table(code_points: np.ndarray, dictionaries: Sequence[np.ndarray]) -> np.ndarray:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
 from gpt2_chinese.tokenizer import BYTE_TOKENS, Tokenizer
 from gpt2_chinese.vocabulary import SPECIAL_TOKENS, UNK_ID, read_vocabulary
 
+ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
     "高血压患者平时要少吃盐，多运动，按时吃药。体温38.5℃时要多喝水。",
     "感冒了怎么办？多喝水，多休息，一般7天左右就好了。OK, don't worry!",
@@ -50,18 +54,21 @@ def test_compat_equals_thulac_and_keras(make_vocab, thulac_cut, vocab_size):
     assert make_vocab(DOCUMENTS, "--compat", "--vocab_size", str(vocab_size)) == expected
 
 
-def test_keras_loaded_alone_is_the_keras_of_tensorflow(script):
-    """The shortcut past TensorFlow's import must not become another Tokenizer."""
-    import sys
-
-    import keras
-    from tensorflow.keras.preprocessing import text
-
-    loaded = sys.modules["keras"]
-    module = script("make-vocab").load_keras_text()
-    assert sys.modules["keras"] is loaded is keras
-    assert text.__name__ == module.__name__ == "keras.src.legacy.preprocessing.text"
-    assert text.__file__ == module.__file__
+def test_keras_loaded_alone_is_the_keras_of_tensorflow():
+    """The shortcut past TensorFlow's import must not become another Tokenizer, nor leave half a Keras behind."""
+    code = """
+import importlib.util, inspect, sys
+spec = importlib.util.spec_from_file_location("make_vocab", "make-vocab.py")
+module = importlib.util.module_from_spec(spec)
+sys.modules["make_vocab"] = module
+spec.loader.exec_module(module)
+alone = module.load_keras_text()
+assert not {"tensorflow", "keras"} & set(sys.modules), "TensorFlow was imported after all"
+from tensorflow.keras.preprocessing.text import Tokenizer
+print(inspect.getfile(Tokenizer) == alone.__file__, Tokenizer.__module__ == alone.__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]
 
 
 def test_default_ranks_by_count_then_first_appearance(make_vocab):
