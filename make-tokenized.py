@@ -9,20 +9,33 @@ Reads data/train.json and vocab/vocab_user.txt, writes tokenized/tokenized_train
 from __future__ import annotations
 
 import argparse
-from collections import Counter
-from collections.abc import Iterator
-from itertools import islice
+import json
+import os
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from gpt2_chinese.artifacts import replacing, sha256_of, write_json
+from gpt2_chinese.artifacts import exclusive, read_json, replacing, sha256_of, write_json
 from gpt2_chinese.command_line import print_settings, run_script
 from gpt2_chinese.corpus import read_train_json
-from gpt2_chinese.tokenizer import PART_PREFIX, Tokenizer, dropped_characters
-from gpt2_chinese.vocabulary import CLS_ID, MASK_ID, UNK_ID, read_vocabulary
+from gpt2_chinese.parallel import MapInOrder, default_workers, open_workers
+from gpt2_chinese.pieces import MANIFEST, PROGRESS
+from gpt2_chinese.preparation import (
+    PieceReport,
+    Tokenizing,
+    batches,
+    measured_length,
+    shared_segmenter,
+    tokenize_batch,
+)
+from gpt2_chinese.tokenizer import PART_PREFIX, RULES_VERSION
+from gpt2_chinese.vocabulary import read_vocabulary
 
-MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 
 
@@ -38,11 +51,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_pieces", type=int, default=100, help="files to split the documents into")
     parser.add_argument("--min_length", type=int, default=128, help="documents of more characters than this are kept")
     parser.add_argument("--compat", action="store_true", help="write GPT2-Chinese's ids byte for byte, with its [UNK]s")
+    # where it runs
+    parser.add_argument("--workers", type=int, default=default_workers(), help="processes on this machine")
+    parser.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler to run on, such as tcp://host:8786")
     args = parser.parse_args(argv)
-    if args.num_pieces < 1:
-        parser.error(f"--num_pieces {args.num_pieces}: give at least 1")
-    if args.min_length < 0:
-        parser.error(f"--min_length {args.min_length}: give 0 or more")
+    for flag, least in (("num_pieces", 1), ("min_length", 0), ("workers", 1)):
+        if getattr(args, flag) < least:
+            parser.error(f"--{flag} {getattr(args, flag)}: give {least} or more")
     return args
 
 
@@ -52,66 +67,95 @@ def piece_sizes(documents: int, num_pieces: int) -> list[int]:
     return [share] * (num_pieces - 1) + [documents - share * (num_pieces - 1)]
 
 
-def measured_length(document: str, *, compat: bool) -> int:
-    """The length that --min_length speaks of: the reference measures a line break as " [SEP] "."""
-    return len(document) + compat * document.count("\n") * (len(" [SEP] ") - 1)
+def tokenize_pieces(
+    documents: Iterator[str], sizes: list[int], done: set[int], tokenizing: Tokenizing, map_in_order: MapInOrder
+) -> Iterator[tuple[int, Iterator[tuple[bytes, PieceReport]]]]:
+    """Give, for each piece that is not done, its number and the text and report of its batches in order."""
+    numbers: deque[int] = deque()
 
-
-class Report:
-    """What became of the documents, for the summary and the manifest."""
-
-    def __init__(self) -> None:
-        self.kept = self.too_short = self.empty = 0
-        self.tokens = self.unknown_tokens = self.spelled_words = self.words = self.dropped_characters = 0
-        self.unknown_words: Counter[str] = Counter()
-
-
-def document_ids(document: str, tokenizer: Tokenizer, report: Report) -> list[int]:
-    """Give `[MASK] ids [CLS]` of one document and add to the report."""
-    ids = [MASK_ID]
-    for word in tokenizer.words(document):
-        word_ids = tokenizer.word_ids(word)
-        ids += word_ids
-        report.words += 1
-        report.spelled_words += len(word_ids) > 1
-        if UNK_ID in word_ids:
-            report.unknown_words[word] += 1
-            report.unknown_tokens += word_ids.count(UNK_ID)
-    ids.append(CLS_ID)
-    return ids
-
-
-def write_piece(
-    path: Path, documents: Iterator[str], args: argparse.Namespace, tokenizer: Tokenizer, report: Report
-) -> dict:
-    """Tokenize the documents of one piece into its file, and give its entry in the manifest."""
-    tokens = kept = 0
-    with replacing(path) as file:
-        for document in documents:
-            if measured_length(document, compat=args.compat) <= args.min_length:
-                report.too_short += 1
+    def tasks() -> Iterator[tuple[Tokenizing, list[str]]]:
+        for number, size in enumerate(sizes):
+            own = islice(documents, size)
+            if number in done:
+                deque(own, maxlen=0)
                 continue
-            report.dropped_characters += dropped_characters(document)
-            ids = document_ids(document, tokenizer, report)
-            if len(ids) == 2 and not args.compat:
-                report.empty += 1
-                continue
-            # A space behind every id, the last one too: the reference's format.
-            file.write(" ".join(map(str, ids)) + " ")
-            tokens += len(ids)
-            kept += 1
-    report.kept += kept
-    report.tokens += tokens
-    return {"file": path.name, "sha256": sha256_of(path), "tokens": tokens, "documents": kept}
+            for batch in batches(own) if size else [[]]:
+                numbers.append(number)
+                yield tokenizing, batch
+
+    numbered = ((numbers.popleft(), result) for result in map_in_order(tokenize_batch, tasks()))
+    for number, group in groupby(numbered, key=itemgetter(0)):
+        yield number, map(itemgetter(1), group)
+
+
+def write_piece(path: Path, parts: Iterable[tuple[bytes, PieceReport]]) -> tuple[dict[str, Any], PieceReport]:
+    """Write one piece, and give its entry in the manifest and its report."""
+    report = PieceReport()
+    with replacing(path, "wb") as file:
+        for text, part in parts:
+            file.write(text)
+            report.add(part)
+    entry = {"file": path.name, "sha256": sha256_of(path), "tokens": report.tokens, "documents": report.documents}
+    return entry, report
+
+
+class Progress:
+    """The pieces that are finished, kept in a file until the manifest takes its place.
+
+    While the file is there the folder is not whole, and train.py refuses it. A run that finds it goes on behind the
+    pieces in it, if corpus, vocabulary and options are the same and the pieces are as they were written.
+    """
+
+    def __init__(self, folder: Path, key: dict[str, Any]) -> None:
+        self._path = folder / PROGRESS
+        self.finished: dict[int, tuple[dict[str, Any], PieceReport]] = {}
+        if self._path.is_file() and (lines := self._path.read_text(encoding="utf-8").split("\n"))[0] == json.dumps(key):
+            for line in lines[1:]:
+                try:
+                    number, entry, report = json.loads(line)
+                except ValueError:
+                    break  # the line that the interrupted run was writing
+                path = folder / entry["file"]
+                if path.is_file() and sha256_of(path) == entry["sha256"]:
+                    report["unknown_words"] = Counter(report["unknown_words"])
+                    self.finished[number] = entry, PieceReport(**report)
+        with replacing(self._path) as file:
+            file.write(json.dumps(key) + "\n")
+            for number, (entry, report) in self.finished.items():
+                file.write(json.dumps([number, entry, vars(report)]) + "\n")
+
+    def add(self, number: int, entry: dict[str, Any], report: PieceReport) -> None:
+        self.finished[number] = entry, report
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps([number, entry, vars(report)]) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def end(self) -> None:
+        self._path.unlink()
+
+
+def unchanged(folder: Path, key: dict[str, Any]) -> bool:
+    """Whether the manifest was made from the same corpus, vocabulary and options, and the pieces fit it."""
+    if (folder / PROGRESS).exists() or not (folder / MANIFEST).is_file():
+        return False
+    manifest = read_json(folder / MANIFEST)
+    if any(manifest.get(name) != value for name, value in key.items()):
+        return False
+    return all(
+        (folder / piece["file"]).is_file() and sha256_of(folder / piece["file"]) == piece["sha256"]
+        for piece in manifest["pieces"]
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     print_settings(args)
+    folder = Path(args.tokenized_data_path)
 
     # 1) Read the vocabulary and the whole corpus once: an error is found before anything is written.
-    tokenizer = Tokenizer(read_vocabulary(args.vocab_filename), compat=args.compat)
-    if not args.compat and not any(token.startswith(PART_PREFIX) for token in tokenizer.vocabulary):
+    vocabulary = read_vocabulary(args.vocab_filename)
+    if not args.compat and not any(token.startswith(PART_PREFIX) for token in vocabulary):
         print(
             f"warning: {args.vocab_filename} has no ## parts, so words outside it may become [UNK]; it comes from "
             "make-vocab.py --compat or from GPT2-Chinese: build one without --compat, or give --compat here too"
@@ -128,66 +172,84 @@ def main(argv: list[str] | None = None) -> None:
             "characters; give a smaller --min_length, or make longer documents with build_trainfile.py "
             "--document paragraph or file; nothing was written"
         )
-
-    # 2) Write piece after piece.
-    folder = Path(args.tokenized_data_path)
-    report = Report()
-    pieces = []
-    with tqdm(total=total, unit=" documents", desc="tokenizing") as bar:
-        documents = _counted(read_train_json(args.raw_data_path), bar)
-        for number, size in enumerate(piece_sizes(total, args.num_pieces)):
-            path = folder / f"tokenized_train_{number}.txt"
-            pieces.append(write_piece(path, islice(documents, size), args, tokenizer, report))
-
-    # 3) The manifest, and away with pieces of an earlier run that are not in it.
-    write_json(
-        folder / MANIFEST,
-        {
-            "format": MANIFEST_FORMAT,
-            "vocabulary": {
-                "path": str(args.vocab_filename),
-                "sha256": sha256_of(args.vocab_filename),
-                "size": len(tokenizer),
-            },
-            "corpus": {"path": str(args.raw_data_path), "sha256": sha256_of(args.raw_data_path), "documents": total},
-            "options": {"num_pieces": args.num_pieces, "min_length": args.min_length, "compat": args.compat},
-            "documents": report.kept,
-            "tokens": report.tokens,
-            "unknown_tokens": report.unknown_tokens,
-            "pieces": pieces,
+    key = {
+        "format": MANIFEST_FORMAT,
+        "tokenizer_rules": RULES_VERSION,
+        "vocabulary": {
+            "path": str(args.vocab_filename),
+            "sha256": sha256_of(args.vocab_filename),
+            "size": len(vocabulary),
         },
-    )
-    names = {piece["file"] for piece in pieces}
-    stale = [path for path in folder.glob("tokenized_train_*.txt") if path.name not in names]
-    for path in stale:
-        path.unlink()
+        "corpus": {"path": str(args.raw_data_path), "sha256": sha256_of(args.raw_data_path), "documents": total},
+        "options": {"num_pieces": args.num_pieces, "min_length": args.min_length, "compat": args.compat},
+    }
+
+    with exclusive(folder):
+        if unchanged(folder, key):
+            print(f"{folder / MANIFEST}: nothing to do; corpus, vocabulary and options are those of the pieces there")
+            return
+
+        # 2) Write piece after piece, but for those that an interrupted run has finished.
+        progress = Progress(folder, key)
+        if progress.finished:
+            print(f"going on with an interrupted run: {len(progress.finished)} of {args.num_pieces} pieces are kept")
+        tokenizing = Tokenizing(tuple(vocabulary), args.compat, args.min_length)
+        if not args.compat:
+            shared_segmenter()  # before the workers are forked, so that they share it
+        sizes = piece_sizes(total, args.num_pieces)
+        with (
+            open_workers(args.workers, args.scheduler) as map_in_order,
+            tqdm(total=total, unit=" documents", unit_scale=True, desc="tokenizing") as bar,
+        ):
+            bar.update(sum(sizes[number] for number in progress.finished))
+            documents = read_train_json(args.raw_data_path)
+            done = set(progress.finished)
+            for number, parts in tokenize_pieces(documents, sizes, done, tokenizing, map_in_order):
+                progress.add(number, *write_piece(folder / f"tokenized_train_{number}.txt", parts))
+                bar.update(sizes[number])
+
+        # 3) The manifest, and away with pieces of an earlier run that are not in it.
+        report = PieceReport()
+        for number in range(args.num_pieces):
+            report.add(progress.finished[number][1])
+        write_json(
+            folder / MANIFEST,
+            {
+                **key,
+                "documents": report.documents,
+                "tokens": report.tokens,
+                "unknown_tokens": report.unknown_tokens,
+                "pieces": [progress.finished[number][0] for number in range(args.num_pieces)],
+            },
+        )
+        kept = {f"tokenized_train_{number}.txt" for number in range(args.num_pieces)}
+        stale = [path for path in folder.glob("tokenized_train_*.txt") if path.name not in kept]
+        for path in stale:
+            path.unlink()
+        progress.end()
     print_summary(report, total, args, len(stale))
 
 
-def _counted(documents: Iterator[str], bar: tqdm) -> Iterator[str]:
-    for document in documents:
-        yield document
-        bar.update()
-
-
-def print_summary(report: Report, total: int, args: argparse.Namespace, stale: int) -> None:
+def print_summary(report: PieceReport, total: int, args: argparse.Namespace, stale: int) -> None:
+    inner = max(report.tokens - 2 * report.documents, 1)
     print(f"{args.tokenized_data_path}: {args.num_pieces} pieces, {report.tokens:,} tokens, {MANIFEST}")
     print(
-        f"documents: {total:,}, kept {report.kept:,}; dropped {report.too_short:,} that are not longer than "
+        f"documents: {total:,}, kept {report.documents:,}; dropped {report.too_short:,} that are not longer than "
         f"{args.min_length} characters, {report.empty:,} with nothing left after cleaning"
     )
     if report.dropped_characters:
         print(f"characters dropped: {report.dropped_characters:,} control characters, NULs or U+FFFD")
-    inner = max(report.tokens - 2 * report.kept, 1)
     print(
-        f"[UNK]: {report.unknown_tokens:,} of {report.tokens:,} tokens ({report.unknown_tokens / inner:.4%}); "
+        f"[UNK]: {report.unknown_tokens:,} of {inner:,} tokens ({report.unknown_tokens / inner:.4%}); "
         f"words spelled with several tokens: {report.spelled_words:,} of {report.words:,} "
         f"({report.spelled_words / max(report.words, 1):.2%})"
     )
     if report.unknown_words:
-        print("most frequent unknown words:", ", ".join(f"{w} {n:,}" for w, n in report.unknown_words.most_common(10)))
+        # Equal counts in the order of the words, so that the list does not depend on how the work was shared out.
+        most = sorted(report.unknown_words.items(), key=lambda item: (-item[1], item[0]))[:10]
+        print("most frequent unknown words:", ", ".join(f"{word} {count:,}" for word, count in most))
     if stale:
-        print(f"removed {stale:,} pieces of an earlier run with more of them")
+        print(f"removed {stale:,} pieces of an earlier run that had more of them")
 
 
 if __name__ == "__main__":

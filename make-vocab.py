@@ -14,19 +14,30 @@ import os
 import string
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 from tqdm import tqdm
 
+from gpt2_chinese.artifacts import read_json, write_json
 from gpt2_chinese.command_line import print_settings, run_script
 from gpt2_chinese.corpus import read_train_json
-from gpt2_chinese.segmenter import Segmenter
-from gpt2_chinese.tokenizer import BYTE_TOKENS, LINE_BREAK, PART_PREFIX, WordSplitter, fold, is_spaced, spelling
+from gpt2_chinese.parallel import default_workers, open_workers
+from gpt2_chinese.preparation import (
+    WordCounts,
+    batches,
+    count_batch,
+    count_batch_of_reference,
+    fold_counts,
+    shared_segmenter,
+)
+from gpt2_chinese.tokenizer import BYTE_TOKENS, PART_PREFIX, fold, is_spaced, spelling
 from gpt2_chinese.vocabulary import SPECIAL_TOKENS, write_vocabulary
 
+REPORT_SIZES = (1000, 2000, 5000, 10000, 20000, 50000)
+LEARNT_COUNT = 5  # a word that is seen less often is hardly learnt
 MAX_WORD = 100  # characters; longer "words" (links, encoded data) are spelled, as the reference gives them up
 MIN_SIZE_FOR_BYTES = 2048  # below, 256 byte tokens would be more than an eighth of the vocabulary
 
@@ -46,18 +57,46 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--compat", action="store_true", help="write GPT2-Chinese's vocabulary byte for byte, with its gaps"
     )
+    # where it runs
+    parser.add_argument("--workers", type=int, default=default_workers(), help="processes on this machine")
+    parser.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler to run on, such as tcp://host:8786")
+    # what it reports
+    parser.add_argument(
+        "--model_config",
+        default="config/model_config_small.json",
+        help="the model whose parameters the report compares the embedding with",
+    )
+    parser.add_argument("--report", metavar="FILE", help="write the coverage of several sizes as JSON, too")
     args = parser.parse_args(argv)
-    if args.vocab_size < 1:
-        parser.error(f"--vocab_size {args.vocab_size}: give at least 1")
+    for flag in ("vocab_size", "workers"):
+        if getattr(args, flag) < 1:
+            parser.error(f"--{flag} {getattr(args, flag)}: give at least 1")
+    if args.compat and args.report:
+        parser.error("--report is about the default vocabulary; leave out --compat or --report")
     return args
 
 
-def count_words(documents: Iterable[str], split: Callable[[str], list[str]]) -> dict[str, int]:
-    """Count the words of the documents, in the order of first appearance."""
+def read_config(path: str) -> dict[str, int]:
+    """Read what the report needs of a model configuration.
+
+    Raises:
+        ValueError: there is no such file, or a number is missing in it.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"--model_config {path}: there is no such file; config/ has some")
+    config = read_json(path)
+    for name in ("n_embd", "n_layer", "n_positions"):
+        if not isinstance(config, dict) or not isinstance(config.get(name), int):
+            raise ValueError(f"--model_config {path}: {name} must be a number")
+    return config
+
+
+def merge_counts(batches: Iterable[WordCounts]) -> dict[str, int]:
+    """Add up the counts of batches; words stay in the order of first appearance in the corpus."""
     counts: dict[str, int] = {}
-    for document in documents:
-        for word in split(document):
-            counts[word] = counts.get(word, 0) + 1
+    for batch in batches:
+        for word, count in batch.items():
+            counts[word] = counts.get(word, 0) + count
     return counts
 
 
@@ -157,21 +196,75 @@ def choose_tokens(ranked_words: list[str], ranked_parts: list[str], vocab_size: 
     return Vocabulary(words[:kept], [part for part in parts if part in not_words])
 
 
+def parameters(config: dict[str, int], vocab_size: int) -> tuple[int, int]:
+    """The parameters of the token embedding and of the whole GPT-2 (the output layer is the embedding)."""
+    width, layers = config["n_embd"], config["n_layer"]
+    embedding = vocab_size * width
+    block = 12 * width * width + 13 * width  # attention, the 4-fold wide layer, biases and two layer norms
+    return embedding, embedding + config["n_positions"] * width + layers * block + 2 * width
+
+
+def coverage_rows(
+    counts: dict[str, int], ranked: list[str], ranked_parts: list[str], config: dict[str, int]
+) -> list[dict[str, float]]:
+    """What vocabularies of several sizes would cover, as rows of the report."""
+    seen = sum(counts.values())
+    rows = []
+    for size in REPORT_SIZES:
+        chosen = choose_tokens(ranked, ranked_parts, size)
+        covered = sum(counts[word] for word in chosen.words)
+        lines = len(SPECIAL_TOKENS) + len(chosen.words) + len(chosen.parts)
+        embedding, total = parameters(config, lines)
+        rows.append(
+            {
+                "vocab_size": size,
+                "words": len(chosen.words),
+                "coverage": covered / seen,
+                "spelled": 1 - covered / seen,
+                "rarest_word_count": counts[chosen.words[-1]] if chosen.words else 0,
+                "embedding_share": embedding / total,
+            }
+        )
+    return rows
+
+
+def recommend(rows: list[dict[str, float]]) -> int:
+    """The largest size whose rarest word is seen often enough to be learnt; the smallest one if there is none."""
+    learnt = [int(row["vocab_size"]) for row in rows if row["rarest_word_count"] >= LEARNT_COUNT]
+    return max(learnt, default=REPORT_SIZES[0])
+
+
+def print_coverage(rows: list[dict[str, float]], recommended: int, config_path: str) -> None:
+    print(f"what other sizes would cover (embedding: its share of the parameters of {config_path}):")
+    print("  --vocab_size   words kept  covered  spelled  rarest seen  embedding")
+    for row in rows:
+        print(
+            f"  {row['vocab_size']:12,} {row['words']:12,} {row['coverage']:8.2%} {row['spelled']:8.2%} "
+            f"{row['rarest_word_count']:12,} {row['embedding_share']:10.1%}"
+        )
+    print(
+        f"recommended: --vocab_size {recommended}, the largest whose rarest word is seen {LEARNT_COUNT} times or "
+        "more; a rarer word has too few examples to be learnt, and is better spelled"
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     print_settings(args)
     path = Path(args.raw_data_path)
     size = path.stat().st_size if path.is_file() else 0
+    config = None if args.compat else read_config(args.model_config)
 
     # 1) Segment and count.
-    with tqdm(total=size, unit="B", unit_scale=True, desc="counting words") as bar:
+    shared_segmenter()  # before the workers are forked, so that they share it
+    with (
+        open_workers(args.workers, args.scheduler) as map_in_order,
+        tqdm(total=size, unit="B", unit_scale=True, desc="counting words") as bar,
+    ):
         documents = read_train_json(path, progress=bar.update)
-        if args.compat:
-            segmenter = Segmenter()
-            counts = reference_counts(count_words(documents, segmenter.cut))
-        else:
-            counts = count_words(documents, WordSplitter())
-            counts.pop(LINE_BREAK, None)
+        function = count_batch_of_reference if args.compat else count_batch
+        raw_counts = merge_counts(map_in_order(function, batches(documents)))
+    counts = (reference_counts if args.compat else fold_counts)(raw_counts)
     if not counts:
         raise ValueError(f"--raw_data_path {path}: there is no word in it; nothing was written")
 
@@ -180,7 +273,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.compat:
         chosen = Vocabulary(ranked[: args.vocab_size], [])
     else:
-        chosen = choose_tokens(ranked, rank_words(part_counts(counts)), args.vocab_size)
+        ranked_parts = rank_words(part_counts(counts))
+        chosen = choose_tokens(ranked, ranked_parts, args.vocab_size)
 
     # 3) Write, and say what it covers.
     tokens = [*SPECIAL_TOKENS, *chosen.words, *chosen.parts]
@@ -193,6 +287,24 @@ def main(argv: list[str] | None = None) -> None:
     if covered < seen:
         fate = "become [UNK]" if args.compat else "are spelled"
         print(f"{len(counts) - len(chosen.words):,} words that stand {seen - covered:,} times {fate}")
+    if config is not None:
+        rows = coverage_rows(counts, ranked, ranked_parts, config)
+        recommended = recommend(rows)
+        print_coverage(rows, recommended, args.model_config)
+        if args.report:
+            write_json(
+                args.report,
+                {
+                    "words_seen": seen,
+                    "different_words": len(counts),
+                    "vocab_size": args.vocab_size,
+                    "lines": len(tokens),
+                    "coverage": covered / seen,
+                    "recommended_vocab_size": recommended,
+                    "model_config": args.model_config,
+                    "sizes": rows,
+                },
+            )
 
 
 if __name__ == "__main__":

@@ -345,8 +345,9 @@ def build_app(engine: Engine, limits: Limits | None = None) -> web.Application:
     app = web.Application(
         middlewares=[errors_as_json],
         client_max_size=limits.body_bytes,
-        # Compressed bodies are refused, so they need not be unpacked: 64 KiB of gzip can be 64 MiB of text.
-        handler_args={"auto_decompress": False},
+        # Compressed bodies are refused, so they need not be unpacked: 64 KiB of gzip can be 64 MiB of text. A body
+        # that was refused is read for a second more, so that its sender gets to read the answer.
+        handler_args={"auto_decompress": False, "lingering_time": 1.0},
     )
     app[ENGINE] = engine
     app[LIMITS] = limits

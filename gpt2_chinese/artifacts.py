@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -10,6 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+try:
+    import fcntl
+except ImportError:  # Windows: two runs that write the same file are not told apart there
+    fcntl = None  # type: ignore[assignment]
+
 
 @contextmanager
 def replacing(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
@@ -17,27 +23,71 @@ def replacing(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
     What is written goes to a temporary name in the same folder, is flushed to the disk and renamed, so a reader
     sees the old file or the new one, never half of one. After an error the temporary file is removed and `path` is
-    as it was. `mode` is "w" (UTF-8 text, "\\n" line ends) or "wb".
+    as it was; one that a killed run has left is written over. `mode` is "w" (UTF-8 text, "\\n" line ends) or "wb".
 
     Raises:
+        BlockingIOError: another run is writing `path` at this moment.
         OSError: the folder cannot be written, or the disk is full; the message names `path`.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    locked = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, mode, **text) as file:  # type: ignore[call-overload]
+        with _locked(temporary, mode, text) as file:
+            locked = True
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            if fcntl is not None:
+                os.replace(temporary, path)  # while the lock is held, so that no other run takes the file up
+        if fcntl is None:
+            os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        if locked:
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
             # The system names the temporary file or none at all ("No space left on device").
-            raise OSError(error.errno, error.strerror, str(path)) from error
+            raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
+
+
+@contextmanager
+def _locked(temporary: Path, mode: str, text: dict[str, str]) -> Iterator[IO[Any]]:
+    """Open a temporary file, empty, for this run alone; the lock ends with the process, however that ends."""
+    with open(temporary, mode.replace("w", "a"), **text) as file:  # type: ignore[call-overload]
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The other run may have renamed its file between our open and our lock.
+                ours = os.fstat(file.fileno()).st_ino == os.stat(temporary).st_ino
+            except (BlockingIOError, FileNotFoundError):
+                ours = False
+            if not ours:
+                raise BlockingIOError(errno.EAGAIN, "another run is writing it; wait for its end, or stop it")
+        file.truncate(0)
+        yield file
+
+
+@contextmanager
+def exclusive(folder: str | Path) -> Iterator[None]:
+    """Hold a folder for this run alone; the hold ends with the process, however that ends.
+
+    Raises:
+        BlockingIOError: another run holds it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BlockingIOError(
+                    errno.EAGAIN, "another run is writing into this folder; wait for its end, or stop it", str(folder)
+                ) from None
+        yield
 
 
 def sha256_of(path: str | Path) -> str:

@@ -319,14 +319,14 @@ def read_train_json(path: str | Path, *, progress: Callable[[int], object] | Non
         raise FileNotFoundError(
             f"there is no {path}: run build_trainfile.py first, or name the file with --raw_data_path"
         )
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with open(path, "rb") as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
+        reported = 0
         try:
-            position = 0
             for document in _json_strings(file, path):
                 yield document
-                if progress is not None and file.buffer.tell() != position:
-                    progress(file.buffer.tell() - position)
-                    position = file.buffer.tell()
+                if progress is not None and binary.tell() != reported:
+                    progress(binary.tell() - reported)
+                    reported = binary.tell()
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 ({error.reason}); build it again with build_trainfile.py") from None
 
@@ -336,6 +336,7 @@ def _json_strings(file: IO[str], path: Path) -> Iterator[str]:
     position = 0  # of what comes next, in the buffer
     discarded = 0  # characters of the file before the buffer
     number = 0
+    refused = None
 
     def fail(problem: str) -> ValueError:
         return ValueError(
@@ -364,6 +365,20 @@ def _json_strings(file: IO[str], path: Path) -> Iterator[str]:
         while True:
             if next_character() != '"':
                 raise fail("a string is missing here")
+            # A line break never stands inside a JSON string, so whole lines that end with a comma are whole documents,
+            # and json.loads takes them all at once. What it refuses goes through the loop below, for a clear error.
+            end = buffer.rfind(",\n", position)
+            if end > position and buffer is not refused:
+                try:
+                    documents = json.loads(f"[{buffer[position:end]}]")
+                except json.JSONDecodeError:
+                    documents = []
+                if documents and all(type(document) is str for document in documents):
+                    number += len(documents)
+                    position = end + 1
+                    yield from documents
+                    continue
+                refused = buffer
             end = _string_end(buffer, position + 1)
             while end < 0:
                 # A document longer than the buffer: double it, so that the whole costs linear time.

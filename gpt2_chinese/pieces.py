@@ -16,6 +16,7 @@ from tqdm import tqdm
 from gpt2_chinese.artifacts import read_json, sha256_of
 
 MANIFEST = "manifest.json"
+PROGRESS = ".progress.jsonl"  # there while make-tokenized.py is at work, or when it was interrupted
 _PIECE = re.compile(r"tokenized_train_(0|[1-9]\d*)\.txt")
 _BLOCK = 1 << 22  # bytes of a piece in memory at a time
 _LONGEST_ID = 9  # digits; every number of so many fits 32 bits
@@ -34,9 +35,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     """Read what make-tokenized.py says about the pieces; None where there is no manifest (files of the reference).
 
     Raises:
-        ValueError: the manifest is damaged.
+        ValueError: the manifest is damaged, or make-tokenized.py has not come to its end.
     """
     path = Path(folder) / MANIFEST
+    if path.with_name(PROGRESS).exists():
+        raise ValueError(f"{folder}: make-tokenized.py is still at work or was interrupted; {_MEND} (it goes on there)")
     if not path.is_file():
         return None
     manifest = read_json(path)

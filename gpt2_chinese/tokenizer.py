@@ -27,6 +27,9 @@ from gpt2_chinese.vocabulary import CLS_ID, MASK_ID, PAD_ID, SEP_ID, SPECIAL_TOK
 if TYPE_CHECKING:
     from gpt2_chinese.segmenter import Segmenter
 
+RULES_VERSION = 1
+"""Raised when the same text and vocabulary would give other ids, so that old pieces are not taken for current ones."""
+
 LINE_BREAK = "\n"
 PART_PREFIX = "##"
 BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
@@ -58,7 +61,7 @@ def _is_punctuation(character: str) -> bool:
 
 
 @lru_cache(maxsize=1 << 16)
-def _clean_character(character: str) -> str:
+def clean_character(character: str) -> str:
     """What the reference keeps of a character: nothing of controls, a space for every kind of white space."""
     if character in " \t\n\r\u2028\u2029" or unicodedata.category(character) == "Zs":
         return " "
@@ -70,13 +73,13 @@ def _clean_character(character: str) -> str:
 def clean(text: str) -> str:
     """Drop control characters, U+0000 and U+FFFD, and turn white space into single-width spaces."""
     # Most texts need nothing: only distinct characters are looked at, and only those that change are replaced.
-    changes = {ord(character): kept for character in set(text) if (kept := _clean_character(character)) != character}
+    changes = {ord(character): kept for character in set(text) if (kept := clean_character(character)) != character}
     return text.translate(changes) if changes else text
 
 
 def dropped_characters(text: str) -> int:
     """How many characters of a text `clean` leaves out."""
-    return sum(text.count(character) for character in set(text) if not _clean_character(character))
+    return sum(text.count(character) for character in set(text) if not clean_character(character))
 
 
 def fold(word: str) -> str:
@@ -136,13 +139,13 @@ class WordSplitter:
                 if found is None:
                     if len(self._folded) >= _CACHED_WORDS:
                         self._folded.clear()
-                    found = self._folded[raw, touching] = _fold_word(raw, touching)
+                    found = self._folded[raw, touching] = fold_word(raw, touching)
                 words += found[0]
                 touching = found[1]
         return words
 
 
-def _fold_word(raw: str, touching: bool) -> tuple[list[str], bool]:
+def fold_word(raw: str, touching: bool) -> tuple[list[str], bool]:
     """Give the words of one THULAC word, and whether a word behind it would touch a spaced character."""
     words: list[str] = []
     for number, chunk in enumerate(re.split(r"(\s+)", raw)):

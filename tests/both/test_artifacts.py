@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2_chinese.artifacts import read_json, replacing, sha256_of, write_json
+from gpt2_chinese.artifacts import exclusive, read_json, replacing, sha256_of, write_json
 from gpt2_chinese.command_line import run_script
 from gpt2_chinese.vocabulary import SPECIAL_TOKENS, read_vocabulary, write_vocabulary
 
@@ -31,6 +31,36 @@ def test_a_full_disk_is_named_with_the_file(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert error.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_writers_of_one_file_are_told_apart(tmp_path):
+    path = tmp_path / "a.txt"
+    with replacing(path) as first:
+        first.write("first")
+        with pytest.raises(BlockingIOError, match="another run is writing it.*a.txt"), replacing(path):
+            pass
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_run_has_left_is_written_over(tmp_path):
+    path = tmp_path / "a.txt"
+    (tmp_path / ".a.txt.tmp").write_text("half of a longer text")
+    with replacing(path) as file:
+        file.write("new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_held_by_one_run(tmp_path):
+    with exclusive(tmp_path / "folder"):
+        with (
+            pytest.raises(BlockingIOError, match="another run is writing into this folder"),
+            exclusive(tmp_path / "folder"),
+        ):
+            pass
+    with exclusive(tmp_path / "folder"):
+        pass
 
 
 def test_replacing_makes_the_folder_and_keeps_line_ends(tmp_path):

@@ -65,12 +65,12 @@ def favour(model: GPT2LMHeadModel, *ids: int) -> None:
             model.transformer.wte.weight[id_] = 20.0 - rank
 
 
-def endless_model() -> GPT2LMHeadModel:
+def endless_model(*, n_ctx: int = 32) -> GPT2LMHeadModel:
     """A model that never ends a document, so that its texts get as long as they are asked to be."""
-    model = tiny_model()
-    favour(model, *range(10, 20))
+    model = tiny_model(n_ctx=n_ctx)
     with torch.no_grad():
-        model.transformer.wte.weight[CLS_ID] = -20.0
+        model.transformer.ln_f.bias.fill_(1.0)
+        model.transformer.wte.weight[CLS_ID] = -5.0
     return model
 
 

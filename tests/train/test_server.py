@@ -23,7 +23,7 @@ from tiny_model import endless_model, save_tiny_model, tiny_model, tiny_tokenize
 
 from gpt2_chinese.engine import Engine, Settings
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GOOD = {"context": "一丁", "maxlength": 6, "samples": 2, "seed": 1}
 
 
@@ -418,7 +418,7 @@ FIELD_NAMES = ["context", "maxlength", "samples", "temperature", "top_k", "top_p
 
 
 @given(st.dictionaries(st.sampled_from(FIELD_NAMES), JSON_VALUES) | JSON_VALUES)
-@hypothesis_settings(max_examples=300, deadline=None)
+@hypothesis_settings(max_examples=100, deadline=None)
 def test_the_validator_knows_wishes_and_refusals_and_nothing_else(value):
     server = sys.modules["server"]
     limits = server.Limits()
@@ -483,23 +483,19 @@ def test_a_request_that_takes_too_long_is_504_and_frees_its_rows(server):
 def test_a_client_that_goes_away_frees_its_rows(server):
     engine = Engine(endless_model(), tiny_tokenizer(), rows=8)
 
-    async def run():
-        app = server.build_app(engine, server.Limits(length=1_000_000))
-        test_server = TestServer(app)
-        await test_server.start_server(handler_cancellation=True)
-        async with TestClient(test_server) as client:
-            wish = {"context": "一", "maxlength": 1_000_000, "samples": 8}
-            busy = asyncio.create_task(client.post("/generate", json=wish))
-            while not engine.running:
-                await asyncio.sleep(0.001)
-            busy.cancel()
-            start = time.monotonic()
-            while engine.running:
-                await asyncio.sleep(0.001)
-            assert time.monotonic() - start < 1
-            await check_good(client)
+    async def test(client):  # TestServer cancels handlers, as main() does
+        wish = {"context": "一", "maxlength": 1_000_000, "samples": 8}
+        busy = asyncio.create_task(client.post("/generate", json=wish))
+        while not engine.running:
+            await asyncio.sleep(0.001)
+        busy.cancel()
+        start = time.monotonic()
+        while engine.running:
+            assert time.monotonic() - start < 5
+            await asyncio.sleep(0.001)
+        await check_good(client)
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    served(server, test, engine=engine, length=1_000_000)
 
 
 def test_too_much_work_is_429_with_retry_after(server):
@@ -585,6 +581,7 @@ def test_a_wrong_flag_is_named(server, flags, message):
         server.main(["--port", "0", *flags])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_the_server_as_a_process_answers_finishes_its_work_at_sigterm_and_stops(tmp_path):
     folder = save_tiny_model(tmp_path / "model")

@@ -1,0 +1,134 @@
+"""Machine code that Numba makes once on a machine, and that every later process loads without importing Numba.
+
+Numba's own cache (`njit(cache=True)`) needs half a second to load even one function, for it sets up the compiler
+first. Here the object code is kept in a file and loaded with llvmlite alone, in some milliseconds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import llvmlite
+import llvmlite.binding as llvm
+
+from gpt2_chinese.artifacts import replacing
+
+DIGEST_SIZE = hashlib.sha256().digest_size
+FUNCTION_NAME = "entry"
+
+_engines: list[llvm.ExecutionEngine] = []  # they own the code that the functions run
+
+
+def load_function(module_name: str, sources: Sequence[Path], arguments: int) -> Callable[..., None]:
+    """Load the compiled function of a module, or compile it where that has not been done yet on this machine.
+
+    The module is imported only to be compiled. It has a function `compile_entry()` that returns a `numba.cfunc`
+    without a result, whose arguments are pointers and int64 and which cannot raise.
+
+    Args:
+        module_name: such as "gpt2_chinese.segmenter_kernel".
+        sources: the files that the machine code depends on; code made from other contents of them is not used.
+        arguments: the number of arguments.
+
+    Returns:
+        The function. It keeps the interpreter's lock, and trusts the addresses that it is given.
+    """
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    file_name = f"{module_name.rpartition('.')[2]}-{fingerprint(sources)[:32]}.code"
+    code = read_code(file_name)
+    if code is None:
+        print(f"compiling {module_name}, once on this machine: less than a minute", file=sys.stderr, flush=True)
+        code = compile_module(module_name)
+        keep_code(file_name, code)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine())
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    _engines.append(engine)
+    prototype = ctypes.PYFUNCTYPE(None, *[ctypes.c_void_p] * arguments)
+    return prototype(engine.get_function_address(FUNCTION_NAME))
+
+
+def target_machine() -> llvm.TargetMachine:
+    """The processor that this runs on, with all that it can do."""
+    # Object files are ELF also on Windows: what is loaded into memory here is not linked by the system.
+    triple = llvm.get_process_triple() + ("-elf" if sys.platform == "win32" else "")
+    return llvm.Target.from_triple(triple).create_target_machine(
+        cpu=llvm.get_host_cpu_name(),
+        features=llvm.get_host_cpu_features().flatten(),
+        opt=3,
+        reloc="static" if "86" in triple.partition("-")[0] else "default",
+        codemodel="jitdefault",
+        jit=True,
+    )
+
+
+def fingerprint(sources: Sequence[Path]) -> str:
+    """What the machine code depends on: the sources, the compiler, the processor."""
+    digest = hashlib.sha256()
+    for path in (Path(__file__), *sources):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    machine = (llvmlite.__version__, llvm.get_process_triple(), llvm.get_host_cpu_name())
+    digest.update("\n".join((*machine, llvm.get_host_cpu_features().flatten())).encode())
+    return digest.hexdigest()
+
+
+def compile_module(module_name: str) -> bytes:
+    """Compile the entry of a module, with all that it calls, to one object file."""
+    entry = importlib.import_module(module_name).compile_entry()
+    module = llvm.parse_assembly(entry.inspect_llvm())
+    for function in module.functions:
+        if function.name == entry.native_name:
+            function.name = FUNCTION_NAME
+        elif not function.is_declaration:
+            function.linkage = llvm.Linkage.internal
+    machine = target_machine()
+    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=3))
+    passes.getModulePassManager().run(module, passes)
+    needed = {function.name for function in module.functions if function.is_declaration}
+    needed = {name for name in needed if not name.startswith("llvm.") and name not in ("memset", "memcpy", "memmove")}
+    assert not needed, f"{module_name} calls {', '.join(sorted(needed))}, which only Numba's runtime has"
+    return machine.emit_object(module)
+
+
+def cache_folders() -> list[Path]:
+    """Where machine code may be kept, first choice first."""
+    if os.environ.get("NUMBA_CACHE_DIR"):
+        return [Path(os.environ["NUMBA_CACHE_DIR"])]
+    system = os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else os.environ.get("XDG_CACHE_HOME")
+    return [Path(__file__).parent / "__pycache__", Path(system or os.path.expanduser("~/.cache")) / "gpt2_chinese"]
+
+
+def read_code(file_name: str) -> bytes | None:
+    """The code in the first cache folder that has it whole: it begins with its own digest."""
+    for folder in cache_folders():
+        try:
+            data = (folder / file_name).read_bytes()
+        except OSError:
+            continue
+        if hashlib.sha256(data[DIGEST_SIZE:]).digest() == data[:DIGEST_SIZE]:
+            return data[DIGEST_SIZE:]
+    return None
+
+
+def keep_code(file_name: str, code: bytes) -> None:
+    """Write the code to the first cache folder that can be written."""
+    for folder in cache_folders():
+        try:
+            with replacing(folder / file_name, "wb") as file:
+                file.write(hashlib.sha256(code).digest() + code)
+            return
+        except OSError:
+            continue
+    tried = ", ".join(map(str, cache_folders()))
+    print(
+        f"the compiled code cannot be kept in {tried}, so every run will compile it: "
+        "set NUMBA_CACHE_DIR to a folder that can be written",
+        file=sys.stderr,
+    )

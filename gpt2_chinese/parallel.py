@@ -1,0 +1,103 @@
+"""Runs the same function on many items, in processes of this machine or on a Dask cluster, results in order."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+MapInOrder = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
+
+_WATCH_SECONDS = 1.0
+
+
+def default_workers() -> int:
+    """The number of processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def open_workers(workers: int, scheduler: str | None = None) -> Iterator[MapInOrder]:
+    """Start workers and give a function like `map` whose results come in the order of the items.
+
+    Items are taken from their iterable only as fast as results are, so that memory does not grow with their number.
+    The function must be importable by its name, and what it returns must not depend on which worker ran it.
+
+    Args:
+        workers: processes on this machine; with 1 everything runs in this one.
+        scheduler: the address of a Dask scheduler, used instead of processes of this machine.
+
+    Raises:
+        ValueError: the scheduler cannot be reached, or the package `distributed` is not installed.
+        OSError: a worker process died.
+    """
+    if scheduler is not None:
+        with _dask_client(scheduler) as client:
+            window = 2 * max(1, len(client.scheduler_info(n_workers=-1)["workers"])) + 2
+            yield lambda function, items: _in_order(
+                lambda item: client.submit(function, item, pure=False), items, window
+            )
+    elif workers == 1:
+        yield lambda function, items: map(function, items)
+    else:
+        # A forked worker has this process's compiled code and mapped models; where there is no fork it loads its own.
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_watch_parent, initargs=(os.getpid(),))
+        try:
+            yield lambda function, items: _in_order(lambda item: pool.submit(function, item), items, 2 * workers + 2)
+        except BrokenProcessPool:
+            raise OSError(
+                "a worker process died (killed, or out of memory); try again, with fewer --workers if memory was short"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _in_order(submit: Callable[[Any], Future[Any]], items: Iterable[Any], window: int) -> Iterator[Any]:
+    waiting: deque[Future[Any]] = deque()
+    for item in items:
+        waiting.append(submit(item))
+        if len(waiting) >= window:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _watch_parent(parent: int) -> None:
+    """End this worker when its parent is gone: after kill -9 nobody else would."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_SECONDS)
+        os._exit(1)
+
+    if sys.platform != "win32":
+        threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def _dask_client(address: str) -> Iterator[Any]:
+    try:
+        from distributed import Client
+    except ImportError:
+        raise ValueError(
+            "--scheduler needs the package distributed, here and on the cluster: pip install distributed"
+        ) from None
+    try:
+        client = Client(address, timeout=10)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--scheduler {address}: no Dask scheduler answers there ({error})") from None
+    with client:
+        yield client
