@@ -16,6 +16,7 @@ import importlib
 import math
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -37,8 +38,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
 
-from gpt2_chinese.checkpoint import check_replaceable, load_model, read_config, save_model
-from gpt2_chinese.command_line import run_script
+from gpt2_chinese.artifacts import exclusive
+from gpt2_chinese.checkpoint import check_replaceable, find_config, load_model, read_config, save_model
+from gpt2_chinese.command_line import print_settings, run_script
 from gpt2_chinese.pieces import check_vocabulary, epoch_order, read_manifest, read_pieces, window_starts
 from gpt2_chinese.tokenizer import Tokenizer
 
@@ -396,13 +398,13 @@ def build_model(args: argparse.Namespace, vocab_file: Path, vocab_size: int) -> 
     return GPT2LMHeadModel(read_config(args.model_config, vocab_size=vocab_size))
 
 
-def prepare(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[Run, GPT2LMHeadModel]:
-    """Read and check everything, tell what will be done, and build the model."""
-    # 1) where
+def prepare(args: argparse.Namespace, world_size: int, say: Callable[[str], None]) -> tuple[Run, GPT2LMHeadModel]:
+    """Read and check everything, tell what will be done, and build the model; `world_size` is 0 without torchrun."""
+    # 1) what costs nothing to check: the devices, the places to write to, the model's shape
     devices, note = choose_devices(args.device)
     if note:
         say(f"note: {note}")
-    ranks = int(os.environ.get("WORLD_SIZE", len(devices)))
+    ranks = world_size or len(devices)
     if args.batch_size < ranks:
         raise ValueError(f"--batch_size {args.batch_size} is less than a window for each of {ranks} devices; raise it")
     precision, precision_note = choose_precision(args, devices[0])
@@ -411,8 +413,13 @@ def prepare(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[Run, 
     output = Path(args.output_dir)
     for name in [FINAL_MODEL, INTERRUPTED_MODEL, *(epoch_name(epoch) for epoch in range(args.epochs))]:
         check_replaceable(output / name)
+    source = Path(args.pretrained_model or args.model_config)
+    config_file = find_config(source) if args.pretrained_model else source
+    n_ctx = read_config(config_file).n_ctx
+    if n_ctx < 2:
+        raise ValueError(f"{config_file}: n_ctx is {n_ctx}, and a window needs a token to predict another from")
 
-    # 2) the vocabulary, and the model's shape
+    # 2) the vocabulary and the corpus
     folder = Path(args.tokenized_data_path)
     manifest = read_manifest(folder)
     vocab_file = Path(args.vocab_file or DEFAULT_VOCABULARY)
@@ -422,50 +429,46 @@ def prepare(args: argparse.Namespace, say: Callable[[str], None]) -> tuple[Run, 
     compat = manifest is None or bool(manifest["options"]["compat"])
     tokenizer = Tokenizer.from_file(vocab_file, compat=compat)
     check_vocabulary(folder, manifest, vocab_file)
-    source = Path(args.pretrained_model or args.model_config)
-    model = build_model(args, vocab_file, len(tokenizer))
-    config = model.config
-    if config.n_ctx < 2:
-        raise ValueError(f"{source}: n_ctx is {config.n_ctx}, and a window needs a token to predict another from")
-
-    # 3) the corpus
     corpus = read_pieces(folder, vocab_size=len(tokenizer), manifest=manifest)
-    stride = effective_stride(args.stride, config.n_ctx)
-    starts = window_starts(corpus.piece_lengths, config.n_ctx, stride)
+    stride = effective_stride(args.stride, n_ctx)
+    starts = window_starts(corpus.piece_lengths, n_ctx, stride)
     if len(starts) == 0:
         raise ValueError(
-            f"{folder} has {len(corpus.tokens):,} tokens, and one window has {config.n_ctx:,} (n_ctx in {source}): "
+            f"{folder} has {len(corpus.tokens):,} tokens, and one window has {n_ctx:,} (n_ctx in {config_file}): "
             "there is nothing to train on. Put more text into data/ (100,000 characters are a small corpus) and run "
             "build_trainfile.py, make-vocab.py and make-tokenized.py again, or take a --model_config with a smaller "
             "n_ctx (config/model_config_mini.json has 128)"
         )
+
+    # 3) the model
+    model = build_model(args, vocab_file, len(tokenizer))
     run = Run(
         args=args,
         devices=devices,
         precision=precision,
         vocab_file=vocab_file,
-        config=config,
+        config=model.config,
         tokenizer=tokenizer,
         tokens=torch.from_numpy(corpus.tokens),
         starts=starts,
         stride=stride,
     )
-    for line in describe(run, model, source, precision_note):
+    for line in describe(run, model, config_file, precision_note):
         say(line)
     return run, model
 
 
-def describe(run: Run, model: GPT2LMHeadModel, source: Path, precision_note: str) -> Iterator[str]:
+def describe(run: Run, model: GPT2LMHeadModel, config_file: Path, precision_note: str) -> Iterator[str]:
     """The resolved settings, a line each."""
     args, config = run.args, run.config
     parameters = sum(parameter.numel() for parameter in model.parameters())
     yield f"corpus     {args.tokenized_data_path}: {len(run.tokens):,} tokens"
-    stated = read_config(source / "config.json" if source.is_dir() else source).vocab_size
-    rows = f" (not the {stated:,} of {source})" if stated != len(run.tokenizer) else ""
+    stated = read_config(config_file).vocab_size
+    rows = f" (not the {stated:,} of {config_file})" if stated != len(run.tokenizer) else ""
     yield f"vocabulary {run.vocab_file}: {len(run.tokenizer):,} tokens{rows}"
     yield (
-        f"model      {source}: {config.n_layer} layers, {config.n_embd} wide, {config.n_head} heads, "
-        f"n_ctx {config.n_ctx}, dropout {config.resid_pdrop:g}; {parameters:,} parameters"
+        f"model      {args.pretrained_model or config_file}: {config.n_layer} layers, {config.n_embd} wide, "
+        f"{config.n_head} heads, n_ctx {config.n_ctx}, dropout {config.resid_pdrop:g}; {parameters:,} parameters"
     )
     clamped = f" (not {args.stride}, which would leave tokens out)" if run.stride != args.stride else ""
     yield (
@@ -538,13 +541,21 @@ def train_rank(rank: int, world_size: int, device: torch.device, run: Run, model
     step = skipped = 0  # updates so far, and those of them that fp16 left out
     speed = 0.0  # tokens per second, of the last updates
     writer = SummaryWriter(args.writer_dir) if rank == 0 else None
-    bar = tqdm(total=total_steps, unit="update", disable=rank > 0, dynamic_ncols=True)
+    in_log_file = not sys.stderr.isatty()  # where every refresh is a line
+    bar = tqdm(
+        total=total_steps,
+        unit=" updates",
+        disable=rank > 0,
+        dynamic_ncols=True,
+        mininterval=10 if in_log_file else 0.1,
+    )
     stop = StopRequest()
     with signal_handlers({signal.SIGINT: stop.note, signal.SIGTERM: stop.note}), bar, writer or nullcontext():
         for epoch in range(args.epochs):
             order = epoch_order(len(run.starts), seed=args.seed, epoch=epoch)
             epoch_loss, epoch_began = torch.zeros((), device=device), time.perf_counter()
-            log_began, log_windows = epoch_began, 0
+            epoch_windows = log_windows = 0
+            log_began = epoch_began
             for begin in range(0, len(order), run.windows_per_update):
                 windows = run.starts[order[begin : begin + run.windows_per_update]]
                 shares = share_of_rank(windows, rank, world_size, args.batch_size)
@@ -569,18 +580,16 @@ def train_rank(rank: int, world_size: int, device: torch.device, run: Run, model
                     dist.all_reduce(shared := torch.stack([loss, stopping]))
                     loss, stopping = shared
                 step += 1
-                epoch_loss += loss * len(windows)
                 log_windows += len(windows)
-
                 if precision.may_skip and not math.isfinite(grad_norm):
                     skipped += 1
-                elif step % args.log_step == 0 or step == total_steps:
+                else:
+                    epoch_loss += loss * len(windows)
+                    epoch_windows += len(windows)
+                if step % args.log_step == 0 or step == total_steps:
                     # Reading the figures waits for the GPU: a larger --log_step is faster.
-                    if not math.isfinite(loss.item()) or not math.isfinite(grad_norm.item()):
-                        raise ValueError(
-                            f"update {step}: the loss is {loss.item()}, its gradient {grad_norm.item()}; take a lower "
-                            "--lr (what was saved after earlier epochs is untouched)"
-                        )
+                    if not precision.may_skip:
+                        check_finite(step, loss=loss.item(), grad_norm=grad_norm.item())
                     now = time.perf_counter()
                     latest = log_windows * n_ctx / (now - log_began)
                     speed = latest if speed == 0 else 0.9 * speed + 0.1 * latest
@@ -603,9 +612,10 @@ def train_rank(rank: int, world_size: int, device: torch.device, run: Run, model
                     return 128 + (stop.signal or signal.SIGINT)
 
             # 3) a model folder after each epoch
+            seconds = time.perf_counter() - epoch_began
+            mean = epoch_loss.item() / epoch_windows if epoch_windows else math.nan
+            check_finite(step, loss=mean, grad_norm=grad_norm.item() if not precision.may_skip else 0.0)
             if rank == 0:
-                seconds = time.perf_counter() - epoch_began
-                mean = epoch_loss.item() / len(order)
                 path = save(epoch_name(epoch), epoch=epoch + 1, updates=step, loss=mean)
                 bar.write(
                     f"epoch {epoch + 1} of {args.epochs}: loss {mean:.4f}, {seconds:,.0f} s, "
@@ -618,6 +628,15 @@ def train_rank(rank: int, world_size: int, device: torch.device, run: Run, model
         path = save(FINAL_MODEL, epoch=args.epochs, updates=step, loss=mean)
         print(f"trained {step:,} updates; the model is in {path}: python generate.py --model_path {path}")
     return 0
+
+
+def check_finite(step: int, *, loss: float, grad_norm: float) -> None:
+    """Stop a run whose weights are lost before it saves them."""
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise ValueError(
+            f"update {step}: the loss is {loss}, the norm of its gradient {grad_norm}; take a lower --lr (the model "
+            "folders of earlier epochs are untouched)"
+        )
 
 
 @contextmanager
@@ -671,6 +690,8 @@ def train_on_all(run: Run) -> int:
         with signal_handlers(handlers):
             while not ranks.join():
                 pass
+        if outcome.empty():  # Ctrl-C before the ranks could listen
+            raise KeyboardInterrupt
         result = outcome.get()
     if isinstance(result, str):
         raise ValueError(result)
@@ -693,18 +714,25 @@ def signal_handlers(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    started_by_torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
-    rank = int(os.environ["RANK"]) if started_by_torchrun else 0
-    run, model = prepare(args, say=print if rank == 0 else lambda _: None)
-    if started_by_torchrun:
-        world_size, local_rank = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
-        device = run.devices[0] if run.devices[0].type == "cpu" else run.devices[local_rank]
-        with process_group(rank, world_size, device, "env://"):
-            return train_rank(rank, world_size, device, run, model)
-    if len(run.devices) > 1:
-        del model  # every rank builds its own
-        return train_on_all(run)
-    return train_rank(0, 1, run.devices[0], run, model)
+    by_torchrun = {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
+    rank, local_rank, world_size = (
+        int(os.environ[name]) if by_torchrun else 0 for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    )
+    if rank == 0:
+        print_settings(args)
+    run, model = prepare(args, world_size, say=print if rank == 0 else lambda _: None)
+    with exclusive(args.output_dir) if rank == 0 else nullcontext():
+        if by_torchrun:
+            on_cpu = run.devices[0].type == "cpu"
+            if not on_cpu and local_rank >= len(run.devices):
+                raise ValueError(f"--device {args.device} has no GPU for local rank {local_rank}; list one for each")
+            device = run.devices[0 if on_cpu else local_rank]
+            with process_group(rank, world_size, device, "env://"):
+                return train_rank(rank, world_size, device, run, model)
+        if len(run.devices) > 1:
+            del model  # every rank builds its own
+            return train_on_all(run)
+        return train_rank(0, 1, run.devices[0], run, model)
 
 
 def _positive(text: str) -> int:

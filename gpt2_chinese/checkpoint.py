@@ -196,14 +196,11 @@ def load_model(
         ValueError: a file is damaged, does not fit the others, or is not a GPT-2; the message names it.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no model folder {folder}; train.py writes one, model/final_model by default")
-    if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"{folder} is not a model folder: it has no {CONFIG}")
+    config_file = find_config(folder)
     tokenizer = _read_tokenizer(folder, vocab_file)
     state = _read_weights(folder)
     embedding = state[_EMBEDDING]
-    config = read_config(folder / CONFIG, vocab_size=len(embedding))
+    config = read_config(config_file, vocab_size=len(embedding))
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the vocabulary has {len(tokenizer)} tokens, but {folder} knows only {config.vocab_size}; "
@@ -221,6 +218,20 @@ def load_model(
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     return model.eval(), tokenizer
+
+
+def find_config(folder: str | Path) -> Path:
+    """The configuration of a model folder.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it is not a model folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no model folder {folder}; train.py writes one, model/final_model by default")
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} is not a model folder: it has no {CONFIG}")
+    return folder / CONFIG
 
 
 def _read_tokenizer(folder: Path, vocab_file: str | Path | None) -> Tokenizer:
@@ -304,13 +315,16 @@ def _check_weights(folder: Path, model: GPT2LMHeadModel, state: Mapping[str, tor
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
     """Give an empty folder that takes the place of `folder` when the block ends without an error.
 
+    What a killed run has left half written is written over.
+
     Raises:
         FileExistsError: `folder` is a file, or holds files but no `config.json` (it is not one of ours to replace).
     """
     folder = Path(folder)
+    new, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():
+        os.replace(old, folder)  # the run was killed between the two renames below
     check_replaceable(folder)
-    new = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:

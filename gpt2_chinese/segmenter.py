@@ -22,10 +22,10 @@ Example:
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,9 +77,6 @@ class Model(NamedTuple):
     scores: np.ndarray  # int64 [MAX_LENGTH × 2], two labels in a number
     missing: np.ndarray  # int64 [MAX_LENGTH + 3, 8], the pairs of a line that are not in the slots
 
-ADDRESSES = 6 + len(Model._fields)
-
-
 class Segmenter:
     """Cuts text into words exactly as THULAC does.
 
@@ -97,23 +94,19 @@ class Segmenter:
     def __init__(self, user_words: Sequence[str] = ()) -> None:
         self.user_words = tuple(user_words)
         self.model = load_model(self.user_words)
+        self._tables = np.array([(table.ctypes.data, table.size) for table in self.model], dtype=np.int64)
+        self._tables_address = self._tables.ctypes.data
         self._segment_addresses = segment_addresses()
-        self._counts = np.zeros(2, dtype=np.int64)
-        self._sizes = np.array([len(table) for table in self.model], dtype=np.int64)
-        addresses = [table.ctypes.data for table in (self._counts, self._sizes, *self.model)]
-        self._addresses = [ctypes.c_void_p(address) for address in addresses]
 
     def __reduce__(self) -> tuple[type[Segmenter], tuple[tuple[str, ...]]]:
         return type(self), (self.user_words,)
 
     def cut(self, text: str) -> list[str]:
         """The words of `text`, any Python string; a line break is a word of its own."""
-        code_points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-        cleaned, ends = self.segment(code_points)
+        cleaned, ends = self._segment(text.encode("utf-32-le", "surrogatepass"), len(text))
         if len(cleaned) != len(text):
             text = cleaned.tobytes().decode("utf-32-le", "surrogatepass")
-        stops = ends.tolist()
-        return [text[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
+        return [text[start:end] for start, end in pairwise([0, *ends.tolist()])]
 
     def segment(self, code_points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The words of a text as arrays.
@@ -126,21 +119,25 @@ class Segmenter:
             (int32); a word starts where the one before ends.
         """
         assert code_points.dtype == np.uint32 and code_points.flags.c_contiguous
-        length = len(code_points)
-        cleaned = np.empty(length, dtype=np.uint32)
-        ends = np.empty(length, dtype=np.int32)
-        self._segment_addresses(
-            code_points.ctypes.data, length, cleaned.ctypes.data, ends.ctypes.data, *self._addresses
-        )
-        characters, words = self._counts.tolist()
-        return cleaned[:characters], ends[:words]
+        return self._segment(code_points.ctypes.data, len(code_points))
+
+    def _segment(self, text: bytes | int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `segment`; the text is UTF-32 or its address."""
+        # One piece of memory for three results: two counts of 64 bits, the cleaned text, the ends.
+        results = np.empty(4 + 2 * length, dtype=np.uint32)
+        counts = results.ctypes.data
+        cleaned = counts + 16
+        ends = cleaned + 4 * length
+        self._segment_addresses(text, length, cleaned, ends, counts, self._tables_address)
+        characters, words = results[:4].view(np.int64).tolist()
+        return results[4 : 4 + characters], results[4 + length : 4 + length + words].view(np.int32)
 
 
 @lru_cache(maxsize=1)
 def segment_addresses() -> Callable[..., None]:
     """The compiled code; see segmenter_kernel.segment_addresses for its arguments."""
     kernel = Path(__file__).with_name("segmenter_kernel.py")
-    return load_function("gpt2_chinese.segmenter_kernel", [Path(__file__), kernel], ADDRESSES)
+    return load_function("gpt2_chinese.segmenter_kernel", [Path(__file__), kernel], arguments=6)
 
 
 def model_folder() -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 from numba import carray, cfunc, njit, types
+from numba.extending import intrinsic
 
 from gpt2_chinese.segmenter import (
     CLOSED,
@@ -36,6 +37,7 @@ STARTS_WORD = BEGIN | SINGLE
 ENDS_WORD = END | SINGLE
 TITLE_LENGTH = 10
 UNREACHABLE = -(1 << 60)
+TABLES = len(Model._fields)
 BOUNDARY = 0xFF03  # "＃" stands before and after a line
 
 # A slot's tag: the pair plus 1, and above it a bit for each dictionary that has an entry beginning with the pair.
@@ -110,14 +112,11 @@ def segment_piece(text, start, end, cleaned, characters, ends, words, model):
         label(length, model)
         first = words
         words, flags = collect(length, characters, ends, words, model.flags, model.labels)
-        if flags & FIRST_OF_ENTRY:
-            words = join(model.user_words, 0, cleaned, characters, ends, first, words, model.flags)
-        if flags & FIRST_OF_ENTRY << 1:
-            words = join(model.place_names, 1, cleaned, characters, ends, first, words, model.flags)
-        if flags & FIRST_OF_ENTRY << 2:
-            words = join(model.idioms, 2, cleaned, characters, ends, first, words, model.flags)
-        if flags & FIRST_OF_ENTRY << 3:
-            words = join(model.punctuation, 3, cleaned, characters, ends, first, words, model.flags)
+        for dictionary in range(4):
+            flag = FIRST_OF_ENTRY << dictionary
+            if flags & flag:
+                trie = (model.user_words, model.place_names, model.idioms, model.punctuation)[dictionary]
+                words = join(trie, flag, cleaned, characters, ends, first, words, model.flags)
         characters += length
         start = stop
         stop = min(start + MAX_LENGTH - 1, end)
@@ -362,7 +361,7 @@ def code_points_of(pair, code_points):
 @compiled
 def begins_entry(trie, left, right):
     """1 if a dictionary has an entry that begins with two characters, else 0."""
-    state = step(trie, 0, left)
+    state = step(trie, np.int64(0), left)
     return np.int64(state >= 0 and step(trie, state, right) >= 0)
 
 
@@ -465,10 +464,11 @@ def collect(length, start, ends, words, flags, labels):
 
 
 @compiled
-def join(trie, dictionary, cleaned, start, ends, first, words, flags):
+def join(trie, flag, cleaned, start, ends, first, words, flags):
     """Join neighbouring words that together are an entry of a dictionary, the longest entry at every word.
 
-    The words are those that end at ends[first:words], and the first of them starts at `start`.
+    The words are those that end at ends[first:words], and the first of them starts at `start`. Only where the flag of
+    the dictionary is set can one begin an entry.
 
     Returns:
         The new number of words.
@@ -478,8 +478,8 @@ def join(trie, dictionary, cleaned, start, ends, first, words, flags):
     word_start = start
     while word < words:
         last = word
-        if flags[word_start - start] & (FIRST_OF_ENTRY << dictionary):
-            state = walk(trie, 0, cleaned, word_start, ends[word])
+        if flags[word_start - start] & flag:
+            state = walk(trie, np.int64(0), cleaned, word_start, ends[word])
             following = word + 1
             # State 0 is where NUL characters lead: like a dead end, it is not the start of an entry.
             while state > 0 and following < words:
@@ -499,7 +499,6 @@ def join(trie, dictionary, cleaned, start, ends, first, words, flags):
 @compiled
 def walk(trie, state, cleaned, start, end):
     """The state of a trie after the characters cleaned[start:end], -1 if no entry goes on with them."""
-    state = np.int64(state)
     for position in range(start, end):
         state = step(trie, state, np.int64(cleaned[position]))
         if state < 0:
@@ -516,60 +515,49 @@ def step(trie, state, character):
     return np.int64(-1)
 
 
-def segment_addresses(
-    text,
-    length,
-    cleaned,
-    ends,
-    counts,
-    sizes,
-    characters,
-    code_points,
-    character_weights,
-    features,
-    weights,
-    transitions,
-    user_words,
-    place_names,
-    idioms,
-    punctuation,
-    slot_tags,
-    slot_weights,
-    flags,
-    labels,
-    choices,
-    scores,
-    missing,
-):
-    """segment_text for callers that have addresses; `counts` takes the result, `sizes` has the lengths of a Model."""
-    size = carray(sizes, 17)
+@intrinsic
+def pointer(_, address, kind):
+    """An address as a pointer to numbers of some kind."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(kind.dtype)(address, kind), generate
+
+
+@compiled
+def table(tables, index, kind):
+    """A table of the model from the list of the tables' addresses and lengths."""
+    return carray(pointer(tables[2 * index], kind), tables[2 * index + 1])
+
+
+def segment_addresses(text, length, cleaned, ends, counts, tables):
+    """segment_text for a caller that has addresses; its result goes to `counts`, the model comes in `tables`."""
+    tables = carray(tables, 2 * TABLES)
     model = Model(
-        carray(characters, size[0]),
-        carray(code_points, size[1]),
-        carray(character_weights, size[2]),
-        carray(features, size[3]),
-        carray(weights, size[4]),
-        carray(transitions, size[5]),
-        carray(user_words, size[6]),
-        carray(place_names, size[7]),
-        carray(idioms, size[8]),
-        carray(punctuation, size[9]),
-        carray(slot_tags, size[10]),
-        carray(slot_weights, size[11]),
-        carray(flags, size[12]),
-        carray(labels, size[13]),
-        carray(choices, size[14]),
-        carray(scores, size[15]),
-        carray(missing, (size[16], 8)),
+        table(tables, 0, np.uint32),
+        table(tables, 1, np.int32),
+        table(tables, 2, np.int64),
+        table(tables, 3, np.int32),
+        table(tables, 4, np.int32),
+        table(tables, 5, np.int32),
+        table(tables, 6, np.int32),
+        table(tables, 7, np.int32),
+        table(tables, 8, np.int32),
+        table(tables, 9, np.int32),
+        table(tables, 10, np.uint32),
+        table(tables, 11, np.int64),
+        table(tables, 12, np.uint32),
+        table(tables, 13, np.uint8),
+        table(tables, 14, np.uint8),
+        table(tables, 15, np.int64),
+        table(tables, 16, np.int64).reshape(-1, 8),
     )
-    result = carray(counts, 2)
-    result[0], result[1] = segment_text(carray(text, length), carray(cleaned, length), carray(ends, length), model)
+    counts = carray(counts, 2)
+    counts[0], counts[1] = segment_text(carray(text, length), carray(cleaned, length), carray(ends, length), model)
 
 
 def compile_entry():
     """Compile segment_addresses; compiled.py keeps the machine code."""
-    uint8, int32, uint32, int64 = (types.CPointer(kind) for kind in (types.uint8, types.int32, types.uint32, types.int64))
-    arguments = (uint32, types.int64, uint32, int32, int64, int64)
-    tables = (uint32, int32, int64, int32, int32, int32, int32, int32, int32, int32)
-    memory = (uint32, int64, uint32, uint8, uint8, int64, int64)
-    return cfunc(types.void(*arguments, *tables, *memory))(segment_addresses)
+    uint32, int32, int64 = types.CPointer(types.uint32), types.CPointer(types.int32), types.CPointer(types.int64)
+    return cfunc(types.void(uint32, types.int64, uint32, int32, int64, int64))(segment_addresses)

@@ -369,8 +369,10 @@ def test_too_many_waiting_sequences_are_refused_at_once():
 
 def test_everyone_hears_of_a_model_thread_that_died(monkeypatch, caplog):
     with Engine(tiny_model(), tiny_tokenizer(), rows=2) as engine:
-        monkeypatch.setattr(engine.decoder, "step", lambda *_: 1 / 0)
+        all_are_in = threading.Event()
+        monkeypatch.setattr(engine.decoder, "step", lambda *_: all_are_in.wait(WAIT) / 0)
         tickets = [engine.submit(engine.prompt("一", 8), samples=2, length=20) for _ in range(3)]
+        all_are_in.set()
         for ticket in tickets:
             with pytest.raises(EngineStopped, match="ZeroDivisionError"):
                 ticket.future.result(WAIT)

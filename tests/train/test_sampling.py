@@ -72,6 +72,13 @@ def test_top_k_equals_transformers_even_where_logits_tie():
         assert torch.equal(filtered(logits, torch.full((50,), top_k), off), expected)
 
 
+def test_top_p_keeps_the_token_behind_exactly_p():
+    """The reference removes what is above p, not what is at it; halves are exact, so nothing is rounded here."""
+    logits = torch.tensor([[0.0, 0.0, -1.0, -1.0]])
+    assert kept(filtered(logits, torch.tensor([2]), torch.tensor([0.5]))[0]) == [0, 1]
+    assert kept(filtered(logits, torch.tensor([2]), torch.tensor([0.49]))[0]) == [0]
+
+
 def test_repetition_penalty_equals_transformers():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(4, 30, generator=generator)

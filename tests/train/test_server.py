@@ -611,4 +611,5 @@ def test_the_server_as_a_process_answers_finishes_its_work_at_sigterm_and_stops(
         finally:
             process.kill()
     assert process.returncode == 0
-    assert out.strip() == "stopped" and err == ""
+    assert out.strip() == "stopped"
+    assert all(line.startswith("note: ") for line in err.splitlines()), err

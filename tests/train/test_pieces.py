@@ -1,0 +1,207 @@
+"""Pieces: read, checked against manifest and vocabulary, and cut into windows that leave no token out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt2_chinese import pieces
+from gpt2_chinese.artifacts import sha256_of
+from gpt2_chinese.pieces import check_vocabulary, epoch_order, read_manifest, read_pieces, window_starts
+from gpt2_chinese.vocabulary import SPECIAL_TOKENS, write_vocabulary
+
+
+def write_pieces(folder: Path, texts: list[str]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for number, text in enumerate(texts):
+        (folder / f"tokenized_train_{number}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def write_manifest(folder: Path, vocab_file: Path) -> Path:
+    files = sorted(folder.glob("tokenized_train_*.txt"))
+    manifest = {
+        "format": 1,
+        "vocabulary": {"path": str(vocab_file), "sha256": sha256_of(vocab_file), "size": 9},
+        "options": {"num_pieces": len(files), "min_length": 0, "compat": False},
+        "pieces": [{"file": file.name, "sha256": sha256_of(file), "tokens": 1, "documents": 1} for file in files],
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    return folder / "manifest.json"
+
+
+def vocabulary(path: Path, *words: str) -> Path:
+    write_vocabulary(path, [*SPECIAL_TOKENS, *words])
+    return path
+
+
+def test_pieces_are_read_in_numeric_order_not_in_that_of_their_names(tmp_path):
+    folder = write_pieces(tmp_path / "tokenized", [f"2 {number + 5} 1 " for number in range(12)])
+    corpus = read_pieces(folder, vocab_size=100)
+    assert corpus.tokens.reshape(12, 3)[:, 1].tolist() == list(range(5, 17))
+    assert corpus.piece_lengths == (3,) * 12
+
+
+def test_empty_pieces_line_breaks_and_a_missing_trailing_space_are_read(tmp_path):
+    folder = write_pieces(tmp_path / "tokenized", ["", "2 5 1\r\n2 6\n1", " \n", "7 "])
+    corpus = read_pieces(folder, vocab_size=8)
+    assert corpus.tokens.tolist() == [2, 5, 1, 2, 6, 1, 7]
+    assert corpus.piece_lengths == (0, 6, 0, 1)
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 64])
+def test_numbers_are_whole_where_they_cross_the_border_of_a_block(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(pieces, "_BLOCK", block)
+    numbers = [2, 12345, 6, 65535, 10, 1]
+    text = " ".join(map(str, numbers)) + " "
+    folder = write_pieces(tmp_path / "tokenized", [text])
+    assert read_pieces(folder, vocab_size=1 << 16).tokens.tolist() == numbers
+    write_manifest(folder, vocabulary(tmp_path / "vocab.txt", "a"))
+    read_pieces(folder, vocab_size=1 << 16, manifest=read_manifest(folder))  # its SHA-256 is that of the whole file
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
+def test_large_vocabularies_do_not_wrap_round_at_16_bits(tmp_path, vocab_size, dtype):
+    folder = write_pieces(tmp_path / "tokenized", [f"2 {vocab_size - 1} 1 "])
+    tokens = read_pieces(folder, vocab_size=vocab_size).tokens
+    assert tokens.dtype == dtype
+    assert tokens.tolist() == [2, vocab_size - 1, 1]
+
+
+def test_the_reference_s_pieces_and_windows_are_those_of_its_training(reference):
+    trace = json.loads((reference / "training_trace.json").read_text(encoding="utf-8"))
+    corpus = read_pieces(reference / "tokenized_full", vocab_size=4425)
+    assert len(corpus.tokens) == 45_181
+    starts = window_starts(corpus.piece_lengths[:1], trace["n_ctx"], trace["stride"])
+    assert len(starts) == trace["n_windows"] == 227
+    assert corpus.tokens[starts[0] : starts[0] + trace["n_ctx"]].tolist() == trace["first_window"]
+    assert corpus.tokens[starts[-1] : starts[-1] + trace["n_ctx"]].tolist() == trace["last_window"]
+
+
+def reference_windows(tokens: list[int], n_ctx: int, stride: int) -> list[list[int]]:
+    """The reference's rule for one piece, as its behaviour is described, for pieces of at least a window."""
+    begins = [begin for begin in range(0, len(tokens), stride) if begin < len(tokens) - n_ctx]
+    return [tokens[begin : begin + n_ctx] for begin in begins] + [tokens[-n_ctx:]]
+
+
+@given(st.integers(2, 40), st.integers(0, 200), st.integers(1, 39))
+def test_windows_of_a_piece_are_the_reference_s(n_ctx, extra, stride):
+    tokens = list(range(n_ctx + extra))
+    stride = min(stride, n_ctx)
+    starts = window_starts([len(tokens)], n_ctx, stride)
+    assert [tokens[start : start + n_ctx] for start in starts] == reference_windows(tokens, n_ctx, stride)
+
+
+@given(st.lists(st.integers(0, 50), max_size=12), st.integers(2, 20), st.data())
+def test_no_token_is_left_out_of_the_windows(lengths, n_ctx, data):
+    stride = data.draw(st.integers(1, n_ctx - 1))
+    starts = window_starts(lengths, n_ctx, stride)
+    total = sum(lengths)
+    if total < n_ctx:
+        assert len(starts) == 0
+        return
+    predicted = {start + offset for start in starts.tolist() for offset in range(1, n_ctx)}
+    first_tokens = set(starts.tolist())
+    assert predicted | first_tokens == set(range(total))
+    assert len(first_tokens) == len(starts), "a window is there twice"
+    # What is never predicted begins a piece, or pieces that were joined.
+    assert set(range(total)) - predicted <= {sum(lengths[:number]) for number in range(len(lengths))}
+
+
+def test_short_pieces_are_joined_with_the_next_and_the_last_with_the_one_before():
+    assert window_starts([2, 3, 9, 1], n_ctx=4, stride=3).tolist() == [0, 1, 5, 8, 11]
+    assert window_starts([1, 1, 1], n_ctx=4, stride=3).tolist() == []
+
+
+def test_the_order_depends_on_seed_and_epoch_only_and_loses_no_window():
+    order = epoch_order(1000, seed=1, epoch=0)
+    assert sorted(order.tolist()) == list(range(1000))
+    np.random.seed(3)
+    assert epoch_order(1000, seed=1, epoch=0).tolist() == order.tolist()
+    assert epoch_order(1000, seed=1, epoch=1).tolist() != order.tolist()
+    assert epoch_order(1000, seed=2, epoch=0).tolist() != order.tolist()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("2 5 9 1 ", r"tokenized_train_1\.txt, number 3: id 9 is outside the vocabulary of 9 tokens.*make-tokenized"),
+        ("2 99999999999999999999 1 ", r"number 2: id 99999999999999999999 is outside"),
+        ("2 5 -6 1", r"tokenized_train_1\.txt, byte 4: b'-' is no part of an id"),
+        ("2 5 x 1", r"byte 4: b'x'"),
+        ("2 ５ 1", r"byte 2: b'\\xef'"),
+    ],
+)
+def test_what_is_no_id_is_named_with_file_and_position_before_training(tmp_path, text, message):
+    folder = write_pieces(tmp_path / "tokenized", ["2 1 ", text])
+    with pytest.raises(ValueError, match=message):
+        read_pieces(folder, vocab_size=9)
+
+
+def test_an_id_outside_the_vocabulary_far_into_a_piece_is_counted_over_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(pieces, "_BLOCK", 16)
+    folder = write_pieces(tmp_path / "tokenized", ["5 " * 100 + "70 "])
+    with pytest.raises(ValueError, match="number 101: id 70"):
+        read_pieces(folder, vocab_size=50)
+    folder = write_pieces(tmp_path / "tokenized", ["5 " * 100 + "? "])
+    with pytest.raises(ValueError, match=r"byte 200: b'\?'"):
+        read_pieces(folder, vocab_size=50)
+
+
+def test_a_missing_folder_or_piece_is_said_with_the_stage_that_writes_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no folder .*absent: run make-tokenized\.py first"):
+        read_pieces(tmp_path / "absent", vocab_size=9)
+    folder = tmp_path / "tokenized"
+    folder.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no tokenized_train_0\.txt in .*make-tokenized\.py first"):
+        read_pieces(folder, vocab_size=9)
+    write_pieces(folder, ["2 1 "] * 12)
+    for number in (3, 5, 7, 8):
+        (folder / f"tokenized_train_{number}.txt").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"tokenized_train_11\.txt, but not tokenized_train_3.*7\.txt and 1 more"
+    ):
+        read_pieces(folder, vocab_size=9)
+
+
+def test_a_manifest_that_does_not_fit_names_both_files_and_the_command(tmp_path):
+    vocab_file = vocabulary(tmp_path / "vocab.txt", "a", "b", "c", "d")
+    folder = write_pieces(tmp_path / "tokenized", ["2 5 1 ", "2 6 1 "])
+    assert read_manifest(folder) is None
+    write_manifest(folder, vocab_file)
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    check_vocabulary(folder, manifest, vocab_file)
+    assert read_pieces(folder, vocab_size=9, manifest=manifest).tokens.tolist() == [2, 5, 1, 2, 6, 1]
+
+    other = vocabulary(tmp_path / "other.txt", "b", "a", "c", "d")
+    with pytest.raises(ValueError, match=r"other\.txt is not the vocabulary that .*manifest\.json.*make-tokenized\.py"):
+        check_vocabulary(folder, manifest, other)
+    (folder / "tokenized_train_1.txt").write_text("2 7 1 ", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"tokenized_train_1\.txt is not the file that .*manifest\.json describes"):
+        read_pieces(folder, vocab_size=9, manifest=manifest)
+    (folder / "tokenized_train_1.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"manifest\.json lists tokenized_train_1\.txt, which is not there"):
+        read_pieces(folder, vocab_size=9, manifest=manifest)
+    write_pieces(folder, ["2 5 1 ", "2 6 1 ", "2 5 1 "])
+    with pytest.raises(ValueError, match=r"manifest\.json does not know .*tokenized_train_2\.txt"):
+        read_pieces(folder, vocab_size=9, manifest=manifest)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"pieces": [{"file": 3}], "vocabulary": {}}', "{"])
+def test_a_damaged_manifest_is_not_taken_for_none(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"manifest\.json is not"):
+        read_manifest(tmp_path)
+
+
+def test_the_sha256_is_that_of_the_bytes_on_the_disk(tmp_path):
+    folder = write_pieces(tmp_path / "tokenized", ["2 5 1 "])
+    write_manifest(folder, vocabulary(tmp_path / "vocab.txt", "a"))
+    assert read_manifest(folder)["pieces"][0]["sha256"] == hashlib.sha256(b"2 5 1 ").hexdigest()
