@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from itertools import groupby, islice
@@ -126,10 +125,11 @@ class Progress:
 
     def add(self, number: int, entry: dict[str, Any], report: PieceReport) -> None:
         self.finished[number] = entry, report
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps([number, entry, vars(report)]) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps([number, entry, vars(report)]) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def end(self) -> None:
         self._path.unlink()

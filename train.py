@@ -94,7 +94,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--stride",
         type=_positive,
         default=768,
-        help="tokens from one window to the next, at most n_ctx - 1 (default: %(default)s)",
+        help="tokens from one window to the next, at most n_ctx - 1; a quarter of n_ctx shows a small corpus at other "
+        "positions too, instead of being learnt by heart at one (default: %(default)s)",
     )
     parser.add_argument(
         "--lr", type=_positive_number, default=1.5e-4, help="highest learning rate (default: %(default)s)"
@@ -604,7 +605,7 @@ def train_rank(rank: int, world_size: int, device: torch.device, run: Run, model
 
                 if (stopping.item() if world_size > 1 else stop.signal) and step < total_steps:
                     if rank == 0:
-                        path = save(INTERRUPTED_MODEL, epoch=epoch + 1, updates=step, loss=loss.item())
+                        path = save(INTERRUPTED_MODEL, epoch=epoch + 1, updates=step)
                         bar.write(
                             f"stopped after update {step:,} of {total_steps:,}: the model as it is now is in {path}; "
                             f"go on from its weights with --pretrained_model {path}"
@@ -613,8 +614,10 @@ def train_rank(rank: int, world_size: int, device: torch.device, run: Run, model
 
             # 3) a model folder after each epoch
             seconds = time.perf_counter() - epoch_began
-            mean = epoch_loss.item() / epoch_windows if epoch_windows else math.nan
-            check_finite(step, loss=mean, grad_norm=grad_norm.item() if not precision.may_skip else 0.0)
+            if not epoch_windows:
+                raise ValueError(f"every update of epoch {epoch + 1} overflowed in fp16; take --precision fp32 or bf16")
+            mean = epoch_loss.item() / epoch_windows
+            check_finite(step, loss=mean, grad_norm=0.0 if precision.may_skip else grad_norm.item())
             if rank == 0:
                 path = save(epoch_name(epoch), epoch=epoch + 1, updates=step, loss=mean)
                 bar.write(

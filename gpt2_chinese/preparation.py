@@ -65,7 +65,7 @@ class WordCounts:
 def count_batch(documents: list[str]) -> WordCounts:
     """Count the words that the tokenizer will look up, before they are folded."""
     table = _shared_table()
-    sequence = table.number(documents).sequence
+    sequence = table.number(documents)
     counts = np.zeros(len(table.words), dtype=np.int64)
     order = np.empty(len(table.words), dtype=np.int32)
     order = order[: count_sequence(sequence, counts, order)]
@@ -158,6 +158,7 @@ class _IdTable:
         self._clear()
 
     def _clear(self) -> None:
+        self._generation = self._table.generation if self._table is not None else 0
         # Of every word: where its ids begin, its parts, parts of several tokens, unknown tokens, and those parts.
         self._starts = np.zeros(1, dtype=np.int64)
         self._ids = np.zeros(0, dtype=np.int32)
@@ -189,9 +190,9 @@ class _IdTable:
     def format(self, documents: list[str], report: PieceReport) -> bytes:
         """The ids of documents in decimal; adds to the report."""
         assert self._table is not None
-        sequence = self._table.number(documents).sequence
-        if len(self._table.words) < len(self._figures):
-            self._clear()  # the table has forgotten its words
+        sequence = self._table.number(documents)
+        if self._table.generation != self._generation:
+            self._clear()
         self._learn(self._table.words[len(self._figures) :])
 
         counts = np.bincount(sequence[sequence >= 0], minlength=len(self._figures))

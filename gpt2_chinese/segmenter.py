@@ -75,7 +75,7 @@ class Model(NamedTuple):
     labels: np.ndarray  # uint8 [MAX_LENGTH], allowed labels, then 1 where a word starts
     choices: np.ndarray  # uint8 [MAX_LENGTH], a bit for each label: which of its two predecessors is better
     scores: np.ndarray  # int64 [MAX_LENGTH × 2], two labels in a number
-    missing: np.ndarray  # int64 [MAX_LENGTH + 3, 8], the pairs of a line that are not in the slots
+    missing: np.ndarray  # int64 [(MAX_LENGTH + 3) × 8], the pairs of a line that are not in the slots
 
 class Segmenter:
     """Cuts text into words exactly as THULAC does.
@@ -181,13 +181,16 @@ def load_model(user_words: Sequence[str]) -> Model:
         labels=np.zeros(MAX_LENGTH, dtype=np.uint8),
         choices=np.zeros(MAX_LENGTH, dtype=np.uint8),
         scores=np.zeros(2 * MAX_LENGTH, dtype=np.int64),
-        missing=np.zeros((MAX_LENGTH + 3, 8), dtype=np.int64),
+        missing=np.zeros(8 * (MAX_LENGTH + 3), dtype=np.int64),
     )
 
 
 def map_integers(path: Path) -> np.ndarray:
-    """A file of little-endian 32-bit integers as an array; its pages are read when they are touched."""
-    return np.memmap(path, dtype="<i4", mode="r").view(np.ndarray)
+    """A file of little-endian 32-bit integers as an array; its pages are read when they are touched.
+
+    Nothing writes to it, but an array that says it is read-only would be another type to compiled code.
+    """
+    return np.memmap(path, dtype="<i4", mode="c").view(np.ndarray)
 
 
 def children_of_root(trie: np.ndarray) -> np.ndarray:

@@ -239,7 +239,7 @@ def score_pairs(length, characters, flags, slot_tags, slots, scores, missing):
     character and the next one.
 
     Returns:
-        How many pairs are not in the slots; the first two numbers in the rows of `missing` are the places and pairs.
+        How many pairs are not in the slots; `missing` has 8 numbers for each, its place and the pair.
     """
     one_0 = one_1 = one_2 = two_0 = two_1 = two_2 = np.int64(0)
     misses = 0
@@ -270,8 +270,8 @@ def score_pairs(length, characters, flags, slot_tags, slots, scores, missing):
             if left_flags & ENTRY_MASK and (left_flags | right_flags) & FOLDED == 0:
                 flags[position] = left_flags & (np.int64(tag) >> TAG_BITS << ENTRY_BIT | ~ENTRY_MASK)
         else:
-            missing[misses, 0] = position
-            missing[misses, 1] = pair
+            missing[8 * misses] = position
+            missing[8 * misses + 1] = pair
             misses += 1
             one_3 = two_3 = np.int64(0)
         if position >= 1:
@@ -300,46 +300,46 @@ def score_missing(misses, length, model):
     )
     cells = features.shape[0] >> 1
     for miss in range(misses):
-        pair = missing[miss, 1]
+        pair = missing[8 * miss + 1]
         left, right = code_points_of(pair, model.code_points)
-        missing[miss, 2] = -1
+        missing[8 * miss + 2] = -1
         if left >= 0 and right >= 0:
             cell = np.int64(features[2 * left]) + right
             if cell < cells and features[2 * cell + 1] == left:
-                missing[miss, 2] = np.int64(features[2 * cell]) + 32
+                missing[8 * miss + 2] = np.int64(features[2 * cell]) + 32
     for miss in range(misses):
-        parent = missing[miss, 2]
+        parent = missing[8 * miss + 2]
         if parent >= 0:
-            missing[miss, 3] = features[2 * parent]
+            missing[8 * miss + 3] = features[2 * parent]
     for miss in range(misses):
-        parent = missing[miss, 2]
+        parent = missing[8 * miss + 2]
         if parent >= 0:
             for place in range(4):
-                cell = missing[miss, 3] + 49 + place
-                missing[miss, 4 + place] = -1
+                cell = missing[8 * miss + 3] + 49 + place
+                missing[8 * miss + 4 + place] = -1
                 if 0 <= cell < cells and features[2 * cell + 1] == parent:
-                    missing[miss, 4 + place] = 4 * np.int64(features[2 * cell])
+                    missing[8 * miss + 4 + place] = 4 * np.int64(features[2 * cell])
     for miss in range(misses):
-        pair = missing[miss, 1]
+        pair = missing[8 * miss + 1]
         start = slot_of(pair) << 3
         character = (pair >> NUMBER_BITS) << 3
         for part in range(8):
             slots[start + part] = model.character_weights[character + part]
-        if missing[miss, 2] >= 0:
+        if missing[8 * miss + 2] >= 0:
             for place in range(4):
-                feature = missing[miss, 4 + place]
+                feature = missing[8 * miss + 4 + place]
                 if feature >= 0:
                     # "1" acts on the second of the pair, "2" on its first, "3" after it, "4" before it.
                     part = start + (4, 2, 6, 0)[place]
                     slots[part] += np.int64(weights[feature]) + (np.int64(weights[feature + 1]) << 32)
                     slots[part + 1] += np.int64(weights[feature + 2]) + (np.int64(weights[feature + 3]) << 32)
-        position = missing[miss, 0]
+        position = missing[8 * miss]
         for part in range(8):
             target = 2 * position - 2 + part
             if 0 <= target < 2 * length:
                 scores[target] += slots[start + part]
     for miss in range(misses):
-        pair = missing[miss, 1]
+        pair = missing[8 * miss + 1]
         left, right = code_points_of(pair, model.code_points)
         entries = 0b1111  # of characters without a number nothing is known: all dictionaries may have them
         if left >= 0 and right >= 0:
@@ -551,7 +551,7 @@ def segment_addresses(text, length, cleaned, ends, counts, tables):
         table(tables, 13, np.uint8),
         table(tables, 14, np.uint8),
         table(tables, 15, np.int64),
-        table(tables, 16, np.int64).reshape(-1, 8),
+        table(tables, 16, np.int64),
     )
     counts = carray(counts, 2)
     counts[0], counts[1] = segment_text(carray(text, length), carray(cleaned, length), carray(ends, length), model)

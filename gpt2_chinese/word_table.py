@@ -8,7 +8,6 @@ The tests hold this module to `WordSplitter` and `Tokenizer`, which say in Pytho
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numba import njit
@@ -35,29 +34,19 @@ LINE_BREAK_WORD = np.int32(-2)
 MAX_WORDS = 2_000_000  # the table is begun anew when it has more, so that memory stays flat
 
 
-class Words(NamedTuple):
-    """The words of one batch.
-
-    Attributes:
-        sequence: int32, the number of each word in its order; `DOCUMENT_END` behind each document, `LINE_BREAK_WORD`.
-        first_new: numbers from here on were not seen in an earlier batch.
-    """
-
-    sequence: np.ndarray
-    first_new: int
-
-
 class WordTable:
     """Numbers the words of documents. A word is a pair: THULAC's word as it stands in the cleaned text, and whether
     it touches a spaced character before it.
 
     Attributes:
         words: the pairs in the order of their numbers.
+        generation: raised each time the table forgets its words.
     """
 
     def __init__(self, segmenter: Segmenter) -> None:
         self._segmenter = segmenter
         self._classes = np.full(0x110000, UNSEEN, dtype=np.uint8)
+        self.generation = 0
         self._clear()
 
     def _clear(self) -> None:
@@ -68,13 +57,15 @@ class WordTable:
         self._touching = np.zeros(1 << 15, dtype=np.bool_)
         self._arena = np.zeros(1 << 18, dtype=np.uint32)
 
-    def number(self, documents: Sequence[str]) -> Words:
-        """Number the words of documents.
+    def number(self, documents: Sequence[str]) -> np.ndarray:
+        """Give the number of each word of the documents in its order: int32, with `DOCUMENT_END` behind each document and
+        `LINE_BREAK_WORD` between its lines.
 
-        The table forgets all words before it starts on a batch if there are more than `MAX_WORDS`; `first_new` is then
-        0, and numbers of earlier batches are void.
+        The table forgets all words before it starts on a batch if there are more than `MAX_WORDS`; numbers of earlier
+        batches are void then, and `generation` is raised.
         """
         if len(self.words) > MAX_WORDS:
+            self.generation += 1
             self._clear()
         text = "\n".join(documents) + "\n"
         code_points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
@@ -102,7 +93,7 @@ class WordTable:
                 break
             self._grow(count)
         self._read_new_words(first_new, count)
-        return Words(sequence[:filled], first_new)
+        return sequence[:filled]
 
     def _classify(self, code_points: np.ndarray) -> None:
         unseen = np.unique(code_points[self._classes[code_points] == UNSEEN])
@@ -338,4 +329,4 @@ def append_id(id_, decimal, decimal_starts, output, length):
     return length
 
 
-__all__ = ["DOCUMENT_END", "LINE_BREAK_WORD", "WordTable", "Words", "count_sequence", "format_ids"]
+__all__ = ["DOCUMENT_END", "LINE_BREAK_WORD", "WordTable", "count_sequence", "format_ids"]
