@@ -58,8 +58,9 @@ class WordTable:
         self._arena = np.zeros(1 << 18, dtype=np.uint32)
 
     def number(self, documents: Sequence[str]) -> np.ndarray:
-        """Give the number of each word of the documents in its order: int32, with `DOCUMENT_END` behind each document and
-        `LINE_BREAK_WORD` between its lines.
+        """Give the number of each word of the documents in its order, int32.
+
+        `DOCUMENT_END` stands behind each document, and `LINE_BREAK_WORD` between its lines.
 
         The table forgets all words before it starts on a batch if there are more than `MAX_WORDS`; numbers of earlier
         batches are void then, and `generation` is raised.

@@ -101,6 +101,27 @@ def test_truncated_file_is_an_error_not_a_lost_character(tmp_path):
         read(path)
 
 
+def test_a_file_of_two_encodings_is_refused_at_the_place_where_it_changes(tmp_path):
+    path = tmp_path / "mixed.txt"
+    first = "这一行是UTF-8。\r\n".encode()
+    path.write_bytes(first + "这一行是国标码。\n".encode("gbk"))
+    with pytest.raises(ValueError, match=rf"mixed\.txt, line 2, byte {len(first)}: not utf-8"):
+        read(path)
+    with pytest.raises(ValueError, match="cannot be told"):
+        read(path, "auto")
+
+
+def test_a_line_of_100_megabytes_is_one_document(tmp_path):
+    path = tmp_path / "long.txt"
+    line = "长" * 1_000_000
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines([line] * 34)
+        file.write("\n短\n")
+    assert path.stat().st_size > 100_000_000
+    blocks = read_text(path, encoding="utf-8", on_error="stop", report=DecodeReport(), progress=lambda n: None)
+    assert [len(document) for document in split_documents(blocks, "line")] == [34_000_000, 1]
+
+
 def test_gzip_is_read_and_a_damaged_one_is_named(tmp_path):
     path = tmp_path / "a.txt.gz"
     data = gzip.compress(SIMPLIFIED.encode())
