@@ -104,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     print("settings: " + ", ".join(f"{name} {value}" for name, value in vars(args).items()))
     settings = Settings(args.temperature, args.topk, args.topp, args.repetition_penalty)
     model, tokenizer = load_model(args.model_path, device=choose_device(args.device), vocab_file=args.vocab_file)
+    tokenizer.encode("你好")  # loads the segmenter before the first question instead of behind it
 
     saved: list[str] = []
     with Engine(model, tokenizer, rows=min(args.batch_size, args.nsamples)) as engine:

@@ -101,8 +101,9 @@ def cache_folders() -> list[Path]:
     """Where machine code may be kept, first choice first."""
     if os.environ.get("NUMBA_CACHE_DIR"):
         return [Path(os.environ["NUMBA_CACHE_DIR"])]
-    system = os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else os.environ.get("XDG_CACHE_HOME")
-    return [Path(__file__).parent / "__pycache__", Path(system or os.path.expanduser("~/.cache")) / "gpt2_chinese"]
+    cache = os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else os.environ.get("XDG_CACHE_HOME")
+    folders = [Path(__file__).parent / "__pycache__", Path(cache or os.path.expanduser("~/.cache")) / "gpt2_chinese"]
+    return [folder for folder in folders if folder.is_absolute()]  # "~" stays where there is no home
 
 
 def read_code(file_name: str) -> bytes | None:

@@ -67,7 +67,7 @@ def count_batch(documents: list[str]) -> WordCounts:
     table = _shared_table()
     sequence = table.number(documents)
     counts = np.zeros(len(table.words), dtype=np.int64)
-    order = np.empty(len(table.words), dtype=np.int32)
+    order: np.ndarray = np.empty(len(table.words), dtype=np.int32)
     order = order[: count_sequence(sequence, counts, order)]
     words = [raw + "\t" if touching else raw for raw, touching in map(table.words.__getitem__, order.tolist())]
     return WordCounts("\n".join(words), counts[order])
@@ -161,8 +161,8 @@ class _IdTable:
         self._generation = self._table.generation if self._table is not None else 0
         # Of every word: where its ids begin, its parts, parts of several tokens, unknown tokens, and those parts.
         self._starts = np.zeros(1, dtype=np.int64)
-        self._ids = np.zeros(0, dtype=np.int32)
-        self._figures = np.zeros((0, 3), dtype=np.int64)
+        self._ids: np.ndarray = np.zeros(0, dtype=np.int32)
+        self._figures: np.ndarray = np.zeros((0, 3), dtype=np.int64)
         self._unknown: dict[int, list[str]] = {}
 
     def _learn(self, words: list[tuple[str, bool]]) -> None:

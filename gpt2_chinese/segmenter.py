@@ -77,6 +77,7 @@ class Model(NamedTuple):
     scores: np.ndarray  # int64 [MAX_LENGTH × 2], two labels in a number
     missing: np.ndarray  # int64 [(MAX_LENGTH + 3) × 8], the pairs of a line that are not in the slots
 
+
 class Segmenter:
     """Cuts text into words exactly as THULAC does.
 
@@ -251,7 +252,7 @@ def make_trie(words: Sequence[str]) -> np.ndarray:
             children.append({})
             node = children[node].setdefault(ord(character), len(children) - 1)
         children[node][0] = -1
-    cells = np.full((1, 2), -1, dtype=np.int32)
+    cells: np.ndarray = np.full((1, 2), -1, dtype=np.int32)
     cells[0] = 0
     states = {0: 0}
     free = 1

@@ -4,6 +4,9 @@ Importing this module imports Numba; segmenter.py does so only where the machine
 functions that Numba compiles may call `segment_text` with a segmenter's model.
 """
 
+# mypy: allow-untyped-defs
+# Numba finds the types of the compiled functions from their calls.
+
 from __future__ import annotations
 
 import numpy as np
@@ -427,7 +430,7 @@ def find_best(length, scores, transitions, labels, choices):
         else:
             bit, score, own = MIDDLE, middle, own_middle
         if allowed & bit:
-            is_reached = score > UNREACHABLE >> 1
+            is_reached = bool(score > UNREACHABLE >> 1)
             if not is_reached:
                 score = own
             if best < 0 or score > best_score:
@@ -528,7 +531,7 @@ def pointer(_, address, kind):
 @compiled
 def table(tables, index, kind):
     """A table of the model from the list of the tables' addresses and lengths."""
-    return carray(pointer(tables[2 * index], kind), tables[2 * index + 1])
+    return carray(pointer(tables[2 * index], kind), tables[2 * index + 1])  # type: ignore[call-arg]
 
 
 def segment_addresses(text, length, cleaned, ends, counts, tables):

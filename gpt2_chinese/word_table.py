@@ -53,7 +53,7 @@ class WordTable:
         self.words: list[tuple[str, bool]] = []
         self._slots = np.full(1 << 16, -1, dtype=np.int32)
         self._hashes = np.zeros(1 << 15, dtype=np.uint64)
-        self._starts = np.zeros((1 << 15) + 1, dtype=np.int64)
+        self._starts: np.ndarray = np.zeros((1 << 15) + 1, dtype=np.int64)
         self._touching = np.zeros(1 << 15, dtype=np.bool_)
         self._arena = np.zeros(1 << 18, dtype=np.uint32)
 
@@ -138,7 +138,7 @@ def _doubled(array: np.ndarray) -> np.ndarray:
 
 
 @njit(cache=True)
-def clean_documents(code_points, ends, classes, cleaned):
+def clean_documents(code_points: np.ndarray, ends: np.ndarray, classes: np.ndarray, cleaned: np.ndarray) -> int:
     """Drop and fold characters as `clean` and `str.split` do line by line; give the length of what is left."""
     length = 0
     document = 0
@@ -173,9 +173,22 @@ def clean_documents(code_points, ends, classes, cleaned):
 
 @njit(cache=True)
 def number_words(
-    text, word_ends, document_ends, classes, slots, hashes, starts, touching_of, arena, sequence, done, filled,
-    document, touching, count,
-):  # fmt: skip
+    text: np.ndarray,
+    word_ends: np.ndarray,
+    document_ends: np.ndarray,
+    classes: np.ndarray,
+    slots: np.ndarray,
+    hashes: np.ndarray,
+    starts: np.ndarray,
+    touching_of: np.ndarray,
+    arena: np.ndarray,
+    sequence: np.ndarray,
+    done: int,
+    filled: int,
+    document: int,
+    touching: bool,
+    count: int,
+) -> tuple[int, int, int, bool, int]:
     """Number words from word `done` on until the end or until the table is full."""
     start = word_ends[done - 1] if done else 0
     mask = np.uint64(len(slots) - 1)
@@ -250,7 +263,7 @@ def number_words(
 
 
 @njit(cache=True)
-def fill_slots(slots, hashes, count):
+def fill_slots(slots: np.ndarray, hashes: np.ndarray, count: int) -> None:
     """Put the words that a table has into its new, larger slots."""
     mask = np.uint64(len(slots) - 1)
     for number in range(count):
@@ -261,7 +274,7 @@ def fill_slots(slots, hashes, count):
 
 
 @njit(cache=True)
-def count_sequence(sequence, counts, order):
+def count_sequence(sequence: np.ndarray, counts: np.ndarray, order: np.ndarray) -> int:
     """Count word numbers into `counts` (zero before); give how many different ones, in `order` as they first come."""
     different = 0
     for number in sequence:
@@ -274,7 +287,17 @@ def count_sequence(sequence, counts, order):
 
 
 @njit(cache=True)
-def format_ids(sequence, id_starts, ids, decimal, decimal_starts, first_id, last_id, line_break_id, output):
+def format_ids(
+    sequence: np.ndarray,
+    id_starts: np.ndarray,
+    ids: np.ndarray,
+    decimal: np.ndarray,
+    decimal_starts: np.ndarray,
+    first_id: int,
+    last_id: int,
+    line_break_id: int,
+    output: np.ndarray,
+) -> tuple[int, int, int, int]:
     """Write documents of word numbers as ids in decimal, each `first_id` ids `last_id`, a space behind every id.
 
     A document without any id is left out.
@@ -323,7 +346,7 @@ def format_ids(sequence, id_starts, ids, decimal, decimal_starts, first_id, last
 
 
 @njit(cache=True)
-def append_id(id_, decimal, decimal_starts, output, length):
+def append_id(id_: int, decimal: np.ndarray, decimal_starts: np.ndarray, output: np.ndarray, length: int) -> int:
     for place in range(decimal_starts[id_], decimal_starts[id_ + 1]):
         output[length] = decimal[place]
         length += 1

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,13 @@ def served(server, test, *, engine=None, **limits):
             return await test(client)
 
     return asyncio.run(run())
+
+
+async def wait_until(condition, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        await asyncio.sleep(0.001)
 
 
 async def check_good(client) -> list[str]:
@@ -454,8 +462,7 @@ def test_health_answers_while_the_model_works(server):
     async def test(client):
         wish = {"context": "一", "maxlength": 1024, "samples": 8}
         busy = asyncio.create_task(client.post("/generate", json=wish))
-        while not engine.running:
-            await asyncio.sleep(0.001)
+        await wait_until(lambda: engine.running)
         for _ in range(10):
             async with client.get("/health") as response:
                 assert response.status == 200
@@ -473,8 +480,7 @@ def test_a_request_that_takes_too_long_is_504_and_frees_its_rows(server):
         wish = {"context": "一", "maxlength": 1_000_000, "samples": 8}
         async with client.post("/generate", json=wish) as response:
             await check_error(response, 504, "timeout")
-        while engine.running:
-            await asyncio.sleep(0.001)
+        await wait_until(lambda: not engine.running)
         await check_good(client)
 
     served(server, test, engine=engine, length=1_000_000, request_seconds=0.3)
@@ -486,13 +492,9 @@ def test_a_client_that_goes_away_frees_its_rows(server):
     async def test(client):  # TestServer cancels handlers, as main() does
         wish = {"context": "一", "maxlength": 1_000_000, "samples": 8}
         busy = asyncio.create_task(client.post("/generate", json=wish))
-        while not engine.running:
-            await asyncio.sleep(0.001)
+        await wait_until(lambda: engine.running)
         busy.cancel()
-        start = time.monotonic()
-        while engine.running:
-            assert time.monotonic() - start < 5
-            await asyncio.sleep(0.001)
+        await wait_until(lambda: not engine.running)
         await check_good(client)
 
     served(server, test, engine=engine, length=1_000_000)
@@ -583,8 +585,8 @@ def test_a_wrong_flag_is_named(server, flags, message):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_the_server_as_a_process_answers_finishes_its_work_at_sigterm_and_stops(tmp_path):
-    folder = save_tiny_model(tmp_path / "model")
+def test_the_process_drops_who_has_gone_and_finishes_what_it_has_begun_at_sigterm(tmp_path):
+    folder = save_tiny_model(tmp_path / "model", endless_model())
     command = [sys.executable, "server.py", "--port", "0", "--model_path", str(folder)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -597,14 +599,30 @@ def test_the_server_as_a_process_answers_finishes_its_work_at_sigterm_and_stops(
             assert '\\"context\\": \\"\\u4f60\\u597d\\"' in line
             host, port = url.removeprefix("http://").split(":")
             body = json.dumps({"context": "一", "maxlength": 1000, "samples": 32}).encode()
+            head = f"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+
+            def running() -> int:
+                with urllib.request.urlopen(f"{url}/health", timeout=60) as response:
+                    return json.load(response)["running"]
+
             with socket.create_connection((host, int(port)), timeout=60) as connection:
-                head = f"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
                 connection.sendall(head.encode() + body)
-                time.sleep(0.2)
+                while running() != 32:
+                    pass
+            gone = time.monotonic()
+            while running():
+                pass
+            left_after = time.monotonic() - gone
+            with socket.create_connection((host, int(port)), timeout=60) as connection:
+                connection.sendall(head.encode() + body)
+                while running() != 32:
+                    pass
+                start = time.monotonic()
                 process.send_signal(signal.SIGTERM)
                 answer = b""
                 while part := connection.recv(65536):
                     answer += part
+            assert left_after < (time.monotonic() - start) / 2, "the rows of a client that had gone went on"
             assert answer.startswith(b"HTTP/1.1 200 OK")
             assert len(json.loads(answer.partition(b"\r\n\r\n")[2])) == 32
             out, err = process.communicate(timeout=60)

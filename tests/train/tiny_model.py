@@ -74,6 +74,6 @@ def endless_model(*, n_ctx: int = 32) -> GPT2LMHeadModel:
     return model
 
 
-def save_tiny_model(folder: Path) -> Path:
-    save_model(folder, tiny_model(), tiny_tokenizer(), facts={})
+def save_tiny_model(folder: Path, model: GPT2LMHeadModel | None = None) -> Path:
+    save_model(folder, model or tiny_model(), tiny_tokenizer(), facts={})
     return folder
