@@ -171,6 +171,7 @@ class Vocabulary:
 
     words: list[str]
     parts: list[str]
+    spells_all: bool = True  # every character of the corpus has its place
 
 
 def choose_tokens(ranked_words: list[str], ranked_parts: list[str], vocab_size: int) -> Vocabulary:
@@ -179,11 +180,8 @@ def choose_tokens(ranked_words: list[str], ranked_parts: list[str], vocab_size: 
     Every part has its place if all of them fit into half of the vocabulary, otherwise the most frequent ones; a part
     that is among the words anyway takes none. The words get the rest, in their order.
     """
-    parts = list(ranked_parts)
-    if vocab_size >= MIN_SIZE_FOR_BYTES:
-        parts = [*parts[: vocab_size // 2 - len(BYTE_TOKENS)], *BYTE_TOKENS]
-    else:
-        parts = parts[: vocab_size // 2]
+    more = BYTE_TOKENS if vocab_size >= MIN_SIZE_FOR_BYTES else ()
+    parts = [*ranked_parts[: vocab_size // 2 - len(more)], *more]
     words = [word for word in ranked_words if len(word) <= MAX_WORD]
     not_words = set(parts)
     kept = 0
@@ -193,7 +191,8 @@ def choose_tokens(ranked_words: list[str], ranked_parts: list[str], vocab_size: 
             break
         not_words.discard(words[kept])
         kept += 1
-    return Vocabulary(words[:kept], [part for part in parts if part in not_words])
+    spells_all = len(parts) == len(ranked_parts) + len(more)
+    return Vocabulary(words[:kept], [part for part in parts if part in not_words], spells_all)
 
 
 def parameters(config: dict[str, int], vocab_size: int) -> tuple[int, int]:
@@ -221,6 +220,7 @@ def coverage_rows(
                 "words": len(chosen.words),
                 "coverage": covered / seen,
                 "spelled": 1 - covered / seen,
+                "spells_all": chosen.spells_all,
                 "rarest_word_count": counts[chosen.words[-1]] if chosen.words else 0,
                 "embedding_share": embedding / total,
             }
@@ -229,9 +229,10 @@ def coverage_rows(
 
 
 def recommend(rows: list[dict[str, float]]) -> int:
-    """The largest size whose rarest word is seen often enough to be learnt; the smallest one if there is none."""
-    learnt = [int(row["vocab_size"]) for row in rows if row["rarest_word_count"] >= LEARNT_COUNT]
-    return max(learnt, default=REPORT_SIZES[0])
+    """The largest size whose rarest word is seen often enough to be learnt, but one that spells every character."""
+    spelling_all = [row for row in rows if row["spells_all"]] or rows[-1:]
+    learnt = [int(row["vocab_size"]) for row in spelling_all if row["rarest_word_count"] >= LEARNT_COUNT]
+    return max(learnt, default=int(spelling_all[0]["vocab_size"]))
 
 
 def print_coverage(rows: list[dict[str, float]], recommended: int, config_path: str) -> None:
@@ -243,8 +244,8 @@ def print_coverage(rows: list[dict[str, float]], recommended: int, config_path: 
             f"{row['rarest_word_count']:12,} {row['embedding_share']:10.1%}"
         )
     print(
-        f"recommended: --vocab_size {recommended}, the largest whose rarest word is seen {LEARNT_COUNT} times or "
-        "more; a rarer word has too few examples to be learnt, and is better spelled"
+        f"recommended: --vocab_size {recommended}, the largest that spells all and whose rarest word is seen "
+        f"{LEARNT_COUNT} times (or else the smallest that spells them): rarer words are hardly learnt, better spelled"
     )
 
 

@@ -111,6 +111,21 @@ def test_summary_says_what_is_covered(make_vocab, capsys):
     assert "are spelled" in printed
 
 
+def test_the_recommended_size_leaves_nothing_unknown(make_vocab, tmp_path):
+    """A size at which half of the vocabulary cannot hold the corpus' characters was once recommended."""
+    documents = ["".join(chr(0x4E00 + 7 * n + k) for k in range(3)) + "我们" * 5 for n in range(900)]
+    config = tmp_path / "config.json"
+    config.write_text('{"n_embd": 64, "n_layer": 2, "n_positions": 128}')
+    flags = ["--report", str(tmp_path / "report.json"), "--model_config", str(config)]
+    lines = 64 * len(make_vocab(documents, *flags))
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    tokenizer = Tokenizer(make_vocab(documents, "--vocab_size", str(report["recommended_vocab_size"])))
+    assert report["recommended_vocab_size"] > 1000
+    assert not any(UNK_ID in tokenizer.encode(document) for document in documents)
+    blocks = 2 * (12 * 64 * 64 + 13 * 64) + 128 * 64 + 2 * 64
+    assert report["sizes"][-1]["embedding_share"] == pytest.approx(lines / (lines + blocks))
+
+
 @pytest.mark.parametrize(("documents", "message"), [([], "there is no word"), (["\x00", " "], "there is no word")])
 def test_a_corpus_without_words_is_refused(make_vocab, tmp_path, documents, message):
     with pytest.raises(ValueError, match=message):
