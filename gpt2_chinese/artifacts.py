@@ -17,6 +17,22 @@ except ImportError:  # Windows: two runs that write the same file are not told a
     fcntl = None  # type: ignore[assignment]
 
 
+_locked_descriptors: set[int] = set()
+
+
+def drop_inherited_locks() -> None:
+    """Let a forked worker not hold its parent's locks, which would outlive a parent that is killed.
+
+    The descriptors are put on the null device and not closed, so that what a file object still has in its buffer
+    goes nowhere.
+    """
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in _locked_descriptors:
+        os.dup2(null, descriptor)
+    os.close(null)
+    _locked_descriptors.clear()
+
+
 @contextmanager
 def replacing(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file that takes the place of `path` only when the block ends without an error.
@@ -67,7 +83,11 @@ def _locked(temporary: Path, mode: str, text: dict[str, str]) -> Iterator[IO[Any
             if not ours:
                 raise BlockingIOError(errno.EAGAIN, "another run is writing it; wait for its end, or stop it")
         file.truncate(0)
-        yield file
+        _locked_descriptors.add(file.fileno())
+        try:
+            yield file
+        finally:
+            _locked_descriptors.discard(file.fileno())
 
 
 @contextmanager
@@ -87,7 +107,11 @@ def exclusive(folder: str | Path) -> Iterator[None]:
                 raise BlockingIOError(
                     errno.EAGAIN, "another run is writing into this folder; wait for its end, or stop it", str(folder)
                 ) from None
-        yield
+        _locked_descriptors.add(file.fileno())
+        try:
+            yield
+        finally:
+            _locked_descriptors.discard(file.fileno())
 
 
 def sha256_of(path: str | Path) -> str:

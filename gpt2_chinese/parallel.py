@@ -14,11 +14,13 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from gpt2_chinese.artifacts import drop_inherited_locks
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 MapInOrder = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
-_WATCH_SECONDS = 1.0
+_WATCH_SECONDS = 0.5
 
 
 def default_workers() -> int:
@@ -54,7 +56,7 @@ def open_workers(workers: int, scheduler: str | None = None) -> Iterator[MapInOr
     else:
         # A forked worker has this process's compiled code and mapped models; where there is no fork it loads its own.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_watch_parent, initargs=(os.getpid(),))
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(os.getpid(),))
         try:
             yield lambda function, items: _in_order(lambda item: pool.submit(function, item), items, 2 * workers + 2)
         except BrokenProcessPool:
@@ -75,8 +77,9 @@ def _in_order(submit: Callable[[Any], Future[Any]], items: Iterable[Any], window
         yield waiting.popleft().result()
 
 
-def _watch_parent(parent: int) -> None:
-    """End this worker when its parent is gone: after kill -9 nobody else would."""
+def _begin_worker(parent: int) -> None:
+    """Drop the parent's locks, and end this worker when its parent is gone: after kill -9 nobody else would."""
+    drop_inherited_locks()
 
     def watch() -> None:
         while os.getppid() == parent:
