@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt2_chinese.vocabulary import CLS_ID, MASK_ID, PAD_ID, SEP_ID, SPECIAL_TOKENS, UNK_ID, read_vocabulary
+from gpt2_chinese.vocabulary import SEP_ID, SPECIAL_TOKENS, UNK_ID, read_vocabulary
 
 if TYPE_CHECKING:
     from gpt2_chinese.segmenter import Segmenter
@@ -392,21 +392,3 @@ class Tokenizer:
             else:
                 return [UNK_ID]
         return ids
-
-
-__all__ = [
-    "BYTE_TOKENS",
-    "CLS_ID",
-    "LINE_BREAK",
-    "MASK_ID",
-    "PAD_ID",
-    "TextJoiner",
-    "Tokenizer",
-    "WordSplitter",
-    "clean",
-    "dropped_characters",
-    "fold",
-    "is_spaced",
-    "join_tokens",
-    "spelling",
-]

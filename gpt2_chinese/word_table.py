@@ -351,6 +351,3 @@ def append_id(id_: int, decimal: np.ndarray, decimal_starts: np.ndarray, output:
         output[length] = decimal[place]
         length += 1
     return length
-
-
-__all__ = ["DOCUMENT_END", "LINE_BREAK_WORD", "WordTable", "count_sequence", "format_ids"]
