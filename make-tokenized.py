@@ -9,6 +9,7 @@ Reads data/train.json and vocab/vocab_user.txt, writes tokenized/tokenized_train
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -36,6 +37,7 @@ from gpt2_chinese.tokenizer import PART_PREFIX, RULES_VERSION
 from gpt2_chinese.vocabulary import read_vocabulary
 
 MANIFEST_FORMAT = 1
+HELD_CHARACTERS = 1 << 25  # 64 MiB of Chinese text in memory
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -90,11 +92,13 @@ def tokenize_pieces(
 def write_piece(path: Path, parts: Iterable[tuple[bytes, PieceReport]]) -> tuple[dict[str, Any], PieceReport]:
     """Write one piece, and give its entry in the manifest and its report."""
     report = PieceReport()
+    digest = hashlib.sha256()
     with replacing(path, "wb") as file:
         for text, part in parts:
             file.write(text)
+            digest.update(text)
             report.add(part)
-    entry = {"file": path.name, "sha256": sha256_of(path), "tokens": report.tokens, "documents": report.documents}
+    entry = {"file": path.name, "sha256": digest.hexdigest(), "tokens": report.tokens, "documents": report.documents}
     return entry, report
 
 
@@ -160,10 +164,16 @@ def main(argv: list[str] | None = None) -> None:
             f"warning: {args.vocab_filename} has no ## parts, so words outside it may become [UNK]; it comes from "
             "make-vocab.py --compat or from GPT2-Chinese: build one without --compat, or give --compat here too"
         )
-    total = long_enough = 0
+    total = long_enough = characters = 0
+    held: list[str] = []  # a small corpus is kept, a large one is read again
     for document in read_train_json(args.raw_data_path):
         total += 1
         long_enough += measured_length(document, compat=args.compat) > args.min_length
+        characters += len(document)
+        if characters <= HELD_CHARACTERS:
+            held.append(document)
+        else:
+            held.clear()
     if not total:
         raise ValueError(f"--raw_data_path {args.raw_data_path}: there is no document in it; nothing was written")
     if not long_enough:
@@ -202,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
             tqdm(total=total, unit=" documents", unit_scale=True, desc="tokenizing") as bar,
         ):
             bar.update(sum(sizes[number] for number in progress.finished))
-            documents = read_train_json(args.raw_data_path)
+            documents = iter(held) if len(held) == total else read_train_json(args.raw_data_path)
             done = set(progress.finished)
             for number, parts in tokenize_pieces(documents, sizes, done, tokenizing, map_in_order):
                 progress.add(number, *write_piece(folder / f"tokenized_train_{number}.txt", parts))

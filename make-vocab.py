@@ -26,7 +26,6 @@ from gpt2_chinese.command_line import print_settings, run_script
 from gpt2_chinese.corpus import read_train_json
 from gpt2_chinese.parallel import default_workers, open_workers
 from gpt2_chinese.preparation import (
-    WordCounts,
     batches,
     count_batch,
     count_batch_of_reference,
@@ -91,15 +90,6 @@ def read_config(path: str) -> dict[str, int]:
     return config
 
 
-def merge_counts(batches: Iterable[WordCounts]) -> dict[str, int]:
-    """Add up the counts of batches; words stay in the order of first appearance in the corpus."""
-    counts: dict[str, int] = {}
-    for batch in batches:
-        for word, count in batch.items():
-            counts[word] = counts.get(word, 0) + count
-    return counts
-
-
 def load_keras_text() -> ModuleType:
     """Load the module of `tf.keras.preprocessing.text` without the 4 seconds that importing TensorFlow takes.
 
@@ -134,13 +124,17 @@ def rank_words(counts: dict[str, int]) -> list[str]:
     return list(tokenizer.index_word.values())
 
 
-def reference_counts(counts: dict[str, int]) -> dict[str, int]:
-    """Turn counts of THULAC's words into those of the words that Keras' default filters make of them.
+def reference_counts(batches: Iterable[dict[str, int]]) -> dict[str, int]:
+    """Add up counts of THULAC's words as those of the words that Keras' default filters make of them.
 
     The reference joins THULAC's words with spaces and lets Keras lower-case the line, drop ASCII punctuation and split
     it at spaces: word by word it gives the same, and each word needs to be looked at only once.
     """
     text_to_word_sequence = load_keras_text().text_to_word_sequence
+    counts: dict[str, int] = {}  # words stay in the order of first appearance in the corpus
+    for batch in batches:
+        for word, count in batch.items():
+            counts[word] = counts.get(word, 0) + count
     filtered: dict[str, int] = {}
     for word, count in counts.items():
         for part in text_to_word_sequence(word):
@@ -263,9 +257,10 @@ def main(argv: list[str] | None = None) -> None:
         tqdm(total=size, unit="B", unit_scale=True, desc="counting words") as bar,
     ):
         documents = read_train_json(path, progress=bar.update)
-        function = count_batch_of_reference if args.compat else count_batch
-        raw_counts = merge_counts(map_in_order(function, batches(documents)))
-    counts = (reference_counts if args.compat else fold_counts)(raw_counts)
+        if args.compat:
+            counts = reference_counts(map_in_order(count_batch_of_reference, batches(documents)))
+        else:
+            counts = fold_counts(map_in_order(count_batch, batches(documents)))
     if not counts:
         raise ValueError(f"--raw_data_path {path}: there is no word in it; nothing was written")
 

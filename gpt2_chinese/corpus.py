@@ -320,13 +320,16 @@ def read_train_json(path: str | Path, *, progress: Callable[[int], object] | Non
             f"there is no {path}: run build_trainfile.py first, or name the file with --raw_data_path"
         )
     with open(path, "rb") as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
-        reported = 0
+        reported = read = 0
         try:
             for document in _json_strings(file, path):
                 yield document
-                if progress is not None and binary.tell() != reported:
+                read += 1
+                if progress is not None and read % 256 == 0 and binary.tell() != reported:
                     progress(binary.tell() - reported)
                     reported = binary.tell()
+            if progress is not None:
+                progress(binary.tell() - reported)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 ({error.reason}); build it again with build_trainfile.py") from None
 

@@ -16,9 +16,19 @@ import numpy as np
 from gpt2_chinese.segmenter import Segmenter
 from gpt2_chinese.tokenizer import LINE_BREAK, Tokenizer, dropped_characters, fold_word
 from gpt2_chinese.vocabulary import CLS_ID, MASK_ID, SEP_ID, UNK_ID
-from gpt2_chinese.word_table import DOCUMENT_END, LINE_BREAK_WORD, WordTable, count_sequence, format_ids
+from gpt2_chinese.word_table import (
+    DOCUMENT_END,
+    LINE_BREAK_WORD,
+    CountedWords,
+    WordCounter,
+    WordStore,
+    WordTable,
+    format_ids,
+    spell_plain_words,
+)
 
 BATCH_CHARACTERS = 1 << 20
+ID_BYTES = 8  # digits and a space: vocabularies are smaller than ten million
 
 
 def batches(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -46,48 +56,29 @@ def _shared_table() -> WordTable:
     return WordTable(shared_segmenter())
 
 
-@dataclass
-class WordCounts:
-    """Different words of a batch in the order of first appearance, and how often each stands there.
-
-    `words` is joined by line breaks, which no word has; with `compat` these are THULAC's words, without it a word that
-    touches a spaced character before it ends with a tab.
-    """
-
-    words: str
-    counts: np.ndarray
-
-    def items(self) -> Iterator[tuple[str, int]]:
-        if len(self.counts):
-            yield from zip(self.words.split("\n"), self.counts.tolist(), strict=True)
-
-
-def count_batch(documents: list[str]) -> WordCounts:
+def count_batch(documents: list[str]) -> CountedWords:
     """Count the words that the tokenizer will look up, before they are folded."""
     table = _shared_table()
-    sequence = table.number(documents)
-    counts = np.zeros(len(table.words), dtype=np.int64)
-    order: np.ndarray = np.empty(len(table.words), dtype=np.int32)
-    order = order[: count_sequence(sequence, counts, order)]
-    words = [raw + "\t" if touching else raw for raw, touching in map(table.words.__getitem__, order.tolist())]
-    return WordCounts("\n".join(words), counts[order])
+    return table.count(table.number(documents))
 
 
-def count_batch_of_reference(documents: list[str]) -> WordCounts:
+def count_batch_of_reference(documents: list[str]) -> dict[str, int]:
     """Count THULAC's words of the documents as they are."""
     counts: Counter[str] = Counter()
     for document in documents:
         counts.update(shared_segmenter().cut(document))
     del counts[LINE_BREAK]
-    return WordCounts("\n".join(counts), np.fromiter(counts.values(), np.int64, len(counts)))
+    return counts
 
 
-def fold_counts(counts: dict[str, int]) -> dict[str, int]:
-    """Turn counts of `count_batch` into those of the folded words, in the order of first appearance."""
+def fold_counts(batches: Iterable[CountedWords]) -> dict[str, int]:
+    """Add up counts of `count_batch` as those of the folded words, in the order of first appearance."""
+    counter = WordCounter()
+    for batch in batches:
+        counter.add(batch)
     folded: dict[str, int] = {}
-    for word, count in counts.items():
-        touching = word.endswith("\t")
-        for part in fold_word(word.removesuffix("\t"), touching)[0]:
+    for (word, touching), count in counter.items():
+        for part in fold_word(word, touching)[0]:
             folded[part] = folded.get(part, 0) + count
     return folded
 
@@ -133,7 +124,6 @@ def tokenize_batch(task: tuple[Tokenizing, list[str]]) -> tuple[bytes, PieceRepo
     tokenizing, documents = task
     kept = [d for d in documents if measured_length(d, compat=tokenizing.compat) > tokenizing.min_length]
     report = PieceReport(too_short=len(documents) - len(kept))
-    report.dropped_characters = sum(map(dropped_characters, kept))
     if not kept:
         return b"", report
     ids_of = _ids_of(tokenizing)
@@ -152,51 +142,67 @@ class _IdTable:
         segmenter = None if tokenizing.compat else shared_segmenter()
         self._tokenizer = Tokenizer(tokenizing.vocabulary, compat=tokenizing.compat, segmenter=segmenter)
         self._table = None if tokenizing.compat else _shared_table()
+        if self._table is not None:
+            self._vocabulary = WordStore.of(tokenizing.vocabulary)
+            self._longest = max(map(len, tokenizing.vocabulary))
         decimal = [b"%d " % id_ for id_ in range(len(tokenizing.vocabulary))]
-        self._decimal = np.frombuffer(b"".join(decimal), dtype=np.uint8)
-        self._decimal_starts = np.cumsum([0, *map(len, decimal)], dtype=np.int64)
+        assert len(decimal[-1]) <= ID_BYTES
+        self._decimal = np.frombuffer(b"".join(text.ljust(ID_BYTES) for text in decimal), np.uint8).reshape(
+            -1, ID_BYTES
+        )
+        self._decimal_lengths = np.fromiter(map(len, decimal), np.int64, len(decimal))
         self._clear()
 
     def _clear(self) -> None:
         self._generation = self._table.generation if self._table is not None else 0
-        # Of every word: where its ids begin, its parts, parts of several tokens, unknown tokens, and those parts.
-        self._starts = np.zeros(1, dtype=np.int64)
+        # Of every word: where its ids begin and end, its parts, parts of several tokens, unknown tokens, those parts.
+        self._starts: np.ndarray = np.zeros(0, dtype=np.int64)
+        self._ends: np.ndarray = np.zeros(0, dtype=np.int64)
         self._ids: np.ndarray = np.zeros(0, dtype=np.int32)
-        self._figures: np.ndarray = np.zeros((0, 3), dtype=np.int64)
+        self._figures: np.ndarray = np.zeros((3, 0), dtype=np.int64)
         self._unknown: dict[int, list[str]] = {}
 
-    def _learn(self, words: list[tuple[str, bool]]) -> None:
-        ids: list[int] = []
-        starts: list[int] = []
-        figures: list[tuple[int, int, int]] = []
-        base = len(self._figures)
-        for number, (raw, touching) in enumerate(words, start=base):
-            parts = fold_word(raw, touching)[0]
-            before = len(ids)
-            spelled = 0
+    def _learn(self, words: WordStore) -> None:
+        """Take in the words that have come since the last call."""
+        first = self._figures.shape[1]
+        if words.count == first:
+            return
+        # 1) Nearly all words, in compiled code.
+        spelled = spell_plain_words(self._vocabulary, self._longest, words, first)
+        starts, ends, ids = spelled.starts, spelled.ends, spelled.ids.tolist()
+        figures = np.ones((3, words.count - first), dtype=np.int64)
+        figures[1] = ends - starts > 1
+        figures[2] = 0
+        # 2) The others, as the tokenizer says.
+        for number in np.flatnonzero(ends < 0).tolist():
+            parts = fold_word(*words.read_one(first + number))[0]
+            starts[number] = len(ids)
+            several = 0
             for part in parts:
                 part_ids = self._tokenizer.word_ids(part)
                 ids += part_ids
-                spelled += len(part_ids) > 1
+                several += len(part_ids) > 1
                 if UNK_ID in part_ids:
-                    self._unknown.setdefault(number, []).append(part)
-            starts.append(len(ids))
-            figures.append((len(parts), spelled, ids[before:].count(UNK_ID)))
-        last = self._starts[-1]
-        self._starts = np.concatenate((self._starts, last + np.asarray(starts, dtype=np.int64)))
+                    self._unknown.setdefault(first + number, []).append(part)
+            ends[number] = len(ids)
+            figures[:, number] = len(parts), several, ids[starts[number] :].count(UNK_ID)
+        self._starts = np.concatenate((self._starts, starts + len(self._ids)))
+        self._ends = np.concatenate((self._ends, ends + len(self._ids)))
         self._ids = np.concatenate((self._ids, np.asarray(ids, dtype=np.int32)))
-        self._figures = np.concatenate((self._figures, np.asarray(figures, dtype=np.int64).reshape(-1, 3)))
+        self._figures = np.concatenate((self._figures, figures), axis=1)
 
     def format(self, documents: list[str], report: PieceReport) -> bytes:
         """The ids of documents in decimal; adds to the report."""
         assert self._table is not None
+        dropped_before = self._table.dropped_characters
         sequence = self._table.number(documents)
+        report.dropped_characters += self._table.dropped_characters - dropped_before
         if self._table.generation != self._generation:
             self._clear()
-        self._learn(self._table.words[len(self._figures) :])
+        self._learn(self._table.words)
 
-        counts = np.bincount(sequence[sequence >= 0], minlength=len(self._figures))
-        words, spelled, unknown = (counts @ self._figures).tolist()
+        counts = np.bincount(sequence[sequence >= 0], minlength=self._figures.shape[1])
+        words, spelled, unknown = (int(counts @ figure) for figure in self._figures)
         line_breaks = int(np.count_nonzero(sequence == LINE_BREAK_WORD))
         report.words += words
         report.spelled_words += spelled
@@ -207,12 +213,12 @@ class _IdTable:
                     report.unknown_words[part] += int(counts[number])
 
         marks = 2 * int(np.count_nonzero(sequence == DOCUMENT_END)) + line_breaks
-        most_ids = int(counts @ np.diff(self._starts)) + marks
-        longest = int(np.diff(self._decimal_starts).max())
-        output = np.empty(most_ids * longest, dtype=np.uint8)
+        most_ids = int(counts @ (self._ends - self._starts)) + marks
+        output = np.empty((most_ids + 1) * ID_BYTES, dtype=np.uint8)
         length, tokens, kept, empty = format_ids(
-            sequence, self._starts, self._ids, self._decimal, self._decimal_starts, MASK_ID, CLS_ID, SEP_ID, output
-        )
+            sequence, self._starts, self._ends, self._ids, self._decimal, self._decimal_lengths, MASK_ID, CLS_ID,
+            SEP_ID, output,
+        )  # fmt: skip
         report.tokens += tokens
         report.documents += kept
         report.empty += empty
@@ -233,6 +239,7 @@ class _IdTable:
                     report.unknown_tokens += word_ids.count(UNK_ID)
             ids.append(CLS_ID)
             report.documents += 1
+            report.dropped_characters += dropped_characters(document)
             report.tokens += len(ids)
             lines.append(" ".join(map(str, ids)) + " ")
         return "".join(lines).encode("ascii")

@@ -38,6 +38,7 @@ BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 _BYTE_OF = {token: byte for byte, token in enumerate(BYTE_TOKENS)}
 _REFERENCE_MAX_WORD = 100  # the reference's word piece gives up on longer parts
 _SPECIAL_PATTERN = re.compile("|".join(re.escape(token) for token in SPECIAL_TOKENS))
+_IDEOGRAPHS = re.compile("[一-鿿]+")  # the block of CJK Unified Ideographs
 _LATIN_WORD = re.compile("[a-z]+")
 _CACHED_WORDS = 1_000_000  # forgotten all at once when there are more, so that memory stays flat
 
@@ -147,6 +148,8 @@ class WordSplitter:
 
 def fold_word(raw: str, touching: bool) -> tuple[list[str], bool]:
     """Give the words of one THULAC word, and whether a word behind it would touch a spaced character."""
+    if _IDEOGRAPHS.fullmatch(raw):
+        return [raw], False  # nearly every word: nothing to fold, to split or to space
     words: list[str] = []
     for number, chunk in enumerate(re.split(r"(\s+)", raw)):
         if number % 2:
@@ -165,6 +168,8 @@ def spelling(word: str) -> list[str]:
         >>> spelling("##38度")
         ['##3', '##8', '度']
     """
+    if _IDEOGRAPHS.fullmatch(word):
+        return list(word)
     attached = word.startswith(PART_PREFIX) and len(word) > len(PART_PREFIX)
     body = word[len(PART_PREFIX) :] if attached else word
     touching = attached
@@ -325,18 +330,18 @@ class Tokenizer:
             return [known]
         ids: list[int] = []
         characters = spelling(word)
+        body = "".join(character[-1] for character in characters)
         start = 0
         while start < len(characters):
             # A part is written as it stands behind its left neighbour: with "##" if its first character touches it.
             for end in range(min(len(characters), start + self._longest), start, -1):
-                part = characters[start] + "".join(c[-1] for c in characters[start + 1 : end])
-                known = self._id_of.get(part)
+                known = self._id_of.get(characters[start] + body[start + 1 : end])
                 if known is not None:
                     ids.append(known)
                     start = end
                     break
             else:
-                ids += self._spell_in_bytes(characters[start][-1])
+                ids += self._spell_in_bytes(body[start])
                 start += 1
         return ids
 
