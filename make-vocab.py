@@ -176,17 +176,16 @@ def choose_tokens(ranked_words: list[str], ranked_parts: list[str], vocab_size: 
     """
     more = BYTE_TOKENS if vocab_size >= MIN_SIZE_FOR_BYTES else ()
     parts = [*ranked_parts[: vocab_size // 2 - len(more)], *more]
-    words = [word for word in ranked_words if len(word) <= MAX_WORD]
     not_words = set(parts)
     kept = 0
-    while kept < len(words):
-        missing = len(not_words) - (words[kept] in not_words)
+    while kept < len(ranked_words):
+        missing = len(not_words) - (ranked_words[kept] in not_words)
         if kept + 1 + missing > vocab_size:
             break
-        not_words.discard(words[kept])
+        not_words.discard(ranked_words[kept])
         kept += 1
     spells_all = len(parts) == len(ranked_parts) + len(more)
-    return Vocabulary(words[:kept], [part for part in parts if part in not_words], spells_all)
+    return Vocabulary(ranked_words[:kept], [part for part in parts if part in not_words], spells_all)
 
 
 def parameters(config: dict[str, int], vocab_size: int) -> tuple[int, int]:
@@ -269,6 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.compat:
         chosen = Vocabulary(ranked[: args.vocab_size], [])
     else:
+        ranked = [word for word in ranked if len(word) <= MAX_WORD]
         ranked_parts = rank_words(part_counts(counts))
         chosen = choose_tokens(ranked, ranked_parts, args.vocab_size)
 

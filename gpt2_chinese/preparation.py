@@ -18,12 +18,13 @@ from gpt2_chinese.tokenizer import LINE_BREAK, Tokenizer, dropped_characters, fo
 from gpt2_chinese.vocabulary import CLS_ID, MASK_ID, SEP_ID, UNK_ID
 from gpt2_chinese.word_table import (
     DOCUMENT_END,
+    FORMAT,
     LINE_BREAK_WORD,
     CountedWords,
     WordCounter,
     WordStore,
     WordTable,
-    format_ids,
+    run,
     spell_plain_words,
 )
 
@@ -215,9 +216,9 @@ class _IdTable:
         marks = 2 * int(np.count_nonzero(sequence == DOCUMENT_END)) + line_breaks
         most_ids = int(counts @ (self._ends - self._starts)) + marks
         output = np.empty((most_ids + 1) * ID_BYTES, dtype=np.uint8)
-        length, tokens, kept, empty = format_ids(
-            sequence, self._starts, self._ends, self._ids, self._decimal, self._decimal_lengths, MASK_ID, CLS_ID,
-            SEP_ID, output,
+        length, tokens, kept, empty, *_ = run(
+            FORMAT, [MASK_ID, CLS_ID, SEP_ID], sequence, self._starts, self._ends, self._ids, self._decimal,
+            self._decimal_lengths, output,
         )  # fmt: skip
         report.tokens += tokens
         report.documents += kept
