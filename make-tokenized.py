@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from gpt2_chinese.artifacts import exclusive, read_json, replacing, sha256_of, write_json
 from gpt2_chinese.command_line import print_settings, run_script
-from gpt2_chinese.corpus import read_train_json
+from gpt2_chinese.corpus import read_train_json, read_train_json_blocks
 from gpt2_chinese.parallel import MapInOrder, default_workers, open_workers
 from gpt2_chinese.pieces import MANIFEST, PROGRESS
 from gpt2_chinese.preparation import (
@@ -166,12 +166,13 @@ def main(argv: list[str] | None = None) -> None:
         )
     total = long_enough = characters = 0
     held: list[str] = []  # a small corpus is kept, a large one is read again
-    for document in read_train_json(args.raw_data_path):
-        total += 1
-        long_enough += measured_length(document, compat=args.compat) > args.min_length
-        characters += len(document)
+    for block in read_train_json_blocks(args.raw_data_path):
+        lengths = [measured_length(document, compat=args.compat) for document in block]
+        total += len(block)
+        long_enough += sum(length > args.min_length for length in lengths)
+        characters += sum(lengths)
         if characters <= HELD_CHARACTERS:
-            held.append(document)
+            held += block
         else:
             held.clear()
     if not total:

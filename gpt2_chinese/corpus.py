@@ -306,7 +306,13 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def read_train_json(path: str | Path, *, progress: Callable[[int], object] | None = None) -> Iterator[str]:
-    """Give the documents of train.json: a JSON array of strings, in any layout and of any size.
+    """Give the documents of train.json one by one; otherwise as `read_train_json_blocks`."""
+    for block in read_train_json_blocks(path, progress=progress):
+        yield from block
+
+
+def read_train_json_blocks(path: str | Path, *, progress: Callable[[int], object] | None = None) -> Iterator[list[str]]:
+    """Give the documents of train.json, some at a time: a JSON array of strings, in any layout and of any size.
 
     `progress` is called now and then with the number of bytes read since the last call.
 
@@ -320,21 +326,18 @@ def read_train_json(path: str | Path, *, progress: Callable[[int], object] | Non
             f"there is no {path}: run build_trainfile.py first, or name the file with --raw_data_path"
         )
     with open(path, "rb") as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as file:
-        reported = read = 0
+        reported = 0
         try:
-            for document in _json_strings(file, path):
-                yield document
-                read += 1
-                if progress is not None and read % 256 == 0 and binary.tell() != reported:
+            for documents in _json_strings(file, path):
+                yield documents
+                if progress is not None and binary.tell() != reported:
                     progress(binary.tell() - reported)
                     reported = binary.tell()
-            if progress is not None:
-                progress(binary.tell() - reported)
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 ({error.reason}); build it again with build_trainfile.py") from None
 
 
-def _json_strings(file: IO[str], path: Path) -> Iterator[str]:
+def _json_strings(file: IO[str], path: Path) -> Iterator[list[str]]:
     buffer = ""
     position = 0  # of what comes next, in the buffer
     discarded = 0  # characters of the file before the buffer
@@ -379,7 +382,7 @@ def _json_strings(file: IO[str], path: Path) -> Iterator[str]:
                 if documents and all(type(document) is str for document in documents):
                     number += len(documents)
                     position = end + 1
-                    yield from documents
+                    yield documents
                     continue
                 refused = buffer
             end = _string_end(buffer, position + 1)
@@ -396,7 +399,7 @@ def _json_strings(file: IO[str], path: Path) -> Iterator[str]:
             except json.JSONDecodeError as error:
                 raise fail(f"no JSON string ({error.msg})") from None
             number += 1
-            yield document
+            yield [document]
             position = end
             separator = next_character()
             position += 1

@@ -117,7 +117,7 @@ class PieceReport:
 
 def measured_length(document: str, *, compat: bool) -> int:
     """The length that --min_length speaks of: the reference measures a line break as " [SEP] "."""
-    return len(document) + compat * document.count("\n") * (len(" [SEP] ") - 1)
+    return len(document) + document.count("\n") * (len(" [SEP] ") - 1) if compat else len(document)
 
 
 def tokenize_batch(task: tuple[Tokenizing, list[str]]) -> tuple[bytes, PieceReport]:
