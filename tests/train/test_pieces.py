@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -74,9 +75,10 @@ def test_large_vocabularies_do_not_wrap_round_at_16_bits(tmp_path, vocab_size, d
     assert tokens.tolist() == [2, vocab_size - 1, 1]
 
 
-def test_the_reference_s_pieces_and_windows_are_those_of_its_training(reference):
+def test_the_reference_s_pieces_and_windows_are_those_of_its_training(reference, tmp_path):
     trace = json.loads((reference / "training_trace.json").read_text(encoding="utf-8"))
-    corpus = read_pieces(reference / "tokenized_full", vocab_size=4425)
+    shutil.copytree(reference / "tokenized_full", tmp_path / "tokenized")
+    corpus = read_pieces(tmp_path / "tokenized", vocab_size=4425)
     assert len(corpus.tokens) == 45_181
     starts = window_starts(corpus.piece_lengths[:1], trace["n_ctx"], trace["stride"])
     assert len(starts) == trace["n_windows"] == 227
