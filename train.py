@@ -70,6 +70,7 @@ LONGEST_WARMUP = 2000  # updates, unless --warmup_steps says otherwise
 CAUSAL_ATTENTION = "causal"
 FINAL_MODEL, CHECKPOINTS, METRICS = "final_model", "checkpoints", "metrics.jsonl"
 SAVE_SECONDS = 600  # between checkpoints: what a power cut costs, whatever the speed of the machine
+PADDED_DEVICES = {"cuda"}  # a CPU gains nothing by whole tiles
 TIMED_UPDATES = 10  # before the run is said to take so long
 
 
@@ -885,7 +886,7 @@ def train_rank(
 
     # 1) model, optimizer, precision
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    rows = pad_vocabulary(model) if device.type == "cuda" else run.config.vocab_size
+    rows = pad_vocabulary(model) if device.type in PADDED_DEVICES else run.config.vocab_size
     model.to(device).train()
     if run.precision == "fp16-only":
         model.half()

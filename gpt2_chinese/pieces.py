@@ -209,7 +209,7 @@ def _keep_tokens(
             "held_out_documents": 0,
             "held_out_tokens": 0,
         }
-        smallest = 1 << 64  # of the documents' hashes
+        smallest, largest = 1 << 64, 0  # of the documents' hashes
         with replacing(tokens, "wb") as kept_file, replacing(held_out, "wb") as held_out_file:
             for path in tqdm(paths, desc="reading pieces", unit="piece", leave=False, delay=1):
                 digest = hashlib.sha256()
@@ -218,7 +218,7 @@ def _keep_tokens(
                 for ids in _documents(blocks) if limit else blocks:
                     known["documents"] += int(np.count_nonzero(ids == MASK_ID))
                     number = _document_hash(ids) if limit else 0
-                    smallest = min(smallest, number)
+                    smallest, largest = min(smallest, number), max(largest, number)
                     if number < limit:
                         held_out_file.write(ids.astype(dtype).tobytes())
                         known["held_out_documents"] += 1
@@ -233,7 +233,7 @@ def _keep_tokens(
         if limit and known["held_out_documents"] == 0 and smallest < 1 << 64:
             limit = smallest + 1  # so few documents that the fraction holds none out: take the one next to it
         elif known["held_out_documents"] and not any(known["piece_lengths"]):
-            limit = 0  # a single document is there to be trained on
+            limit = largest if smallest < largest else 0  # one is left to be trained on, and a single one is that
         else:
             break
     write_json(header, known)

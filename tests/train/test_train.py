@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -86,6 +87,48 @@ def test_loss_and_gradients_are_those_transformers_computes_with_its_own_mask(tr
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize("how", ["padded", "recompute"])
+def test_padding_and_recomputing_change_no_figure(train, how):
+    """Rows without a token get no gradient, and what is computed twice is the same, dropout and all."""
+    changes = {} if how == "padded" else {"resid_pdrop": 0.2}
+    plain, other = small_model(**changes), small_model(**changes)
+    rows = train.pad_vocabulary(other) if how == "padded" else 35
+    assert other.lm_head.weight is other.transformer.wte.weight and rows == 35
+    input_ids = torch.randint(5, 35, (3, N_CTX), generator=torch.Generator().manual_seed(0))
+    norms = []
+    for model, window_loss in (
+        (plain, train.WindowLoss(plain)),
+        (other, train.WindowLoss(other, rows=rows, recompute=how == "recompute")),
+    ):
+        torch.manual_seed(1)
+        loss = window_loss(input_ids)
+        loss.backward()
+        norms.append((loss.item(), torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()))
+    np.testing.assert_allclose(norms[1], norms[0], rtol=1e-6)
+    if how == "padded":
+        assert other.transformer.wte.weight.shape == (64, 8)
+        assert not other.transformer.wte.weight.grad[35:].any()
+
+
+def test_a_padded_model_is_saved_without_its_padding(train):
+    model = small_model()
+    expected = model.transformer.wte.weight.detach().clone()
+    rows = train.pad_vocabulary(model)
+    padded = model.transformer.wte.weight
+    with train.unpadded(model, rows):
+        save_model("saved", model, Tokenizer.from_file("vocab/vocab_user.txt"), facts={})
+    assert model.transformer.wte.weight is padded and model.lm_head.weight is padded
+    assert torch.equal(load_model("saved")[0].transformer.wte.weight, expected)
+
+
+def test_padding_is_right_in_a_whole_run(train, monkeypatch):
+    run(train, epochs=2, output_dir="plain", writer_dir="plain/tb")
+    monkeypatch.setattr(train, "PADDED_DEVICES", {"cpu"})
+    run(train, "--val_fraction", "0.3", epochs=2, output_dir="measured", writer_dir="measured/tb")
+    run(train, epochs=2)
+    assert_same_weights(weights("plain/final_model"), weights(), rtol=1e-5, atol=1e-7)
+
+
 def test_no_attention_mask_is_ever_built(train, monkeypatch):
     seen = []
     original = train.causal_attention
@@ -120,6 +163,20 @@ def test_the_schedule_is_transformers_linear_one(train, warmup, total):
         assert train.learning_rate_factor(step, warmup_steps=warmup, total_steps=total) == pytest.approx(expected)
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "wsd", "cosine"])
+def test_every_schedule_rises_in_the_warm_up_stays_in_its_bounds_and_ends_at_zero(train, schedule):
+    factors = [
+        train.learning_rate_factor(step, warmup_steps=10, total_steps=100, schedule=schedule, decay_fraction=0.3)
+        for step in range(101)
+    ]
+    assert factors[:11] == [step / 10 for step in range(11)] and factors[100] == pytest.approx(0, abs=1e-12)
+    assert all(0 <= later <= earlier <= 1 for earlier, later in zip(factors[10:], factors[11:], strict=False))
+    if schedule == "wsd":
+        assert factors[10:71] == [1.0] * 61 and factors[85] == pytest.approx(0.5)
+    if schedule == "cosine":
+        assert factors[55] == pytest.approx(0.5)
 
 
 def test_the_optimizer_is_the_reference_s(train):
@@ -472,6 +529,84 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(train):
     with pytest.raises(ValueError, match=r"update \d+: the loss is .*take a lower --lr"):
         run(train, lr=1e30, epochs=3, warmup_steps=0, max_grad_norm=1e30)
     assert not Path("model/final_model").exists()
+
+
+@pytest.mark.parametrize("bad", [2, 3])
+def test_bad_updates_are_left_out_and_end_the_run_when_there_are_three_in_a_row(train, monkeypatch, capsys, bad):
+    write_corpus([60, 47])
+    original, calls = train.WindowLoss.forward, []
+
+    def poisoned(self, input_ids):
+        calls.append(1)
+        loss = original(self, input_ids)
+        return loss * math.nan if 3 <= len(calls) < 3 + bad else loss
+
+    monkeypatch.setattr(train.WindowLoss, "forward", poisoned)
+    flags = {"epochs": 1, "batch_size": 1, "save_steps": 2}
+    if bad == 3:
+        with pytest.raises(ValueError, match=r"update 5: the loss is nan.* 3 updates in a row; take a lower --lr"):
+            run(train, **flags)
+        assert sorted(path.name for path in Path("model/checkpoints").iterdir()) == ["step_2", "step_4"]
+        assert not Path("model/final_model").exists()
+    else:
+        assert run(train, **flags) == 0
+        assert "2 updates left out so far" in capsys.readouterr().out
+        assert all(torch.isfinite(tensor).all() for tensor in weights().values())
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0"), "1.50 GiB"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 900 bytes."),
+            "900",
+        ),
+        (MemoryError(), ""),
+    ],
+)
+def test_out_of_memory_names_the_micro_batch_and_the_flags_that_help(train, monkeypatch, error, wanted):
+    def greedy(*_, **__):
+        raise error
+
+    monkeypatch.setattr(train, "train_update", greedy)
+    with pytest.raises(ValueError, match=rf"micro-batch of 4 windows of 8 tokens.*{wanted}.*--gradient_checkpointing"):
+        run(train, batch_size=4)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(train, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(train, "train_update", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        run(train)
+
+
+def test_a_compiler_that_is_not_there_is_said_and_done_without(train, monkeypatch, capsys):
+    run(train, output_dir="plain", writer_dir="plain/tb")
+    monkeypatch.setattr(train, "compiler_problem", lambda _: "no C++ compiler")
+    assert run(train, "--compile", "on") == 0
+    assert "note: not compiled: no C++ compiler" in capsys.readouterr().out
+    assert_same_weights(weights("plain/final_model"), weights())
+
+
+def test_auto_compiles_for_gpus_and_for_long_runs_on_a_cpu_only(train, monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    auto = train.parse_args([])
+    assert train.should_compile(auto, 1.0, gpu, 1) and not train.should_compile(auto, 1.0, cpu, 1)
+    assert train.should_compile(auto, 1e18, cpu, 1)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert not train.should_compile(auto, 1e18, cpu, 1)
+    assert train.should_compile(train.parse_args(["--compile", "on"]), 1.0, cpu, 1)
+    assert not train.should_compile(train.parse_args(["--compile", "off"]), 1.0, gpu, 1)
+
+
+def test_a_corpus_that_will_be_learnt_by_heart_is_said_so(train, capsys):
+    run(train, epochs=5)
+    assert "the model will learn the texts by heart" in capsys.readouterr().out
+    assert not train.learns_by_heart(10**9, 10**8, 10) and not train.learns_by_heart(10**5, 10**8, 4)
 
 
 def test_apex_is_explained_where_it_has_no_amp(train, monkeypatch):
