@@ -15,12 +15,9 @@ Writes  model/model_epoch{n}/ after each epoch, model/final_model/, model/checkp
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import math
 import os
-import re
-import shutil
 import signal
 import sys
 import tempfile
@@ -30,27 +27,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2_chinese.artifacts import exclusive, sha256_of
 from gpt2_chinese.checkpoint import check_replaceable, find_config, load_model, read_config, save_model
 from gpt2_chinese.command_line import print_settings, run_script
+from gpt2_chinese.estimates import flops_per_token, learns_by_heart, memory_advice, memory_estimate, peak_flops
 from gpt2_chinese.evaluation import Documents, complete, evaluate
-from gpt2_chinese.metrics import Metrics, flops_per_token, peak_flops
+from gpt2_chinese.metrics import Metrics
 from gpt2_chinese.muon import Muon
 from gpt2_chinese.pieces import Corpus, check_vocabulary, epoch_order, read_manifest, read_pieces, window_starts
+from gpt2_chinese.precision import Precision, choose_devices, choose_precision, has_bf16, load_apex
 from gpt2_chinese.tokenizer import Tokenizer
 from gpt2_chinese.training_state import (
     check_settings,
@@ -64,10 +59,10 @@ from gpt2_chinese.training_state import (
     write_checkpoint,
 )
 from gpt2_chinese.vocabulary import MASK_ID
+from gpt2_chinese.window_loss import WindowLoss, compiler_problem, pad_vocabulary, should_compile, unpadded
 
 DEFAULT_VOCABULARY = Path("vocab/vocab_user.txt")
 LONGEST_WARMUP = 2000  # updates, unless --warmup_steps says otherwise
-CAUSAL_ATTENTION = "causal"
 FINAL_MODEL, CHECKPOINTS, METRICS = "final_model", "checkpoints", "metrics.jsonl"
 SAVE_SECONDS = 600  # between checkpoints: what a power cut costs, whatever the speed of the machine
 PADDED_DEVICES = {"cuda"}  # a CPU gains nothing by whole tiles
@@ -248,102 +243,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # The parts of the loop. They take values, not `args`, and the tests check each against its oracle.
 
 
-def causal_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention for training: causal by a flag, so that no mask is ever built and the fast kernels apply."""
-    assert attention_mask is None
-    output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling, is_causal=True)
-    return output.transpose(1, 2), None
-
-
-class WindowLoss(nn.Module):
-    """A GPT-2 that answers windows with the sum of their tokens' losses, in nats.
-
-    The sum, not the mean: over micro-batches and ranks of different sizes the sums add up to the exact mean.
-
-    Args:
-        rows: of the embedding, those that are tokens (see `pad_vocabulary`); None for all.
-        recompute: compute activations and logits again in the backward pass instead of keeping them.
-    """
-
-    def __init__(self, model: GPT2LMHeadModel, *, rows: int | None = None, recompute: bool = False) -> None:
-        super().__init__()
-        # Registered without a mask function, so transformers passes no mask, compiled or not.
-        AttentionInterface.register(CAUSAL_ATTENTION, causal_attention)
-        model.set_attn_implementation(CAUSAL_ATTENTION)
-        if recompute:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.model = model
-        self._rows = rows or model.config.vocab_size
-        self._recompute = recompute
-        self._compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
-        self._compiled_shape: tuple[int, ...] = ()
-
-    def compile_for(self, shape: tuple[int, ...]) -> None:
-        """Compile for windows of this shape; others, as the last ones of an epoch, are not worth another minute."""
-        self._compiled, self._compiled_shape = torch.compile(self._loss, dynamic=False), shape
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Take int64 [windows, n_ctx]; the first token of a window is not predicted, the last predicts nothing."""
-        if self._compiled is not None and tuple(input_ids.shape) == self._compiled_shape:
-            return self._compiled(input_ids)
-        return self._loss(input_ids)
-
-    def _loss(self, input_ids: torch.Tensor) -> torch.Tensor:
-        hidden = self.model.transformer(input_ids, use_cache=False).last_hidden_state
-        if not self._recompute:
-            return self._head_loss(hidden, input_ids)
-        losses = [
-            checkpoint(self._head_loss, hidden[row : row + 1], input_ids[row : row + 1], use_reentrant=False)
-            for row in range(len(input_ids))
-        ]
-        return torch.stack(losses).sum()
-
-    def _head_loss(self, hidden: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        # Sliced before the head: the logits are most of the memory.
-        logits = self.model.lm_head(hidden[:, :-1])[..., : self._rows]
-        return F.cross_entropy(logits.float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="sum")
-
-
-def pad_vocabulary(model: GPT2LMHeadModel, multiple: int = 64) -> int:
-    """Give the embedding rows that no token uses, up to a multiple that matrix products are fast at.
-
-    Their logits are cut off before the loss, so they change no figure and stay 0. Gives the number of true rows.
-    """
-    rows = int(model.config.vocab_size)
-    weight = model.transformer.wte.weight
-    padded = F.pad(weight.detach(), (0, 0, 0, -rows % multiple))
-    _set_embedding(model, nn.Parameter(padded))
-    return rows
-
-
-@contextmanager
-def unpadded(model: GPT2LMHeadModel, rows: int) -> Iterator[GPT2LMHeadModel]:
-    """The model with its true rows only, to be saved; it shares its memory with the one that is trained."""
-    padded = model.transformer.wte.weight
-    _set_embedding(model, nn.Parameter(padded.detach()[:rows]))
-    try:
-        yield model
-    finally:
-        _set_embedding(model, padded)
-
-
-def _set_embedding(model: GPT2LMHeadModel, weight: nn.Parameter) -> None:
-    """The embedding and the head, which are one matrix."""
-    model.transformer.wte.weight = model.lm_head.weight = weight
-
-
 def window_batch(tokens: np.ndarray, starts: np.ndarray, n_ctx: int) -> torch.Tensor:
     """Cut windows out of the corpus: int64 [len(starts), n_ctx]."""
     return torch.from_numpy(tokens[starts[:, None] + np.arange(n_ctx)].astype(np.int64))
+
+
+def to_device(input_ids: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy to a GPU from memory that is never paged out, so that the copy waits for no update; nothing on a CPU."""
+    return input_ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else input_ids
 
 
 def share_of_rank(starts: np.ndarray, rank: int, world_size: int, batch_size: int) -> list[np.ndarray]:
@@ -397,54 +304,6 @@ def make_optimizer(
     for group in made.param_groups:
         group["highest_lr"] = group["lr"]
     return made
-
-
-class Precision:
-    """In which numbers the model is computed: what differs between fp32, bf16, fp16 and apex within an update."""
-
-    def __init__(self, name: str, device: torch.device, apex: ModuleType | None = None) -> None:
-        self.name = name
-        self._device = device
-        self._autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name) if apex is None else None
-        self._scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16" and apex is None)
-        self._apex = apex
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        if self._autocast is None:
-            return nullcontext()
-        return torch.autocast(self._device.type, dtype=self._autocast)
-
-    def backward(self, loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
-        if self._apex is None:
-            self._scaler.scale(loss).backward()
-        else:
-            with self._apex.scale_loss(loss, optimizer) as scaled_loss:
-                scaled_loss.backward()
-
-    def step(self, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> torch.Tensor:
-        """Unscale, clip and step, once per update; give the norm before clipping, inf or nan for a step left out."""
-        self._scaler.unscale_(optimizer)
-        norm = clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_grad_norm)
-        if self.may_skip:
-            self._scaler.step(optimizer)
-            self._scaler.update()
-        else:
-            # Fused AdamW and Muon leave the step out on the device, so nothing waits for the norm.
-            optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
-            optimizer.step()
-        return norm
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of the scaler (apex keeps its own to itself)."""
-        return dict(self._scaler.state_dict())
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._scaler.load_state_dict(state)
-
-    @property
-    def may_skip(self) -> bool:
-        """Whether an update may be left out because fp16 overflowed, which is no mistake."""
-        return self._scaler.is_enabled() or self._apex is not None
 
 
 class Update(NamedTuple):
@@ -543,73 +402,6 @@ class Run:
         }
 
 
-def choose_devices(text: str) -> tuple[list[torch.device], str]:
-    """Turn `--device` into devices, and say what of it is not there.
-
-    Raises:
-        ValueError: not a list of GPU numbers and not `cpu`, or none of the GPUs is there.
-    """
-    names = [name.strip() for name in text.split(",")]
-    if all(name == "cpu" for name in names):
-        return [torch.device("cpu")] * len(names), ""
-    if not all(name.isascii() and name.isdigit() for name in names) or len(set(names)) < len(names):
-        raise ValueError(f"--device {text}: give numbers of GPUs, as 0 or 0,1, or cpu")
-    count = torch.cuda.device_count()
-    if count == 0:
-        return [torch.device("cpu")], "no CUDA GPU is to be seen: training on the CPU"
-    present = [name for name in names if int(name) < count]
-    if not present:
-        raise ValueError(f"--device {text}: this machine has {count} GPUs, numbered from 0")
-    missing = [name for name in names if name not in present]
-    note = f"GPU {', '.join(missing)} is not there: training on {', '.join(present)}" if missing else ""
-    return [torch.device("cuda", int(name)) for name in present], note
-
-
-def choose_precision(args: argparse.Namespace, device: torch.device) -> tuple[str, str]:
-    """Give fp32, bf16, fp16 or fp16-only (O3), and what there is to say about it.
-
-    Raises:
-        ValueError: flags that contradict each other.
-    """
-    if args.fp16 and args.precision not in ("auto", "fp16"):
-        raise ValueError(f"--fp16 and --precision {args.precision} contradict each other: leave one out")
-    if args.fp16 or args.precision == "fp16":
-        level = args.fp16_opt_level
-        if args.amp_backend == "apex":
-            return "fp16", f"fp16 by apex, {level}"
-        if level == "O2":
-            return "fp16", "O2 is computed as O1: torch has no fp16 weights with fp32 masters"
-        return {"O0": "fp32", "O1": "fp16", "O3": "fp16-only"}[level], f"--fp16_opt_level {level}"
-    if args.amp_backend == "apex":
-        raise ValueError("--amp_backend apex is for fp16: add --fp16, or leave it out")
-    if args.precision != "auto":
-        return args.precision, ""
-    return ("bf16", "") if has_bf16(device) else ("fp32", f"this {device.type.upper()} has no bf16 instructions")
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether a device computes bf16 itself; where it does not, bf16 is slower than fp32."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
-
-
-def load_apex() -> ModuleType:
-    """Import `apex.amp`.
-
-    Raises:
-        ValueError: it is not there, with the reason why it hardly can be.
-    """
-    try:
-        return importlib.import_module("apex.amp")
-    except ImportError as error:
-        raise ValueError(
-            f"--amp_backend apex: {error}. NVIDIA removed amp from apex in May 2025 (and the package `apex` on PyPI is "
-            "another program); leave the flag out, torch has had the same inside since 1.6"
-        ) from error
-
-
 def choose_vocabulary(vocab_file: str | None, manifest: Mapping[str, Any] | None) -> Path:
     """The vocabulary that is named, else the one of the pieces' manifest, else the default."""
     if vocab_file is None and manifest is not None and Path(manifest["vocabulary"]["path"]).is_file():
@@ -623,61 +415,6 @@ def read_prompts(text: str) -> list[str]:
         return []
     lines = Path(text).read_text(encoding="utf-8").splitlines() if Path(text).is_file() else text.split(",")
     return [line.strip() for line in lines if line.strip()]
-
-
-def should_compile(args: argparse.Namespace, run_flops: float, device: torch.device, ranks: int) -> bool:
-    """Whether --compile is worth its time: always on a GPU, on a CPU for runs of more than twenty minutes or so.
-
-    Args:
-        run_flops: operations of the whole run; a core of a CPU does some 5e10 of them a second.
-    """
-    if args.compile != "auto":
-        return bool(args.compile == "on")
-    if args.gradient_checkpointing:
-        return False
-    if device.type == "cuda":
-        return True
-    compilers = [os.environ.get("CXX", ""), "g++", "clang++"]
-    has_compiler = any(name and shutil.which(name) for name in compilers)
-    return has_compiler and ranks == 1 and run_flops / (torch.get_num_threads() * 5e10) > 1200
-
-
-def compiler_problem(device: torch.device) -> str:
-    """Why torch.compile does not work here, found by compiling one line; empty where it does."""
-    try:
-        line = torch.compile(lambda x: (x * x).sum(), dynamic=False)
-        line(torch.ones(8, device=device, requires_grad=True)).backward()
-    except (RuntimeError, OSError, ImportError) as error:
-        return str(error).strip().splitlines()[0]
-    return ""
-
-
-def memory_estimate(
-    config: GPT2Config, parameters: int, *, windows: int, precision: str, optimizer: str, recompute: bool
-) -> float:
-    """Bytes that training takes, to the next quarter or so; attention and the library itself are left out.
-
-    Weights, gradients and what the optimizer keeps (two numbers a weight, Muon one), 4 bytes each; for every token of
-    a micro-batch 17 numbers a layer and unit of width, and its logits as they are computed, in fp32 and with their
-    gradient. Where they are computed again, one layer and one window are there at a time.
-    """
-    size = 4 if precision == "fp32" else 2
-    kept = 4 * parameters * (4 if optimizer == "adamw" else 3)
-    tokens = windows * config.n_ctx
-    layer = 17 * size * tokens * config.n_embd
-    logits = config.vocab_size * (size + 8)
-    if recompute:
-        return float(kept + config.n_layer * tokens * config.n_embd * size + layer + config.n_ctx * logits)
-    return float(kept + config.n_layer * layer + tokens * logits)
-
-
-def learns_by_heart(tokens: int, parameters: int, epochs: int) -> bool:
-    """Whether a model is so large for its corpus that it will learn the texts instead of the language.
-
-    A model keeps about two bits a parameter, text has about six a token; and up to four epochs over the same text
-    are nearly as good as new text (Muennighoff et al., 2023).
-    """
-    return epochs > 4 and parameters > 3 * tokens
 
 
 def effective_stride(stride: int, n_ctx: int) -> int:
@@ -845,29 +582,6 @@ class StopRequest:
         self.signal = number
 
 
-@contextmanager
-def memory_advice(run: Run, windows: int) -> Iterator[None]:
-    """Turn "out of memory" into what can be done about it.
-
-    Raises:
-        ValueError: there is not enough memory.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        words = str(error)
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in words:
-            raise
-        wanted = re.search(r"allocate ([\d.]+ \w+)", words)
-        raise ValueError(
-            f"out of memory with a micro-batch of {windows} windows of {run.config.n_ctx} tokens"
-            + (f", when {wanted[1]} more were wanted" if wanted else "")
-            + f". Take a smaller --batch_size and as much more --gradient_accumulation (they are "
-            f"{run.args.batch_size} and {run.args.gradient_accumulation}; their product decides the result), "
-            "--gradient_checkpointing, or a smaller --model_config"
-        ) from error
-
-
 def train_rank(
     rank: int, world_size: int, device: torch.device, run: Run, model: GPT2LMHeadModel, resume: Path | None
 ) -> int:
@@ -893,7 +607,13 @@ def train_rank(
     window_loss = WindowLoss(model, rows=rows, recompute=args.gradient_checkpointing)
     micro_batch = math.ceil(args.batch_size / world_size)
     flops = flops_per_token(run.config, parameters)
-    if should_compile(args, flops * args.epochs * len(run.starts) * n_ctx, device, world_size):
+    if should_compile(
+        args.compile,
+        run_flops=flops * args.epochs * len(run.starts) * n_ctx,
+        device=device,
+        ranks=world_size,
+        recompute=args.gradient_checkpointing,
+    ):
         problem = compiler_problem(device)
         if not problem:
             window_loss.compile_for((micro_batch, n_ctx))
@@ -1026,7 +746,7 @@ def train_rank(
             begin = update * run.windows_per_update
             windows = run.starts[order[begin : begin + run.windows_per_update]]
             shares = share_of_rank(windows, rank, world_size, args.batch_size)
-            micro_batches = [window_batch(tokens, share, n_ctx).to(device) for share in shares or [windows[:1]]]
+            micro_batches = [to_device(window_batch(tokens, share, n_ctx), device) for share in shares or [windows[:1]]]
             factor = learning_rate_factor(
                 progress.step - progress.skipped,
                 warmup_steps=run.warmup_steps,
@@ -1036,7 +756,9 @@ def train_rank(
             )
             for group in optimizer.param_groups:
                 group["lr"] = group["highest_lr"] * factor
-            with memory_advice(run, len(micro_batches[0])):
+            with memory_advice(
+                len(micro_batches[0]), n_ctx, batch_size=args.batch_size, accumulation=args.gradient_accumulation
+            ):
                 loss, grad_norm = train_update(
                     trained,
                     optimizer,

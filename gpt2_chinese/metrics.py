@@ -1,4 +1,4 @@
-"""The figures of a training run, the same in TensorBoard and in metrics.jsonl; how well a GPU is used."""
+"""The figures of a training run, the same in TensorBoard and in metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -8,39 +8,8 @@ from types import TracebackType
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
-from transformers import GPT2Config
 
 from gpt2_chinese.artifacts import replacing
-
-# Dense bf16 operations a second (fp16 where there is no bf16), from the makers' data sheets; the longest name first.
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "V100": 125e12,
-    "T4": 65e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
-
-
-def peak_flops(device_name: str) -> float | None:
-    """The peak of a GPU, by the name that CUDA gives it; None for one that is not in the table."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
-
-
-def flops_per_token(config: GPT2Config, parameters: int) -> float:
-    """Operations of forward and backward pass for a token, by nanoGPT's formula: 6N + 12·L·H·Q·T.
-
-    Args:
-        parameters: with the position embeddings, which N does not count, being looked up and not multiplied.
-    """
-    without_positions = parameters - config.n_positions * config.n_embd
-    return 6.0 * without_positions + 12.0 * config.n_layer * config.n_embd * config.n_ctx
 
 
 class Metrics:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from small_run import N_CTX, assert_same_weights, run, scalars, weights, write_corpus, write_shape
 from transformers import GPT2LMHeadModel, get_linear_schedule_with_warmup
 
+from gpt2_chinese import window_loss
 from gpt2_chinese.checkpoint import load_model, read_config, save_model
 from gpt2_chinese.pieces import read_pieces, window_starts
 from gpt2_chinese.tokenizer import Tokenizer
@@ -96,12 +97,12 @@ def test_padding_and_recomputing_change_no_figure(train, how):
     assert other.lm_head.weight is other.transformer.wte.weight and rows == 35
     input_ids = torch.randint(5, 35, (3, N_CTX), generator=torch.Generator().manual_seed(0))
     norms = []
-    for model, window_loss in (
+    for model, module in (
         (plain, train.WindowLoss(plain)),
         (other, train.WindowLoss(other, rows=rows, recompute=how == "recompute")),
     ):
         torch.manual_seed(1)
-        loss = window_loss(input_ids)
+        loss = module(input_ids)
         loss.backward()
         norms.append((loss.item(), torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()))
     np.testing.assert_allclose(norms[1], norms[0], rtol=1e-6)
@@ -131,9 +132,9 @@ def test_padding_is_right_in_a_whole_run(train, monkeypatch):
 
 def test_no_attention_mask_is_ever_built(train, monkeypatch):
     seen = []
-    original = train.causal_attention
+    original = window_loss.causal_attention
     monkeypatch.setattr(
-        train, "causal_attention", lambda *args, **kwargs: (seen.append(args[4]), original(*args, **kwargs))[1]
+        window_loss, "causal_attention", lambda *args, **kwargs: (seen.append(args[4]), original(*args, **kwargs))[1]
     )
     train.WindowLoss(small_model())(torch.full((2, N_CTX), 5))
     assert seen == [None, None]
@@ -141,13 +142,13 @@ def test_no_attention_mask_is_ever_built(train, monkeypatch):
 
 def test_dropout_is_on_in_training_and_reaches_the_attention(train, monkeypatch):
     seen = []
-    original = train.causal_attention
+    original = window_loss.causal_attention
 
     def spy(*args, dropout, **kwargs):
         seen.append(dropout)
         return original(*args, dropout=dropout, **kwargs)
 
-    monkeypatch.setattr(train, "causal_attention", spy)
+    monkeypatch.setattr(window_loss, "causal_attention", spy)
     write_shape(attn_pdrop=0.25)
     run(train, epochs=1, batch_size=64)
     assert set(seen) == {0.25}
@@ -591,16 +592,16 @@ def test_a_compiler_that_is_not_there_is_said_and_done_without(train, monkeypatc
     assert_same_weights(weights("plain/final_model"), weights())
 
 
-def test_auto_compiles_for_gpus_and_for_long_runs_on_a_cpu_only(train, monkeypatch):
+def test_auto_compiles_for_gpus_and_for_long_runs_on_a_cpu_only(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
-    auto = train.parse_args([])
-    assert train.should_compile(auto, 1.0, gpu, 1) and not train.should_compile(auto, 1.0, cpu, 1)
-    assert train.should_compile(auto, 1e18, cpu, 1)
+    should_compile = window_loss.should_compile
+    assert should_compile("auto", run_flops=1.0, device=gpu) and not should_compile("auto", run_flops=1.0, device=cpu)
+    assert should_compile("auto", run_flops=1e18, device=cpu)
+    assert not should_compile("auto", run_flops=1e18, device=cpu, ranks=2)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert not train.should_compile(auto, 1e18, cpu, 1)
-    assert train.should_compile(train.parse_args(["--compile", "on"]), 1.0, cpu, 1)
-    assert not train.should_compile(train.parse_args(["--compile", "off"]), 1.0, gpu, 1)
+    assert not should_compile("auto", run_flops=1e18, device=cpu)
+    assert should_compile("on", run_flops=1.0, device=cpu) and not should_compile("off", run_flops=1.0, device=gpu)
 
 
 def test_a_corpus_that_will_be_learnt_by_heart_is_said_so(train, capsys):
