@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -267,7 +268,7 @@ def share_of_rank(starts: np.ndarray, rank: int, world_size: int, batch_size: in
 def learning_rate_factor(
     step: int, *, warmup_steps: int, total_steps: int, schedule: str = "linear", decay_fraction: float = 0.4
 ) -> float:
-    """The share of the highest learning rate at update `step` (from 0): a line up from 0, then down to 0 in some way.
+    """The share of the highest learning rate at update `step` (from 0): a line up from 0, then down to 0.
 
     Args:
         schedule: linear; wsd, which stays up and falls in a line over the last `decay_fraction` of the run; cosine.
@@ -722,7 +723,7 @@ def train_rank(
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     speed = 0.0  # tokens per second, of the last updates
     first_step, log_windows = progress.step, 0
-    began = saved = logged = time.perf_counter()
+    began = saved = logged = timed = time.perf_counter()
     began -= progress.epoch_seconds
     order = np.empty(0, np.int64)
     in_log_file = not sys.stderr.isatty()  # where every refresh is a line
@@ -811,12 +812,16 @@ def train_rank(
                     metrics.train(progress.step, progress.step / run.updates_per_epoch, **figures)
                 bar.set_postfix_str(f"loss {loss.item():.3f}, {speed:,.0f} tokens/s", refresh=False)
             bar.update()
-            if progress.step == first_step + TIMED_UPDATES and total_steps > 2 * TIMED_UPDATES:
-                left = (total_steps - progress.step) / bar.format_dict["rate"] if bar.format_dict["rate"] else 0
-                bar.write(f"about {left / 60:,.0f} minutes for the other {total_steps - progress.step:,} updates")
+            left = total_steps - progress.step
+            if progress.step == first_step + TIMED_UPDATES // 2:  # the first ones compile and allocate
+                timed = time.perf_counter()
+            elif progress.step == first_step + TIMED_UPDATES and left > TIMED_UPDATES and rank == 0:
+                seconds = (time.perf_counter() - timed) / (TIMED_UPDATES - TIMED_UPDATES // 2) * left
+                bar.write(f"the other {left:,} updates will take about {timedelta(seconds=round(seconds))}")
 
             # 5) a model folder after each epoch; checkpoints; and measurements only when all of it is safe
-            progress.epoch_seconds = time.perf_counter() - began
+            paused = time.perf_counter()
+            progress.epoch_seconds = paused - began
             if epoch_ends:
                 loss_sum, epoch_windows, _, bad = sums.tolist()
                 if not epoch_windows:
@@ -833,7 +838,10 @@ def train_rank(
                         f"{progress.epoch_seconds:,.0f} s, "
                         f"{len(order) * n_ctx / progress.epoch_seconds:,.0f} tokens/s; saved {path}"
                         + (f"; fp16 overflowed and left out {progress.skipped} updates so far" * (progress.skipped > 0))
-                        + (f"; {bad:.0f} updates left out so far, with a loss that was no number" * (bad > 0))
+                        + (
+                            f"; {bad:.0f} updates left out so far, with a loss that was no number"
+                            * (bad > 0 and not precision.may_skip)
+                        )
                     )
                 sums[:2] = 0.0
                 progress.epoch_seconds = 0.0
@@ -849,6 +857,7 @@ def train_rank(
                 return 128 + (stop.signal or signal.SIGINT)
             if measured_here():
                 measure()
+            logged += time.perf_counter() - paused  # speed is that of updates
             if epoch_ends:
                 began = time.perf_counter()
 

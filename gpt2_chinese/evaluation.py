@@ -173,7 +173,8 @@ def complete(model: GPT2LMHeadModel, prompt: list[int], *, rows: int, seed: int)
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    ids = prompt[: model.config.n_ctx - 1]
+    ids = prompt[-(model.config.n_ctx - 1) :]
+    begin = len(ids)
     one = torch.ones(1)
     for step in range(min(_COMPLETION_LENGTH, model.config.n_ctx - len(ids))):
         hidden = model.transformer(torch.tensor([ids], device=device), use_cache=False).last_hidden_state
@@ -184,4 +185,4 @@ def complete(model: GPT2LMHeadModel, prompt: list[int], *, rows: int, seed: int)
             break
         ids = [*ids, id_]
     model.train(was_training)
-    return ids[len(prompt) :]
+    return ids[begin:]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -271,6 +272,18 @@ def test_processes_that_come_at_once_wait_for_the_first(tmp_path):
             with pytest.raises(TimeoutError):
                 waiting.result(timeout=0.3)
         assert waiting.result(timeout=10).tokens.tolist() == [2, 5, 1]
+
+
+@pytest.mark.parametrize("val_fraction", [0.0, 0.01])
+def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch, val_fraction):
+    monkeypatch.setattr(pieces, "_BLOCK", 1 << 16)
+    folder = write_pieces(tmp_path / "tokenized", [("2 " + "12345 " * 98 + "1 ") * 10_000])
+    tracemalloc.start()
+    corpus = read_pieces(folder, vocab_size=20_000, val_fraction=val_fraction)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(corpus.tokens) + corpus.held_out_tokens == 1_000_000
+    assert peak < 1_000_000, "bytes, of 6 million of text and 2 million of ids"
 
 
 @pytest.mark.parametrize("block", [3, 7, 1 << 20])
