@@ -28,6 +28,7 @@ from gpt2_chinese.artifacts import read_json, sha256_of, write_json
 
 STATE, MANIFEST = "state.pt", "manifest.json"
 _FOLDER = re.compile(r"step_(0|[1-9]\d*)")
+_LEFT_OVER = re.compile(r"\.step_\d+\.(tmp|old)")  # half written or half deleted by a run that was killed
 _FORMAT = 1
 
 
@@ -61,7 +62,7 @@ def write_checkpoint(folder: Path, step: int, state: Mapping[str, Any], settings
         manifest = {"format": _FORMAT, "step": step, "files": files, "settings": dict(settings)}
         write_json(new / MANIFEST, manifest | {"sha256": _digest(manifest)})
         if path.exists():
-            shutil.rmtree(path)  # the same step of the same run, so nothing is lost if it ends here
+            _delete(path)  # the same step of the same run, so nothing is lost if it ends here
         os.replace(new, path)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
@@ -75,9 +76,10 @@ def prune(folder: Path, *, keep: int, up_to: int | None = None) -> None:
     whole = checkpoints_in(folder)
     beyond = [path for step, path in whole if up_to is not None and step > up_to]
     kept = [path for _, path in whole if path not in beyond][:keep]
-    for path in folder.iterdir() if folder.is_dir() else []:
-        ours = _FOLDER.fullmatch(path.name.removeprefix(".").removesuffix(".tmp"))
-        if ours and path.is_dir() and path not in kept:
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        if _FOLDER.fullmatch(path.name) and path not in kept:
+            _delete(path)
+        elif _LEFT_OVER.fullmatch(path.name):
             shutil.rmtree(path)
 
 
@@ -177,6 +179,14 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _delete(path: Path) -> None:
+    """Delete a checkpoint, which is whole or gone at any moment."""
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(path, old)
+    shutil.rmtree(old)
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 
 @pytest.fixture(autouse=True)
 def documents(train):
-    return write_documents([20] * 30)
+    return write_documents([20] * 20)
 
 
 def points(folder: str = "model") -> list[dict]:
@@ -259,6 +259,7 @@ def test_a_checkpoint_that_was_half_written_is_never_seen(tmp_path, monkeypatch)
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["step_1"]
     (tmp_path / "c" / ".step_3.tmp").mkdir()
+    (tmp_path / "c" / ".step_2.old").mkdir()
     (tmp_path / "c" / "mine").mkdir()
     prune(tmp_path / "c", keep=1)
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["mine", "step_1"]
