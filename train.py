@@ -638,6 +638,7 @@ def train_rank(
 
     # 2) where the run stands: at its beginning, or exactly where the checkpoint was written
     progress = Progress()
+    made_with = f"torch {torch.__version__}, {torch.get_num_threads()} threads"  # these decide the order of sums
     state = read_checkpoint(resume) if resume is not None and rank == 0 else None
     metrics: Metrics | None = None
     if rank == 0:
@@ -645,6 +646,8 @@ def train_rank(
         metrics = Metrics(args.writer_dir, output / METRICS, resumed_from=resumed_from)
         if state is not None:
             state["measured"] = metrics.has_validation(resumed_from)
+            if state["made_with"] != made_with:
+                print(f"note: the checkpoint was made with {state['made_with']}, this is {made_with}: not bit for bit")
     if world_size > 1:
         dist.broadcast_object_list(shared := [state])  # other machines need not see the folder
         state = shared[0]
@@ -679,6 +682,7 @@ def train_rank(
                 "scaler": precision.state_dict(),
                 "random": random_states,
                 "progress": vars(progress),
+                "made_with": made_with,
             }
             write_checkpoint(checkpoints, progress.step, contents, run.settings() | {"ranks": world_size})
             prune(checkpoints, keep=args.keep_checkpoints)

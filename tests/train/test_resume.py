@@ -175,6 +175,13 @@ def test_a_named_checkpoint_is_gone_back_to(train, monkeypatch):
     assert_same_weights(weights("whole/final_model"), weights())
 
 
+def test_another_number_of_threads_is_said_for_sums_are_then_rounded_otherwise(train, monkeypatch, capsys):
+    interrupted(train, monkeypatch, 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert run(train, *small_run_flags(), "--resume") == 0
+    assert "this is torch" in (output := capsys.readouterr().out) and "7 threads: not bit for bit" in output
+
+
 def test_resume_without_a_checkpoint_begins(train, capsys):
     assert run(train, *small_run_flags(), "--resume") == 0
     assert "no checkpoint in model/checkpoints: starting at the beginning" in capsys.readouterr().out
