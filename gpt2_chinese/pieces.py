@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +18,40 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from gpt2_chinese.artifacts import read_json, sha256_of
+from gpt2_chinese.artifacts import exclusive, read_json, replacing, sha256_of, write_json
+from gpt2_chinese.vocabulary import MASK_ID
 
 MANIFEST = "manifest.json"
 PROGRESS = ".progress.jsonl"  # there while make-tokenized.py is at work, or when it was interrupted
 _PIECE = re.compile(r"tokenized_train_(0|[1-9]\d*)\.txt")
 _BLOCK = 1 << 22  # bytes of a piece in memory at a time
-_LONGEST_ID = 9  # digits; every number of so many fits 32 bits
+_CACHE_FORMAT = 1
 _MEND = "run make-tokenized.py again"
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """All ids of all pieces in one array, in the order of the pieces."""
+    """All ids of all pieces in one file, in the order of the pieces; documents held out are in another one."""
 
-    tokens: npt.NDArray[Any]
-    piece_lengths: tuple[int, ...]
+    path: Path
+    held_out_path: Path
+    dtype: str  # of the ids in both files
+    piece_lengths: tuple[int, ...]  # without the documents held out
+    documents: int
+    held_out_documents: int
+    held_out_tokens: int
+    sha256: str  # of the pieces
+    note: str = ""  # where the files are, if not beside the pieces
+
+    @property
+    def tokens(self) -> npt.NDArray[Any]:
+        """The ids to train on, mapped from the disk: they take no memory until they are looked at."""
+        return _mapped(self.path, self.dtype)
+
+    @property
+    def held_out(self) -> npt.NDArray[Any]:
+        """The ids of the documents held out, mapped from the disk."""
+        return _mapped(self.held_out_path, self.dtype)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
@@ -65,10 +88,20 @@ def check_vocabulary(folder: str | Path, manifest: dict[str, Any] | None, vocab_
         )
 
 
-def read_pieces(folder: str | Path, *, vocab_size: int, manifest: dict[str, Any] | None = None) -> Corpus:
+def read_pieces(
+    folder: str | Path, *, vocab_size: int, manifest: dict[str, Any] | None = None, val_fraction: float = 0.0
+) -> Corpus:
     """Read `tokenized_train_{i}.txt` in numeric order, check them against the manifest and every id against the model.
 
-    Ids are kept in 16 bits where `vocab_size` allows it, else in 32.
+    Their ids are kept in files beside them, `.tokens-{val_fraction}.bin` and `.held_out-{val_fraction}.bin`, in 16
+    bits where `vocab_size` allows it, else in 32. These are used again as long as names, sizes and times of the pieces
+    are the same (and their SHA-256 in the manifest, where there is one), and made again when they are not; processes
+    that come at once wait for the first. Where the folder cannot be written they are made in a temporary one.
+
+    Args:
+        val_fraction: the share of documents to hold out, from 0 to below 1. Which ones is decided by a hash of their
+            ids, so a document stays held out when others come and go. Above 0 there is at least one, unless the
+            corpus has a single document.
 
     Raises:
         FileNotFoundError: no piece, or one missing in the numbering or of the manifest.
@@ -76,24 +109,154 @@ def read_pieces(folder: str | Path, *, vocab_size: int, manifest: dict[str, Any]
             number, or an id outside the vocabulary; the message names file and position.
     """
     folder = Path(folder)
-    numbers = _piece_numbers(folder)
+    paths = [folder / f"tokenized_train_{number}.txt" for number in _piece_numbers(folder)]
     expected: dict[str, str] = {}
     if manifest is not None:
         expected = {piece["file"]: piece["sha256"] for piece in manifest["pieces"]}
         for name in expected:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder / MANIFEST} lists {name}, which is not there; {_MEND}")
-    dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
-    pieces = []
-    for number in tqdm(range(len(numbers)), desc="reading pieces", unit="piece", leave=False, delay=1):
-        path = folder / f"tokenized_train_{number}.txt"
-        if manifest is not None and path.name not in expected:
-            raise ValueError(f"{folder / MANIFEST} does not know {path}; delete that piece, or {_MEND}")
-        tokens, sha256 = _read_piece(path, vocab_size, dtype)
-        if manifest is not None and sha256 != expected[path.name]:
-            raise ValueError(f"{path} is not the file that {folder / MANIFEST} describes; {_MEND}")
-        pieces.append(tokens)
-    return Corpus(np.concatenate(pieces), tuple(len(piece) for piece in pieces))
+        for path in paths:
+            if path.name not in expected:
+                raise ValueError(f"{folder / MANIFEST} does not know {path}; delete that piece, or {_MEND}")
+    with ExitStack() as stack:
+        cache, note = folder, ""
+        while True:
+            try:
+                stack.enter_context(exclusive(cache))
+                break
+            except BlockingIOError:
+                time.sleep(0.1)  # another process is at it, most likely another rank of this run
+            except OSError as error:
+                cache = Path(tempfile.mkdtemp(prefix="gpt2-chinese-"))
+                atexit.register(shutil.rmtree, cache, ignore_errors=True)
+                note = f"{folder} cannot be written ({error.strerror}): its ids are kept in {cache} during this run"
+        corpus = _kept_tokens(cache, paths, vocab_size, expected, val_fraction)
+        return replace(corpus or _keep_tokens(cache, paths, vocab_size, expected, val_fraction), note=note)
+
+
+def _mapped(path: Path, dtype: str) -> npt.NDArray[Any]:
+    if path.stat().st_size == 0:
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype, mode="r")
+
+
+def _cache_files(cache: Path, val_fraction: float) -> tuple[Path, Path, Path]:
+    """The ids, the ids held out, and what is known about both."""
+    names = (f".tokens-{val_fraction}.bin", f".held_out-{val_fraction}.bin", f".tokens-{val_fraction}.json")
+    return cache / names[0], cache / names[1], cache / names[2]
+
+
+def _stamp(path: Path) -> list[Any]:
+    """What changes when a piece is written again."""
+    status = path.stat()
+    return [path.name, status.st_size, status.st_mtime_ns]
+
+
+def _kept_tokens(
+    cache: Path, paths: list[Path], vocab_size: int, expected: dict[str, str], val_fraction: float
+) -> Corpus | None:
+    """What an earlier run kept, or None if it is not of these pieces."""
+    tokens, held_out, header = _cache_files(cache, val_fraction)
+    try:
+        known = read_json(header)
+        if known["format"] != _CACHE_FORMAT or known["vocab_size"] != vocab_size:
+            return None
+        if known["stamps"] != [_stamp(path) for path in paths]:
+            return None
+        if expected and known["sha256"] != [expected[path.name] for path in paths]:
+            return None
+        corpus = _corpus(tokens, held_out, known)
+        whole = [sum(corpus.piece_lengths), corpus.held_out_tokens]
+        size = np.dtype(corpus.dtype).itemsize
+        if [tokens.stat().st_size, held_out.stat().st_size] != [count * size for count in whole]:
+            return None
+        return corpus
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None  # there is none, or it is damaged; it is made again
+
+
+def _corpus(tokens: Path, held_out: Path, known: dict[str, Any]) -> Corpus:
+    return Corpus(
+        path=tokens,
+        held_out_path=held_out,
+        dtype=known["dtype"],
+        piece_lengths=tuple(known["piece_lengths"]),
+        documents=known["documents"],
+        held_out_documents=known["held_out_documents"],
+        held_out_tokens=known["held_out_tokens"],
+        sha256=hashlib.sha256("".join(known["sha256"]).encode()).hexdigest(),
+    )
+
+
+def _keep_tokens(
+    cache: Path, paths: list[Path], vocab_size: int, expected: dict[str, str], val_fraction: float
+) -> Corpus:
+    """Read the pieces block by block into the files; the hash of a document decides into which."""
+    tokens, held_out, header = _cache_files(cache, val_fraction)
+    header.unlink(missing_ok=True)  # from here on the files and it may not fit
+    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    limit = int(val_fraction * 2.0**64)
+    while True:
+        known: dict[str, Any] = {
+            "format": _CACHE_FORMAT,
+            "vocab_size": vocab_size,
+            "dtype": dtype,
+            "stamps": [_stamp(path) for path in paths],
+            "sha256": [],
+            "piece_lengths": [],
+            "documents": 0,
+            "held_out_documents": 0,
+            "held_out_tokens": 0,
+        }
+        smallest, largest = 1 << 64, 0  # of the documents' hashes
+        with replacing(tokens, "wb") as kept_file, replacing(held_out, "wb") as held_out_file:
+            for path in tqdm(paths, desc="reading pieces", unit="piece", leave=False, delay=1):
+                digest = hashlib.sha256()
+                length = 0
+                blocks = _read_piece(path, vocab_size, digest)
+                for ids in _documents(blocks) if limit else blocks:
+                    known["documents"] += int(np.count_nonzero(ids == MASK_ID))
+                    number = _document_hash(ids) if limit else 0
+                    smallest, largest = min(smallest, number), max(largest, number)
+                    if number < limit:
+                        held_out_file.write(ids.astype(dtype).tobytes())
+                        known["held_out_documents"] += 1
+                        known["held_out_tokens"] += len(ids)
+                    else:
+                        kept_file.write(ids.astype(dtype).tobytes())
+                        length += len(ids)
+                if expected and digest.hexdigest() != expected[path.name]:
+                    raise ValueError(f"{path} is not the file that {path.parent / MANIFEST} describes; {_MEND}")
+                known["sha256"].append(digest.hexdigest())
+                known["piece_lengths"].append(length)
+        if limit and known["held_out_documents"] == 0 and smallest < 1 << 64:
+            limit = smallest + 1  # so few documents that the fraction holds none out: take the one next to it
+        elif known["held_out_documents"] and not any(known["piece_lengths"]):
+            limit = largest if smallest < largest else 0  # one is left to be trained on, and a single one is that
+        else:
+            break
+    write_json(header, known)
+    return _corpus(tokens, held_out, known)
+
+
+def _document_hash(ids: npt.NDArray[np.int64]) -> int:
+    """A number below 2**64 that the ids alone decide, whatever the machine and the size of the vocabulary."""
+    return int.from_bytes(hashlib.blake2b(ids.astype("<u4").tobytes(), digest_size=8).digest(), "big")
+
+
+def _documents(blocks: Iterator[npt.NDArray[np.int64]]) -> Iterator[npt.NDArray[np.int64]]:
+    """Cut the ids of a piece before every `[MASK]`."""
+    pending: list[npt.NDArray[np.int64]] = []  # of the document at hand
+    for ids in blocks:
+        first, *others = np.split(ids, np.flatnonzero(ids == MASK_ID))
+        pending.append(first)
+        for begun in others:
+            if any(map(len, pending)):
+                yield np.concatenate(pending)
+            pending = [begun]
+    if any(map(len, pending)):
+        yield np.concatenate(pending)
 
 
 def _piece_numbers(folder: Path) -> list[int]:
@@ -116,10 +279,8 @@ def _piece_numbers(folder: Path) -> list[int]:
     return numbers
 
 
-def _read_piece(path: Path, vocab_size: int, dtype: type) -> tuple[npt.NDArray[Any], str]:
-    """Read one piece block by block: its ids and its SHA-256."""
-    digest = hashlib.sha256()
-    parts: list[npt.NDArray[Any]] = [np.empty(0, dtype)]
+def _read_piece(path: Path, vocab_size: int, digest: Any) -> Iterator[npt.NDArray[np.int64]]:
+    """Read the ids of one piece block by block; `digest` is told its bytes."""
     count = position = 0  # ids and bytes before this block
     rest = b""
     with open(path, "rb") as file:
@@ -134,24 +295,19 @@ def _read_piece(path: Path, vocab_size: int, dtype: type) -> tuple[npt.NDArray[A
             if strange:
                 offset = position + text.index(strange[:1])
                 raise ValueError(f"{path}, byte {offset}: {strange[:1]!r} is no part of an id; {_MEND}")
-            ids = _parse(text)
+            # A number too long for 64 bits becomes the largest of them, which is no id of any vocabulary.
+            ids = np.fromstring(text, dtype=np.int64, sep=" ") if text.strip() else np.empty(0, np.int64)
             wrong = np.flatnonzero(ids >= vocab_size)
             if len(wrong):
                 raise ValueError(
                     f"{path}, number {count + int(wrong[0]) + 1}: id {text.split()[wrong[0]].decode()} is outside the "
                     f"vocabulary of {vocab_size} tokens; the piece was made with another vocabulary: {_MEND}"
                 )
-            parts.append(ids.astype(dtype))
+            yield ids
             count += len(ids)
             position += len(text)
             if not block:
-                return np.concatenate(parts), digest.hexdigest()
-
-
-def _parse(text: bytes) -> npt.NDArray[np.int64]:
-    words = text.split()
-    # A longer number is no id of any vocabulary; it need not be read to be refused.
-    return np.fromiter((int(word[: _LONGEST_ID + 1]) for word in words), dtype=np.int64, count=len(words))
+                return
 
 
 def window_starts(piece_lengths: Sequence[int], n_ctx: int, stride: int) -> npt.NDArray[np.int64]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -74,9 +77,10 @@ def test_large_vocabularies_do_not_wrap_round_at_16_bits(tmp_path, vocab_size, d
     assert tokens.tolist() == [2, vocab_size - 1, 1]
 
 
-def test_the_reference_s_pieces_and_windows_are_those_of_its_training(reference):
+def test_the_reference_s_pieces_and_windows_are_those_of_its_training(reference, tmp_path):
     trace = json.loads((reference / "training_trace.json").read_text(encoding="utf-8"))
-    corpus = read_pieces(reference / "tokenized_full", vocab_size=4425)
+    shutil.copytree(reference / "tokenized_full", tmp_path / "tokenized")
+    corpus = read_pieces(tmp_path / "tokenized", vocab_size=4425)
     assert len(corpus.tokens) == 45_181
     starts = window_starts(corpus.piece_lengths[:1], trace["n_ctx"], trace["stride"])
     assert len(starts) == trace["n_windows"] == 227
@@ -205,3 +209,115 @@ def test_the_sha256_is_that_of_the_bytes_on_the_disk(tmp_path):
     folder = write_pieces(tmp_path / "tokenized", ["2 5 1 "])
     write_manifest(folder, vocabulary(tmp_path / "vocab.txt", "a"))
     assert read_manifest(folder)["pieces"][0]["sha256"] == hashlib.sha256(b"2 5 1 ").hexdigest()
+
+
+# --- the ids that are kept beside the pieces
+
+
+def modified(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob(".tokens*")}
+
+
+def test_ids_are_read_once_and_again_when_a_piece_changes(tmp_path, monkeypatch):
+    folder = write_pieces(tmp_path / "tokenized", ["2 5 1 ", "2 6 1 "])
+    first = read_pieces(folder, vocab_size=9)
+    kept = modified(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(pieces, "_read_piece", None)
+        assert read_pieces(folder, vocab_size=9) == first
+    assert modified(folder) == kept
+    assert isinstance(first.tokens, np.memmap), "its memory is the disk's"
+    for change in (lambda: write_pieces(folder, ["2 5 1 ", "2 7 1 "]), lambda: write_pieces(folder, ["2 1 "] * 3)):
+        change()
+        assert read_pieces(folder, vocab_size=9).tokens.tolist() == sum(
+            (list(map(int, path.read_text().split())) for path in sorted(folder.glob("*.txt"))), []
+        )
+    with pytest.raises(ValueError, match="id 7|id 5"):
+        write_pieces(folder, ["2 5 7 "])
+        read_pieces(folder, vocab_size=5)
+    assert read_pieces(folder, vocab_size=1 << 17).tokens.dtype == np.uint32, "another vocabulary, other ids"
+
+
+@pytest.mark.parametrize("spoil", ["tokens-0.0.bin", "tokens-0.0.json", "held_out-0.0.bin"])
+def test_kept_ids_that_are_damaged_are_made_again(tmp_path, spoil):
+    folder = write_pieces(tmp_path / "tokenized", ["2 5 1 ", "2 6 1 "])
+    read_pieces(folder, vocab_size=9)
+    (folder / f".{spoil}").write_bytes(b"x")
+    assert read_pieces(folder, vocab_size=9).tokens.tolist() == [2, 5, 1, 2, 6, 1]
+    (folder / f".{spoil}").unlink()
+    assert read_pieces(folder, vocab_size=9).tokens.tolist() == [2, 5, 1, 2, 6, 1]
+
+
+def test_a_folder_that_cannot_be_written_is_read_all_the_same(tmp_path, monkeypatch):
+    folder = write_pieces(tmp_path / "tokenized", ["2 5 1 "])
+    original = pieces.exclusive
+
+    def refused(path):
+        if Path(path) == folder:
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(pieces, "exclusive", refused)
+    corpus = read_pieces(folder, vocab_size=9)
+    assert corpus.tokens.tolist() == [2, 5, 1]
+    assert "cannot be written (Permission denied)" in corpus.note
+    assert list(folder.glob(".*")) == []
+
+
+def test_processes_that_come_at_once_wait_for_the_first(tmp_path):
+    folder = write_pieces(tmp_path / "tokenized", ["2 5 1 "])
+    with ThreadPoolExecutor(2) as threads:
+        with pieces.exclusive(folder):
+            waiting = threads.submit(read_pieces, folder, vocab_size=9)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.3)
+        assert waiting.result(timeout=10).tokens.tolist() == [2, 5, 1]
+
+
+@pytest.mark.parametrize("val_fraction", [0.0, 0.01])
+def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch, val_fraction):
+    monkeypatch.setattr(pieces, "_BLOCK", 1 << 16)
+    folder = write_pieces(tmp_path / "tokenized", [("2 " + "12345 " * 98 + "1 ") * 10_000])
+    tracemalloc.start()
+    corpus = read_pieces(folder, vocab_size=20_000, val_fraction=val_fraction)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(corpus.tokens) + corpus.held_out_tokens == 1_000_000
+    assert peak < 1_000_000, "bytes, of 6 million of text and 2 million of ids"
+
+
+@pytest.mark.parametrize("block", [3, 7, 1 << 20])
+@given(lengths=st.lists(st.integers(0, 5), min_size=2, max_size=30), fraction=st.sampled_from([0.001, 0.3, 0.9]))
+def test_each_document_is_trained_on_or_held_out_and_stays_so(tmp_path_factory, block, lengths, fraction):
+    documents = [
+        [2, *(5 + (number * 7 + place) % 90 for place in range(length)), 1] for number, length in enumerate(lengths)
+    ]
+    folder = tmp_path_factory.mktemp("pieces")
+    middle = len(documents) // 2
+    parts = [documents[:middle], documents[middle:]]
+    write_pieces(folder, ["".join(f"{id_} " for document in part for id_ in document) for part in parts])
+    original, pieces._BLOCK = pieces._BLOCK, block
+    try:
+        corpus = read_pieces(folder, vocab_size=100, val_fraction=fraction)
+    finally:
+        pieces._BLOCK = original
+    held_out, trained = split_documents(corpus.held_out.tolist()), split_documents(corpus.tokens.tolist())
+    assert sorted(held_out + trained) == sorted(documents)
+    assert trained, "something is left to train on"
+    assert not {tuple(document) for document in held_out} & {tuple(document) for document in trained}
+    assert held_out or len({tuple(document) for document in documents}) == 1
+    assert (corpus.documents, corpus.held_out_documents) == (len(documents), len(held_out))
+    assert sum(corpus.piece_lengths) == len(corpus.tokens) and corpus.held_out_tokens == len(corpus.held_out)
+    # Others come and go; what is decided by a threshold stays.
+    by_threshold = {tuple(document) for document in documents if hash_of(document) < fraction * 2**64}
+    if by_threshold and {tuple(document) for document in documents} - by_threshold:
+        assert {tuple(document) for document in held_out} == by_threshold
+
+
+def split_documents(ids: list[int]) -> list[list[int]]:
+    places = [*(place for place, id_ in enumerate(ids) if id_ == 2), len(ids)]
+    return [ids[begin:end] for begin, end in zip(places, places[1:], strict=False)]
+
+
+def hash_of(document: list[int]) -> int:
+    return pieces._document_hash(np.array(document))

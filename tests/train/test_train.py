@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,11 +18,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from small_run import N_CTX, assert_same_weights, run, scalars, weights, write_corpus, write_shape
 from transformers import GPT2LMHeadModel, get_linear_schedule_with_warmup
 
-from gpt2_chinese.artifacts import sha256_of
+from gpt2_chinese import window_loss
 from gpt2_chinese.checkpoint import load_model, read_config, save_model
 from gpt2_chinese.pieces import read_pieces, window_starts
 from gpt2_chinese.tokenizer import Tokenizer
@@ -29,70 +29,6 @@ from gpt2_chinese.vocabulary import SPECIAL_TOKENS, write_vocabulary
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[2]
-N_CTX = 8
-
-
-@pytest.fixture
-def train(script, monkeypatch, tmp_path):
-    """train.py as a module, with the files of one small run in the working directory."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    write_corpus([30, 47])
-    write_shape()
-    return script("train")
-
-
-def write_corpus(piece_lengths: list[int], *, words: int = 30, folder: str = "tokenized") -> list[list[int]]:
-    """Pieces of pseudo-random ids, their vocabulary and manifest, as make-tokenized.py leaves them."""
-    generator = np.random.default_rng(0)
-    vocab_file = Path("vocab/vocab_user.txt")
-    write_vocabulary(vocab_file, [*SPECIAL_TOKENS, *(chr(0x4E00 + number) for number in range(words))])
-    shutil.rmtree(folder, ignore_errors=True)
-    Path(folder).mkdir()
-    pieces, entries = [], []
-    for number, length in enumerate(piece_lengths):
-        pieces.append(generator.integers(5, words + 5, length).tolist())
-        path = Path(folder) / f"tokenized_train_{number}.txt"
-        path.write_text("".join(f"{id_} " for id_ in pieces[-1]), encoding="utf-8")
-        entries.append({"file": path.name, "sha256": sha256_of(path), "tokens": length, "documents": 1})
-    manifest = {
-        "format": 1,
-        "vocabulary": {"path": str(vocab_file), "sha256": sha256_of(vocab_file), "size": words + 5},
-        "options": {"num_pieces": len(pieces), "min_length": 128, "compat": False},
-        "pieces": entries,
-    }
-    (Path(folder) / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    return pieces
-
-
-def write_shape(**changes: object) -> None:
-    shape = {"n_ctx": N_CTX, "n_positions": N_CTX, "n_embd": 8, "n_head": 2, "n_layer": 2, "vocab_size": 50005}
-    shape |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
-    Path("shape.json").write_text(json.dumps(shape | changes), encoding="utf-8")
-
-
-def run(train, *flags: str, device: str = "cpu", **named: object) -> int:
-    argv = ["--device", device, "--model_config", "shape.json", "--lr", "1e-2", "--precision", "fp32", *flags]
-    for name, value in named.items():
-        argv += [f"--{name}", str(value)]
-    return train.main(argv)
-
-
-def weights(folder: str = "model/final_model") -> dict[str, torch.Tensor]:
-    return load_file(Path(folder) / "model.safetensors")
-
-
-def assert_same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], **tolerance: float) -> None:
-    assert first.keys() == second.keys()
-    for name in first:
-        torch.testing.assert_close(first[name], second[name], **(tolerance or {"rtol": 0, "atol": 0}), msg=name)
-
-
-def scalars(folder: str = "tensorboard_summary") -> dict[str, list[float]]:
-    events = EventAccumulator(folder)
-    events.Reload()
-    return {name: [event.value for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
 def small_model(**changes: object) -> GPT2LMHeadModel:
@@ -104,11 +40,13 @@ def small_model(**changes: object) -> GPT2LMHeadModel:
 # --- the numbers
 
 
-def test_losses_and_gradient_norms_are_the_reference_s(script, reference):
+def test_losses_and_gradient_norms_are_the_reference_s(script, reference, tmp_path):
     train = script("train")
     trace = json.loads((reference / "training_trace.json").read_text(encoding="utf-8"))
     n_ctx, batch_size = trace["n_ctx"], trace["batch_size"]
-    corpus = read_pieces(reference / "tokenized_full", vocab_size=4425)
+    shutil.copytree(reference / "tokenized_full", tmp_path / "tokenized")
+    corpus = read_pieces(tmp_path / "tokenized", vocab_size=4425)
+    tokens = corpus.tokens
     starts = window_starts(corpus.piece_lengths[:1], n_ctx, trace["stride"])
     model, _ = load_model(reference / "checkpoint", vocab_file=reference / "vocab_user.txt")
     window_loss = train.WindowLoss(model.train())
@@ -124,7 +62,7 @@ def test_losses_and_gradient_norms_are_the_reference_s(script, reference):
         update = train.train_update(
             window_loss,
             optimizer,
-            [train.window_batch(corpus.tokens, windows, n_ctx)],
+            [train.window_batch(tokens, windows, n_ctx)],
             predicted_tokens=len(windows) * (n_ctx - 1),
             precision=precision,
             max_grad_norm=trace["max_grad_norm"],
@@ -150,11 +88,53 @@ def test_loss_and_gradients_are_those_transformers_computes_with_its_own_mask(tr
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-7, msg=name)
 
 
+@pytest.mark.parametrize("how", ["padded", "recompute"])
+def test_padding_and_recomputing_change_no_figure(train, how):
+    """Rows without a token get no gradient, and what is computed twice is the same, dropout and all."""
+    changes = {} if how == "padded" else {"resid_pdrop": 0.2}
+    plain, other = small_model(**changes), small_model(**changes)
+    rows = train.pad_vocabulary(other) if how == "padded" else 35
+    assert other.lm_head.weight is other.transformer.wte.weight and rows == 35
+    input_ids = torch.randint(5, 35, (3, N_CTX), generator=torch.Generator().manual_seed(0))
+    norms = []
+    for model, module in (
+        (plain, train.WindowLoss(plain)),
+        (other, train.WindowLoss(other, rows=rows, recompute=how == "recompute")),
+    ):
+        torch.manual_seed(1)
+        loss = module(input_ids)
+        loss.backward()
+        norms.append((loss.item(), torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()))
+    np.testing.assert_allclose(norms[1], norms[0], rtol=1e-6)
+    if how == "padded":
+        assert other.transformer.wte.weight.shape == (64, 8)
+        assert not other.transformer.wte.weight.grad[35:].any()
+
+
+def test_a_padded_model_is_saved_without_its_padding(train):
+    model = small_model()
+    expected = model.transformer.wte.weight.detach().clone()
+    rows = train.pad_vocabulary(model)
+    padded = model.transformer.wte.weight
+    with train.unpadded(model, rows):
+        save_model("saved", model, Tokenizer.from_file("vocab/vocab_user.txt"), facts={})
+    assert model.transformer.wte.weight is padded and model.lm_head.weight is padded
+    assert torch.equal(load_model("saved")[0].transformer.wte.weight, expected)
+
+
+def test_padding_is_right_in_a_whole_run(train, monkeypatch):
+    run(train, epochs=2, output_dir="plain", writer_dir="plain/tb")
+    monkeypatch.setattr(train, "PADDED_DEVICES", {"cpu"})
+    run(train, "--val_fraction", "0.3", epochs=2, output_dir="measured", writer_dir="measured/tb")
+    run(train, epochs=2)
+    assert_same_weights(weights("plain/final_model"), weights(), rtol=1e-5, atol=1e-7)
+
+
 def test_no_attention_mask_is_ever_built(train, monkeypatch):
     seen = []
-    original = train.causal_attention
+    original = window_loss.causal_attention
     monkeypatch.setattr(
-        train, "causal_attention", lambda *args, **kwargs: (seen.append(args[4]), original(*args, **kwargs))[1]
+        window_loss, "causal_attention", lambda *args, **kwargs: (seen.append(args[4]), original(*args, **kwargs))[1]
     )
     train.WindowLoss(small_model())(torch.full((2, N_CTX), 5))
     assert seen == [None, None]
@@ -162,13 +142,13 @@ def test_no_attention_mask_is_ever_built(train, monkeypatch):
 
 def test_dropout_is_on_in_training_and_reaches_the_attention(train, monkeypatch):
     seen = []
-    original = train.causal_attention
+    original = window_loss.causal_attention
 
     def spy(*args, dropout, **kwargs):
         seen.append(dropout)
         return original(*args, dropout=dropout, **kwargs)
 
-    monkeypatch.setattr(train, "causal_attention", spy)
+    monkeypatch.setattr(window_loss, "causal_attention", spy)
     write_shape(attn_pdrop=0.25)
     run(train, epochs=1, batch_size=64)
     assert set(seen) == {0.25}
@@ -184,6 +164,20 @@ def test_the_schedule_is_transformers_linear_one(train, warmup, total):
         assert train.learning_rate_factor(step, warmup_steps=warmup, total_steps=total) == pytest.approx(expected)
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "wsd", "cosine"])
+def test_every_schedule_rises_in_the_warm_up_stays_in_its_bounds_and_ends_at_zero(train, schedule):
+    factors = [
+        train.learning_rate_factor(step, warmup_steps=10, total_steps=100, schedule=schedule, decay_fraction=0.3)
+        for step in range(101)
+    ]
+    assert factors[:11] == [step / 10 for step in range(11)] and factors[100] == pytest.approx(0, abs=1e-12)
+    assert all(0 <= later <= earlier <= 1 for earlier, later in zip(factors[10:], factors[11:], strict=False))
+    if schedule == "wsd":
+        assert factors[10:71] == [1.0] * 61 and factors[85] == pytest.approx(0.5)
+    if schedule == "cosine":
+        assert factors[55] == pytest.approx(0.5)
 
 
 def test_the_optimizer_is_the_reference_s(train):
@@ -209,6 +203,8 @@ def test_defaults_are_the_reference_s(train):
         "output_dir": "model/",
         "pretrained_model": "",
         "writer_dir": "tensorboard_summary/",
+        "optimizer": "adamw",
+        "schedule": "linear",
     }
     assert args.items() >= expected.items()
 
@@ -224,7 +220,7 @@ def test_the_warm_up_is_at_most_a_tenth_of_the_run_unless_given(train, windows, 
             vocab_file=Path(),
             config=None,
             tokenizer=None,
-            tokens=None,
+            corpus=None,
             starts=np.arange(windows),
             stride=1,
         ).warmup_steps
@@ -318,6 +314,7 @@ def test_torchrun_starts_the_ranks_and_one_of_them_saves(train, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(ROOT / "train.py"), "--device", "cpu", "--model_config", "shape.json", "--lr", "1e-2"]
     command += ["--epochs", "1", "--output_dir", "two", "--writer_dir", "two/tb", "--precision", "fp32"]
+    command += ["--val_fraction", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stderr
@@ -331,7 +328,9 @@ def test_torchrun_starts_the_ranks_and_one_of_them_saves(train, tmp_path):
 def test_a_run_writes_a_folder_each_epoch_and_at_the_end_that_holds_all_a_reader_needs(train, capsys):
     assert run(train, epochs=3, batch_size=4) == 0
     assert sorted(path.name for path in Path("model").iterdir() if path.name[0] != ".") == [
+        "checkpoints",
         "final_model",
+        "metrics.jsonl",
         "model_epoch1",
         "model_epoch2",
         "model_epoch3",
@@ -435,11 +434,14 @@ def test_ctrl_c_saves_what_there_is_and_says_how_to_go_on(train, monkeypatch, ca
     assert run(train, epochs=5, batch_size=2) == status
     assert signal.getsignal(number) is before
     assert len(calls) == 3
-    assert sorted(path.name for path in Path("model").iterdir() if path.name[0] != ".") == ["interrupted"]
+    assert [path.name for path in Path("model/checkpoints").iterdir()] == ["step_3"]
     assert "stopped after update 3 of" in (output := capsys.readouterr().out)
-    assert "--pretrained_model model/interrupted" in output
+    assert "the checkpoint is model/checkpoints/step_3" in output and "the same command and --resume" in output
     monkeypatch.setattr(train, "train_update", original)
-    assert run(train, epochs=1, pretrained_model="model/interrupted", output_dir="more") == 0
+    assert run(train, "--resume", epochs=5, batch_size=2) == 0
+    run(train, epochs=5, batch_size=2, output_dir="whole", writer_dir="whole/tb")
+    assert_same_weights(weights(), weights("whole/final_model"))
+    assert scalars()["loss"] == scalars("whole/tb")["loss"]
 
 
 def test_a_second_ctrl_c_breaks_off_at_once(train, monkeypatch):
@@ -451,7 +453,7 @@ def test_a_second_ctrl_c_breaks_off_at_once(train, monkeypatch):
     monkeypatch.setattr(train, "train_update", impatient)
     with pytest.raises(KeyboardInterrupt):
         run(train)
-    assert not Path("model/interrupted").exists()
+    assert not Path("model/checkpoints").exists()
 
 
 # --- precision
@@ -489,6 +491,7 @@ def test_flags_of_apex_mean_what_torch_can_do(train, flags, expected):
 def test_lower_precision_trains_and_stays_near_fp32(train, flags):
     run(train, epochs=2, output_dir="exact", writer_dir="exact/tb")
     argv = ["--device", "cpu", "--model_config", "shape.json", "--lr", "1e-2", "--epochs", "2", "--writer_dir", "low"]
+    argv += ["--val_fraction", "0"]
     assert train.main([*argv, *flags]) == 0
     np.testing.assert_allclose(scalars("low")["loss"], scalars("exact/tb")["loss"], rtol=0.03)
     dtype = torch.float16 if "O3" in flags else torch.float32
@@ -503,6 +506,7 @@ def test_an_update_that_overflows_in_fp16_is_left_out_and_counted_and_the_rate_w
 
     monkeypatch.setattr(torch.amp, "GradScaler", Scaler)
     argv = ["--device", "cpu", "--model_config", "shape.json", "--fp16", "--epochs", "2", "--stride", "1"]
+    argv += ["--val_fraction", "0"]
     assert train.main([*argv, "--batch_size", "1", "--warmup_steps", "1", "--lr", "1e-3"]) == 0
     rates = scalars()["learning_rate"]
     left_out = rates.index(pytest.approx(1e-3)) - 1
@@ -526,6 +530,84 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(train):
     with pytest.raises(ValueError, match=r"update \d+: the loss is .*take a lower --lr"):
         run(train, lr=1e30, epochs=3, warmup_steps=0, max_grad_norm=1e30)
     assert not Path("model/final_model").exists()
+
+
+@pytest.mark.parametrize("bad", [2, 3])
+def test_bad_updates_are_left_out_and_end_the_run_when_there_are_three_in_a_row(train, monkeypatch, capsys, bad):
+    write_corpus([60, 47])
+    original, calls = train.WindowLoss.forward, []
+
+    def poisoned(self, input_ids):
+        calls.append(1)
+        loss = original(self, input_ids)
+        return loss * math.nan if 3 <= len(calls) < 3 + bad else loss
+
+    monkeypatch.setattr(train.WindowLoss, "forward", poisoned)
+    flags = {"epochs": 1, "batch_size": 1, "save_steps": 2}
+    if bad == 3:
+        with pytest.raises(ValueError, match=r"update 5: the loss is nan.* 3 updates in a row; take a lower --lr"):
+            run(train, **flags)
+        assert sorted(path.name for path in Path("model/checkpoints").iterdir()) == ["step_2", "step_4"]
+        assert not Path("model/final_model").exists()
+    else:
+        assert run(train, **flags) == 0
+        assert "2 updates left out so far" in capsys.readouterr().out
+        assert all(torch.isfinite(tensor).all() for tensor in weights().values())
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0"), "1.50 GiB"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 900 bytes."),
+            "900",
+        ),
+        (MemoryError(), ""),
+    ],
+)
+def test_out_of_memory_names_the_micro_batch_and_the_flags_that_help(train, monkeypatch, error, wanted):
+    def greedy(*_, **__):
+        raise error
+
+    monkeypatch.setattr(train, "train_update", greedy)
+    with pytest.raises(ValueError, match=rf"micro-batch of 4 windows of 8 tokens.*{wanted}.*--gradient_checkpointing"):
+        run(train, batch_size=4)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(train, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(train, "train_update", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        run(train)
+
+
+def test_a_compiler_that_is_not_there_is_said_and_done_without(train, monkeypatch, capsys):
+    run(train, output_dir="plain", writer_dir="plain/tb")
+    monkeypatch.setattr(train, "compiler_problem", lambda _: "no C++ compiler")
+    assert run(train, "--compile", "on") == 0
+    assert "note: not compiled: no C++ compiler" in capsys.readouterr().out
+    assert_same_weights(weights("plain/final_model"), weights())
+
+
+def test_auto_compiles_for_gpus_and_for_long_runs_on_a_cpu_only(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    should_compile = window_loss.should_compile
+    assert should_compile("auto", run_flops=1.0, device=gpu) and not should_compile("auto", run_flops=1.0, device=cpu)
+    assert should_compile("auto", run_flops=1e18, device=cpu)
+    assert not should_compile("auto", run_flops=1e18, device=cpu, ranks=2)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert not should_compile("auto", run_flops=1e18, device=cpu)
+    assert should_compile("on", run_flops=1.0, device=cpu) and not should_compile("off", run_flops=1.0, device=gpu)
+
+
+def test_a_corpus_that_will_be_learnt_by_heart_is_said_so(train, capsys):
+    run(train, epochs=5)
+    assert "the model will learn the texts by heart" in capsys.readouterr().out
+    assert not train.learns_by_heart(10**9, 10**8, 10) and not train.learns_by_heart(10**5, 10**8, 4)
 
 
 def test_apex_is_explained_where_it_has_no_amp(train, monkeypatch):
@@ -555,6 +637,7 @@ def test_apex_is_used_where_it_has_amp(train, monkeypatch):
     monkeypatch.setitem(sys.modules, "apex.amp", amp)
     run(train, epochs=1, output_dir="torch", writer_dir="torch/tb")
     flags = ["--device", "cpu", "--model_config", "shape.json", "--lr", "1e-2", "--epochs", "1", "--fp16"]
+    flags += ["--val_fraction", "0"]
     assert train.main([*flags, "--amp_backend", "apex", "--fp16_opt_level", "O2"]) == 0
     assert calls == ["O2"] + ["scale"] * len(scalars()["loss"])
     assert_same_weights(weights("torch/final_model"), weights())  # this apex computes in fp32
@@ -618,6 +701,12 @@ def model_of_another_vocabulary() -> None:
     write_corpus([40, 10], words=30)
 
 
+def files() -> dict[Path, bytes]:
+    """Every file but those that only keep the pieces' ids, and the locks."""
+    paths = [path for path in Path(".").rglob("*") if path.is_file()]
+    return {path: path.read_bytes() for path in paths if not path.name.startswith((".tokens", ".held_out", ".lock"))}
+
+
 @pytest.mark.parametrize(
     ("spoil", "flags", "error", "message"),
     [
@@ -631,7 +720,12 @@ def model_of_another_vocabulary() -> None:
             r"vocab_user\.txt is not the vocabulary that .*manifest\.json.*make-tokenized",
         ),
         (spoil_ids, [], ValueError, r"tokenized_train_1\.txt, number 3: id 99 is outside the vocabulary of 35 tokens"),
-        (three_short_lines, [], ValueError, r"has 7 tokens, and one window has 8 \(n_ctx in shape\.json\).*more text"),
+        (
+            three_short_lines,
+            [],
+            ValueError,
+            r"has 7 tokens to train on, and one window has 8 \(n_ctx in shape\.json\).*more text",
+        ),
         (None, ["--model_config", "absent.json"], FileNotFoundError, r"no model configuration absent\.json"),
         (None, ["--pretrained_model", "absent"], FileNotFoundError, "no model folder absent"),
         (folder_without_weights, ["--pretrained_model", "old"], FileNotFoundError, "old has no weights"),
@@ -653,10 +747,10 @@ def model_of_another_vocabulary() -> None:
 def test_a_mistake_is_named_with_its_mend_and_leaves_every_file_as_it_was(train, spoil, flags, error, message):
     if spoil is not None:
         spoil()
-    before = {path: path.read_bytes() for path in Path(".").rglob("*") if path.is_file()}
+    before = files()
     with pytest.raises(error, match=message):
         run(train, *flags)
-    assert {path: path.read_bytes() for path in Path(".").rglob("*") if path.is_file()} == before
+    assert files() == before
 
 
 @pytest.mark.parametrize(
