@@ -45,7 +45,7 @@ from gpt2_chinese.estimates import flops_per_token, learns_by_heart, memory_advi
 from gpt2_chinese.evaluation import Documents, complete, evaluate
 from gpt2_chinese.metrics import Metrics
 from gpt2_chinese.muon import Muon
-from gpt2_chinese.pieces import Corpus, check_vocabulary, epoch_order, read_manifest, read_pieces, window_starts
+from gpt2_chinese.pieces import Corpus, check_vocabulary, epoch_order, read_manifest, read_pieces, text_of_tokens, window_starts
 from gpt2_chinese.precision import Precision, choose_devices, choose_precision, has_bf16, load_apex
 from gpt2_chinese.tokenizer import Tokenizer
 from gpt2_chinese.training_state import (
@@ -460,7 +460,13 @@ def prepare(args: argparse.Namespace, world_size: int, say: Callable[[str], None
     compat = manifest is None or bool(manifest["options"]["compat"])
     tokenizer = Tokenizer.from_file(vocab_file, compat=compat)
     check_vocabulary(folder, manifest, vocab_file)
-    corpus = read_pieces(folder, vocab_size=len(tokenizer), manifest=manifest, val_fraction=args.val_fraction)
+    corpus = read_pieces(
+        folder,
+        vocab_size=len(tokenizer),
+        manifest=manifest,
+        val_fraction=args.val_fraction,
+        token_texts=text_of_tokens(tokenizer.vocabulary),
+    )
     if corpus.note:
         say(f"note: {corpus.note}")
     if args.val_fraction and not corpus.held_out_documents:

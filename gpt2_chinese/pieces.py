@@ -19,13 +19,14 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from gpt2_chinese.artifacts import exclusive, read_json, replacing, sha256_of, write_json
-from gpt2_chinese.vocabulary import MASK_ID
+from gpt2_chinese.tokenizer import BYTE_TOKENS, PART_PREFIX
+from gpt2_chinese.vocabulary import MASK_ID, SPECIAL_TOKENS
 
 MANIFEST = "manifest.json"
 PROGRESS = ".progress.jsonl"  # there while make-tokenized.py is at work, or when it was interrupted
 _PIECE = re.compile(r"tokenized_train_(0|[1-9]\d*)\.txt")
 _BLOCK = 1 << 22  # bytes of a piece in memory at a time
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
 _MEND = "run make-tokenized.py again"
 
 
@@ -89,7 +90,12 @@ def check_vocabulary(folder: str | Path, manifest: dict[str, Any] | None, vocab_
 
 
 def read_pieces(
-    folder: str | Path, *, vocab_size: int, manifest: dict[str, Any] | None = None, val_fraction: float = 0.0
+    folder: str | Path,
+    *,
+    vocab_size: int,
+    manifest: dict[str, Any] | None = None,
+    val_fraction: float = 0.0,
+    token_texts: Sequence[bytes] = (),
 ) -> Corpus:
     """Read `tokenized_train_{i}.txt` in numeric order, check them against the manifest and every id against the model.
 
@@ -99,9 +105,11 @@ def read_pieces(
     that come at once wait for the first. Where the folder cannot be written they are made in a temporary one.
 
     Args:
-        val_fraction: the share of documents to hold out, from 0 to below 1. Which ones is decided by a hash of their
-            ids, so a document stays held out when others come and go. Above 0 there is at least one, unless the
-            corpus has a single document.
+        val_fraction: the share of documents to hold out, from 0 to below 1. Which ones is decided by a hash of each,
+            so a document stays held out when others come and go. Above 0 there is at least one, unless the corpus has
+            a single document.
+        token_texts: what each id stands for (`text_of_tokens`). With them the hash is of the text, and the same
+            documents are held out whatever the vocabulary; without, it is of the ids.
 
     Raises:
         FileNotFoundError: no piece, or one missing in the numbering or of the manifest.
@@ -132,7 +140,7 @@ def read_pieces(
                 atexit.register(shutil.rmtree, cache, ignore_errors=True)
                 note = f"{folder} cannot be written ({error.strerror}): its ids are kept in {cache} during this run"
         corpus = _kept_tokens(cache, paths, vocab_size, expected, val_fraction)
-        return replace(corpus or _keep_tokens(cache, paths, vocab_size, expected, val_fraction), note=note)
+        return replace(corpus or _keep_tokens(cache, paths, vocab_size, expected, val_fraction, token_texts), note=note)
 
 
 def _mapped(path: Path, dtype: str) -> npt.NDArray[Any]:
@@ -190,7 +198,7 @@ def _corpus(tokens: Path, held_out: Path, known: dict[str, Any]) -> Corpus:
 
 
 def _keep_tokens(
-    cache: Path, paths: list[Path], vocab_size: int, expected: dict[str, str], val_fraction: float
+    cache: Path, paths: list[Path], vocab_size: int, expected: dict[str, str], val_fraction: float, token_texts: Sequence[bytes]
 ) -> Corpus:
     """Read the pieces block by block into the files; the hash of a document decides into which."""
     tokens, held_out, header = _cache_files(cache, val_fraction)
@@ -217,7 +225,7 @@ def _keep_tokens(
                 blocks = _read_piece(path, vocab_size, digest)
                 for ids in _documents(blocks) if limit else blocks:
                     known["documents"] += int(np.count_nonzero(ids == MASK_ID))
-                    number = _document_hash(ids) if limit else 0
+                    number = _document_hash(ids, token_texts) if limit else 0
                     smallest, largest = min(smallest, number), max(largest, number)
                     if number < limit:
                         held_out_file.write(ids.astype(dtype).tobytes())
@@ -240,9 +248,21 @@ def _keep_tokens(
     return _corpus(tokens, held_out, known)
 
 
-def _document_hash(ids: npt.NDArray[np.int64]) -> int:
-    """A number below 2**64 that the ids alone decide, whatever the machine and the size of the vocabulary."""
-    return int.from_bytes(hashlib.blake2b(ids.astype("<u4").tobytes(), digest_size=8).digest(), "big")
+def _document_hash(ids: npt.NDArray[np.int64], token_texts: Sequence[bytes]) -> int:
+    """A number below 2**64 that the text alone decides, whatever the machine and the vocabulary."""
+    text = b"".join(map(token_texts.__getitem__, ids.tolist())) if token_texts else ids.astype("<u4").tobytes()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+
+def text_of_tokens(vocabulary: Sequence[str]) -> list[bytes]:
+    """What each token adds to a text, without the spaces between words: the same text for every vocabulary."""
+    byte_of = {token: bytes([value]) for value, token in enumerate(BYTE_TOKENS)}
+    specials = dict.fromkeys(SPECIAL_TOKENS, b"") | {"[SEP]": b"\n", "[UNK]": "\ufffd".encode()}
+    known = byte_of | specials
+    return [
+        known[token] if token in known else token.removeprefix(PART_PREFIX).encode("utf-8", "surrogatepass")
+        for token in vocabulary
+    ]
 
 
 def _documents(blocks: Iterator[npt.NDArray[np.int64]]) -> Iterator[npt.NDArray[np.int64]]:
