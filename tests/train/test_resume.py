@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from small_run import assert_same_weights, run, scalars, weights, write_documents, write_shape
+from tqdm import tqdm
 
 from gpt2_chinese.training_state import checkpoints_in, prune, random_state, set_random_state, verify, write_checkpoint
 
@@ -50,6 +52,8 @@ def run_until(train, moment: float, flags: list[str], updates: mmap.mmap) -> boo
     if child == 0:
         status = 1
         try:
+            # tqdm's lock is shared by forked processes, and one that is killed would never give it back.
+            tqdm.set_lock(threading.RLock())
             original = train.train_update
 
             def counted(*args, **kwargs):
