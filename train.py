@@ -45,7 +45,15 @@ from gpt2_chinese.estimates import flops_per_token, learns_by_heart, memory_advi
 from gpt2_chinese.evaluation import Documents, complete, evaluate
 from gpt2_chinese.metrics import Metrics
 from gpt2_chinese.muon import Muon
-from gpt2_chinese.pieces import Corpus, check_vocabulary, epoch_order, read_manifest, read_pieces, text_of_tokens, window_starts
+from gpt2_chinese.pieces import (
+    Corpus,
+    check_vocabulary,
+    epoch_order,
+    read_manifest,
+    read_pieces,
+    text_of_tokens,
+    window_starts,
+)
 from gpt2_chinese.precision import Precision, choose_devices, choose_precision, has_bf16, load_apex
 from gpt2_chinese.tokenizer import Tokenizer
 from gpt2_chinese.training_state import (

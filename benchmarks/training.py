@@ -329,9 +329,7 @@ def recipe(args: argparse.Namespace) -> None:
     dropout = 0.1 if args.contender == "reference" else 0.0
     config.embd_pdrop = config.attn_pdrop = config.resid_pdrop = dropout
     texts = text_of_tokens(tokenizer.vocabulary)
-    corpus = read_pieces(
-        folder, vocab_size=len(tokenizer), manifest=manifest, val_fraction=0.01, token_texts=texts
-    )
+    corpus = read_pieces(folder, vocab_size=len(tokenizer), manifest=manifest, val_fraction=0.01, token_texts=texts)
     documents = Documents(corpus.held_out, config.n_ctx, tokenizer)
     starts = window_starts(corpus.piece_lengths, config.n_ctx, config.n_ctx - 1)
     torch.manual_seed(42)
@@ -443,9 +441,7 @@ def time_to_loss(args: argparse.Namespace) -> None:
         updates = int(history[-1][1])
     goal = min(goals.values())
     reached, whole = run_ours(args, goal)
-    print(
-        f"ours: {goal:.4f} after {reached:.0f} s of {whole:.0f}, {args.minutes * 60 / reached:.1f} times as fast"
-    )
+    print(f"ours: {goal:.4f} after {reached:.0f} s of {whole:.0f}, {args.minutes * 60 / reached:.1f} times as fast")
     for lr in map(float, args.trainer_lrs.split(",") if args.trainer_lrs else []):
         history = run_recipe("Trainer", args, lr, args.minutes * 60, args.trainer_updates or updates)
         seconds = next((point[0] for point in history if point[2] <= goal), math.inf)

@@ -198,7 +198,12 @@ def _corpus(tokens: Path, held_out: Path, known: dict[str, Any]) -> Corpus:
 
 
 def _keep_tokens(
-    cache: Path, paths: list[Path], vocab_size: int, expected: dict[str, str], val_fraction: float, token_texts: Sequence[bytes]
+    cache: Path,
+    paths: list[Path],
+    vocab_size: int,
+    expected: dict[str, str],
+    val_fraction: float,
+    token_texts: Sequence[bytes],
 ) -> Corpus:
     """Read the pieces block by block into the files; the hash of a document decides into which."""
     tokens, held_out, header = _cache_files(cache, val_fraction)
