@@ -152,6 +152,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # the run
     parser.add_argument("--epochs", type=_positive, default=5, help="times over the corpus (default: %(default)s)")
     parser.add_argument(
+        "--max_steps",
+        type=_not_negative,
+        default=0,
+        help="updates at the most, also in the middle of an epoch; 0 is no limit (default: %(default)s)",
+    )
+    parser.add_argument(
         "--batch_size",
         type=_positive,
         default=8,
@@ -384,7 +390,8 @@ class Run:
 
     @property
     def total_steps(self) -> int:
-        return self.updates_per_epoch * self.args.epochs
+        whole = self.updates_per_epoch * self.args.epochs
+        return min(whole, self.args.max_steps) if self.args.max_steps else whole
 
     @property
     def warmup_steps(self) -> int:
@@ -527,13 +534,14 @@ def describe(run: Run, model: GPT2LMHeadModel, config_file: Path, precision_note
         f"model      {args.pretrained_model or config_file}: {config.n_layer} layers, {config.n_embd} wide, "
         f"{config.n_head} heads, n_ctx {config.n_ctx}, dropout {config.resid_pdrop:g}; {parameters:,} parameters"
     )
+    limit = ", --max_steps" if args.max_steps else ""
     clamped = f" (not {args.stride}, which would leave tokens out)" if run.stride != args.stride else ""
     yield (
         f"windows    {len(run.starts):,} of {config.n_ctx} tokens, one every {run.stride}{clamped}; "
         f"shuffled with seed {args.seed}"
     )
     yield (
-        f"run        {args.epochs} epochs of {run.updates_per_epoch:,} updates = {run.total_steps:,} updates of "
+        f"run        {args.epochs} epochs of {run.updates_per_epoch:,} updates{limit} = {run.total_steps:,} updates of "
         f"{args.batch_size} x {args.gradient_accumulation} windows"
     )
     optimizer = "AdamW" if args.optimizer == "adamw" else f"Muon at {args.muon_lr or args.lr:g} and AdamW"
@@ -735,7 +743,7 @@ def train_rank(
 
     def measured_here() -> bool:
         at_step = args.val_steps > 0 and progress.step % args.val_steps == 0
-        return at_step or progress.step % run.updates_per_epoch == 0
+        return at_step or progress.step % run.updates_per_epoch == 0 or progress.step == total_steps
 
     # 3) updates
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -790,7 +798,7 @@ def train_rank(
                 )
             progress.step += 1
             log_windows += len(windows)
-            epoch_ends = progress.step % run.updates_per_epoch == 0
+            epoch_ends = progress.step % run.updates_per_epoch == 0 or progress.step == total_steps
             stopping = stop.signal > 0
             saving = epoch_ends or stopping
             if args.save_steps is None:
@@ -854,7 +862,7 @@ def train_rank(
                     bar.write(
                         f"epoch {epoch + 1} of {args.epochs}: loss {progress.epoch_loss:.4f}, "
                         f"{progress.epoch_seconds:,.0f} s, "
-                        f"{len(order) * n_ctx / progress.epoch_seconds:,.0f} tokens/s; saved {path}"
+                        f"{epoch_windows * n_ctx / progress.epoch_seconds:,.0f} tokens/s; saved {path}"
                         + (f"; fp16 overflowed and left out {progress.skipped} updates so far" * (progress.skipped > 0))
                         + (
                             f"; {bad:.0f} updates left out so far, with a loss that was no number"

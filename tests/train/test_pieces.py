@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 
 from gpt2_chinese import pieces
 from gpt2_chinese.artifacts import sha256_of
-from gpt2_chinese.pieces import check_vocabulary, epoch_order, read_manifest, read_pieces, window_starts
+from gpt2_chinese.pieces import (
+    check_vocabulary,
+    epoch_order,
+    read_manifest,
+    read_pieces,
+    text_of_tokens,
+    window_starts,
+)
+from gpt2_chinese.tokenizer import BYTE_TOKENS, Tokenizer
 from gpt2_chinese.vocabulary import SPECIAL_TOKENS, write_vocabulary
 
 
@@ -320,4 +328,27 @@ def split_documents(ids: list[int]) -> list[list[int]]:
 
 
 def hash_of(document: list[int]) -> int:
-    return pieces._document_hash(np.array(document))
+    return pieces._document_hash(np.array(document), ())
+
+
+def test_the_same_documents_are_held_out_whatever_the_vocabulary(tmp_path):
+    """Whole words in one vocabulary, characters and bytes in the other."""
+    texts = [f"病人{number}号 ok{number}\n吃药{number % 7}天" for number in range(300)]
+    words = ["病人", "号", "吃药", "天", "ok"]
+    letters = ["病", "人", "号", "吃", "药", "天", "o", "##k", *BYTE_TOKENS]
+    digits = [token for digit in "0123456789" for token in (digit, f"##{digit}")]
+    held_out = []
+    for number, more in enumerate(([*words, *letters], letters)):
+        tokenizer = Tokenizer([*SPECIAL_TOKENS, *digits, *more])
+        documents = [[2, *tokenizer.encode(text), 1] for text in texts]
+        folder = write_pieces(tmp_path / str(number), ["".join(f"{id_} " for ids in documents for id_ in ids)])
+        corpus = read_pieces(
+            folder,
+            vocab_size=len(tokenizer),
+            val_fraction=0.1,
+            token_texts=text_of_tokens(tokenizer.vocabulary),
+        )
+        held_out.append([tokenizer.decode(ids) for ids in split_documents(corpus.held_out.tolist())])
+    assert held_out[0] == held_out[1]
+    assert all("\ufffd" not in text for text in held_out[0])
+    assert 10 < len(held_out[0]) < 60

@@ -267,6 +267,18 @@ def test_every_window_of_the_corpus_is_trained_once_an_epoch_in_another_order(tr
     assert len(scalars()["loss"]) == 2 * updates
 
 
+def test_max_steps_ends_a_run_in_the_middle_of_an_epoch_as_at_its_end(train, capsys):
+    run(train, epochs=3, stride=3, batch_size=2, val_fraction=0.1, max_steps=0, output_dir="whole")
+    whole = len(scalars()["loss"])
+    run(train, epochs=3, stride=3, batch_size=2, val_fraction=0.1, max_steps=whole // 2)
+    points = [json.loads(line) for line in Path("model/metrics.jsonl").read_text().splitlines()]
+    assert [point["step"] for point in points if point["kind"] == "validation"][-1] == whole // 2
+    assert [point["step"] for point in points if point["kind"] == "train"][-1] == whole // 2
+    assert "--max_steps" in capsys.readouterr().out
+    assert_same_weights(weights("model/final_model"), weights("model/model_epoch2"))
+    assert not Path("model/model_epoch3").exists()
+
+
 @pytest.mark.parametrize(
     "flags", [{"batch_size": 4, "gradient_accumulation": 2}, {"batch_size": 1, "gradient_accumulation": 8}]
 )
