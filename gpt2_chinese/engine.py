@@ -194,13 +194,13 @@ class Engine:
         return self._fitted(context, [MASK_ID, *self.tokenizer.encode(context)], length)
 
     def prompt_of_ids(self, ids: Sequence[int], length: int) -> Prompt:
-        """The same for a context that is given as ids; `[MASK]` is put before them where they have none.
+        """The same for a context that is given as ids, at least one; `[MASK]` is put before them where it is not there.
 
         Raises:
             ValueError: an id is not in the vocabulary.
         """
         context = self.tokenizer.decode(ids)
-        return self._fitted(context, [MASK_ID, *ids] if ids[:1] != [MASK_ID] else list(ids), length)
+        return self._fitted(context, [MASK_ID, *ids] if ids[0] != MASK_ID else list(ids), length)
 
     def _fitted(self, context: str, ids: list[int], length: int) -> Prompt:
         if len(ids) <= self.n_ctx:
