@@ -440,6 +440,8 @@ async def answer_and_count(request: web.Request, handler: Handler) -> web.Stream
         service.metrics.requests[route, 499] += 1  # the client has gone
         raise
     service.metrics.requests[route, response.status] += 1
+    if service.draining:
+        response.force_close()
     if request.transport is not None:
         letting_go = asyncio.get_running_loop().call_later(service.limits.body_seconds, request.transport.abort)
         try:
@@ -501,11 +503,9 @@ async def check_key(request: web.Request, handler: Handler) -> web.StreamRespons
     return await handler(request)
 
 
-async def finish_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """Keep caches from giving one site's CORS headers to another; end connections when the server stops."""
+async def vary_by_origin(_: web.Request, response: web.StreamResponse) -> None:
+    """Keep caches from giving one site's CORS headers to another."""
     response.headers["Vary"] = "Origin"
-    if request.app[SERVICE].draining:
-        response.force_close()
 
 
 def build_app(service: Service, cors_origins: Sequence[str] = ("*",)) -> web.Application:
@@ -520,7 +520,7 @@ def build_app(service: Service, cors_origins: Sequence[str] = ("*",)) -> web.App
             yield
 
     app.cleanup_ctx.append(run_model)
-    app.on_response_prepare.append(finish_headers)
+    app.on_response_prepare.append(vary_by_origin)
     routes = [
         app.router.add_get("/", handle_page, allow_head=False),
         app.router.add_post("/", handle_generate),

@@ -200,11 +200,13 @@ def out_of_time(limits: Limits, length: str) -> Refusal:
 
 async def completions_of(service: Service, asked: Asked, length: str) -> list[list[Completion]]:
     """Wait for all completions, in the order of the prompts; `length` is the name of the field."""
-    futures = asyncio.gather(*(asyncio.wrap_future(ticket.future) for ticket in asked.tickets))
-    try:
-        completions = await asyncio.wait_for(futures, asked.deadline - time.monotonic())
-    except asyncio.TimeoutError:
-        raise out_of_time(service.limits, length) from None
+    completions = []
+    for ticket in asked.tickets:
+        left = max(0.0, asked.deadline - time.monotonic())
+        try:
+            completions.append(await asyncio.wait_for(asyncio.wrap_future(ticket.future), left))
+        except asyncio.TimeoutError:
+            raise out_of_time(service.limits, length) from None
     observe(service, asked, completions)
     return completions
 
