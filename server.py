@@ -508,6 +508,15 @@ async def vary_by_origin(_: web.Request, response: web.StreamResponse) -> None:
     response.headers["Vary"] = "Origin"
 
 
+async def expected(request: web.Request) -> web.StreamResponse | None:
+    """Answer an Expect header, which aiohttp asks before the middlewares."""
+    if request.headers["Expect"].lower() != "100-continue":
+        return error_response(417, "expectation_failed", "the only Expect that is known is 100-continue")
+    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    request.writer.output_size = 0  # nothing of the answer has been sent
+    return None
+
+
 def build_app(service: Service, cors_origins: Sequence[str] = ("*",)) -> web.Application:
     """Make the application; the model is loaded when it starts, and the engine stopped with it."""
     app = web.Application(
@@ -523,9 +532,9 @@ def build_app(service: Service, cors_origins: Sequence[str] = ("*",)) -> web.App
     app.on_response_prepare.append(vary_by_origin)
     routes = [
         app.router.add_get("/", handle_page, allow_head=False),
-        app.router.add_post("/", handle_generate),
-        app.router.add_post("/generate", handle_generate),
-        app.router.add_post("/v1/completions", handle_v1_completions),
+        app.router.add_post("/", handle_generate, expect_handler=expected),
+        app.router.add_post("/generate", handle_generate, expect_handler=expected),
+        app.router.add_post("/v1/completions", handle_v1_completions, expect_handler=expected),
         app.router.add_get("/v1/models", handle_v1_models, allow_head=False),
         app.router.add_get("/v1/models/{model}", handle_v1_model, allow_head=False),
         app.router.add_get("/health", handle_health, allow_head=False),
