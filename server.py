@@ -214,7 +214,8 @@ async def answer_as_events(
 
     async def write(data: bytes) -> None:
         # A client that takes nothing for so long is let go.
-        assert request.transport is not None
+        if request.transport is None:
+            raise ConnectionResetError("the client has gone")
         letting_go = asyncio.get_running_loop().call_later(service.limits.body_seconds, request.transport.abort)
         try:
             await response.write(data)

@@ -271,9 +271,15 @@ def _known(given: dict[str, Any], schemas: dict[str, Schema]) -> dict[str, Any]:
         if value is None:
             fields[name] = schema.get("default")
         else:
+            value = _whole_if_it_is(value) if schema.get("type", [""])[0] == "integer" else value
             _check_scalar(name, value, schema)
             fields[name] = value
     return fields
+
+
+def _whole_if_it_is(value: Any) -> Any:
+    """5.0 is a whole number in JSON, which knows one kind of numbers."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _check_scalar(name: str, value: Any, schema: Schema) -> None:
@@ -340,14 +346,16 @@ def _prompts(value: Any, most: int, vocab_size: int) -> tuple[str | tuple[int, .
         return (_characters("prompt", value),)
     if not isinstance(value, list):
         raise _wrong_type("prompt", words, value)
+    value = [_whole_if_it_is(item) for item in value]
     if value and all(type(item) is int for item in value):
         return (_ids(value, vocab_size),)
     if not 1 <= len(value) <= most:
         raise Refusal(400, "out_of_range", f"prompt may have 1 to {most} texts, it has {len(value)}", "prompt")
     if all(isinstance(item, str) for item in value):
         return tuple(_characters("prompt", item) for item in value)
-    if all(isinstance(item, list) and all(type(id_) is int for id_ in item) for item in value):
-        return tuple(_ids(item, vocab_size) for item in value)
+    lists = [[_whole_if_it_is(id_) for id_ in item] for item in value if isinstance(item, list)]
+    if len(lists) == len(value) and all(type(id_) is int for ids in lists for id_ in ids):
+        return tuple(_ids(ids, vocab_size) for ids in lists)
     raise Refusal(400, "wrong_type", f"prompt must be {words}; this array holds something else", "prompt")
 
 

@@ -22,10 +22,10 @@ GOOD = {"context": "一丁", "maxlength": 6, "samples": 2, "seed": 1}
 
 
 class Client:
-    """An aiohttp session at the server's address, which tests may look at as `service`, `host` and `port`."""
+    """An aiohttp session at the server's address; tests may look at the server's `service` and `app`."""
 
-    def __init__(self, session: aiohttp.ClientSession, port: int, service: Any) -> None:
-        self.session, self.host, self.port, self.service = session, "127.0.0.1", port, service
+    def __init__(self, session: aiohttp.ClientSession, port: int, service: Any, app: Any) -> None:
+        self.session, self.host, self.port, self.service, self.app = session, "127.0.0.1", port, service, app
 
     @property
     def url(self) -> str:
@@ -64,7 +64,7 @@ def served(
                     await asyncio.wait_for(service.settled.wait(), 60)
                     if service.error is not None:
                         raise service.error
-                return await test(Client(session, port, service))
+                return await test(Client(session, port, service, app))
 
     return asyncio.run(run())
 
