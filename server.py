@@ -393,6 +393,8 @@ async def handle_metrics(request: web.Request) -> web.Response:
         "ready": int(service.status == "ready"),
         "running_sequences": engine.running if engine else 0,
         "waiting_sequences": engine.waiting if engine else 0,
+        "admitted_requests": service.admitted,
+        "tasks": len(asyncio.all_tasks()),
     }
     counters = {
         "prompt_tokens_total": engine.prompt_tokens if engine else 0,
