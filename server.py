@@ -189,6 +189,8 @@ async def read_body(request: web.Request, limits: Limits) -> bytes:
     if request.content_length is not None and request.content_length > limits.body_bytes:
         raise too_large
     try:
+        if request.content.is_eof():  # it has come with the head; a timer would cost more than the reading
+            return await request.read()
         return await asyncio.wait_for(request.read(), limits.body_seconds)
     except asyncio.TimeoutError:
         message = f"the body did not arrive within {limits.body_seconds:g} seconds"

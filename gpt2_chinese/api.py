@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NoReturn
 
 from gpt2_chinese.completion import MOST_LOGPROBS, SETTING_LIMITS, Settings
@@ -117,6 +118,7 @@ def _sampling(top_k: int, top_p: float) -> dict[str, Schema]:
     }
 
 
+@cache
 def generate_fields(limits: Limits) -> dict[str, Schema]:
     """The fields of POST /generate and POST /, as JSON schemas."""
     length, samples = min(DEFAULT_LENGTH, limits.length), min(DEFAULT_SAMPLES, limits.samples)
@@ -128,6 +130,7 @@ def generate_fields(limits: Limits) -> dict[str, Schema]:
     }
 
 
+@cache
 def v1_fields(limits: Limits, vocab_size: int) -> dict[str, Schema]:
     """The fields of POST /v1/completions, as JSON schemas."""
     ids = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": vocab_size - 1}}
