@@ -576,15 +576,24 @@ def greeting(url: str) -> str:
 async def serve(
     service: Service, sock: socket.socket, cors_origins: Sequence[str], *, greet: bool, alone: bool
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C, or until the model cannot be loaded; then finish what was admitted."""
+    """Serve until SIGTERM or Ctrl-C, or until the model cannot be loaded; then finish what was admitted.
+
+    A second signal ends the process at once.
+    """
     begin = time.monotonic()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+
+    def asked_to_stop() -> None:
+        if stop.is_set():
+            os._exit(1)  # asked twice: what is under way is given up
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
         try:
-            loop.add_signal_handler(number, stop.set)
+            loop.add_signal_handler(number, asked_to_stop)
         except NotImplementedError:  # Windows
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(asked_to_stop))
     stopping = asyncio.create_task(stop.wait())
     limits = service.limits
     app = build_app(service, cors_origins)

@@ -254,11 +254,14 @@ async def abort(url: str, port: int) -> float:
         return (time.perf_counter() - begin) * 1000
 
 
-async def abuse(server: Server, *, requests: int, clients: int = 32) -> dict[str, Any]:
-    """Many requests of which a fifth are bad or left in the middle; what the process holds before and after."""
+async def abuse(server: Server, *, requests: int, clients: int = 32, idle: float = 7) -> dict[str, Any]:
+    """Many requests of which a fifth are bad or left in the middle; what the process holds before and after.
+
+    `idle` seconds after the last request, more than --idle_timeout, no connection is left.
+    """
 
     async def measured() -> dict[str, int]:
-        await asyncio.sleep(7)  # connections that idle are closed by then
+        await asyncio.sleep(idle)
         async with open_session(server.url) as session, session.get("/metrics") as response:
             tasks = re.search(r"^gpt2_tasks\S* (\d+)", await response.text(), re.MULTILINE)
         assert tasks is not None
