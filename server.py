@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +119,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_waiting", type=int, default=512, help="sequences that may wait (%(default)s)")
     # given to the processes of several devices
     parser.add_argument("--listen_fd", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--ready_fd", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -574,12 +576,14 @@ def greeting(url: str) -> str:
 
 
 async def serve(
-    service: Service, sock: socket.socket, cors_origins: Sequence[str], *, greet: bool, alone: bool
+    service: Service, sock: socket.socket, cors_origins: Sequence[str], *, ready_fd: int | None = None
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, or until the model cannot be loaded; then finish what was admitted.
 
-    A second signal ends the process at once.
+    A second signal ends the process at once. With `ready_fd` it is one of several processes: it writes a byte there
+    when the model is ready, and ends when its model or its parent has died.
     """
+    parent = os.getppid()
     begin = time.monotonic()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -602,12 +606,18 @@ async def serve(
         await asyncio.wait([settling, stopping], return_when=asyncio.FIRST_COMPLETED)
         settling.cancel()
         if service.status == "ready":
-            print(f"{service.name} is ready on {service.device}, {time.monotonic() - begin:.1f} s after the port")
-            if greet:
+            print(
+                f"{service.name} is ready on {service.device}, {time.monotonic() - begin:.1f} s after the port",
+                flush=True,
+            )
+            if ready_fd is None:
                 print(greeting(url_of(sock)), flush=True)
-            while not stop.is_set() and (alone or service.status == "ready"):
-                # One of several processes that could only say 503 must not stand in the others' way.
-                await asyncio.wait([stopping], timeout=None if alone else 0.5)
+                await stopping
+            else:
+                os.write(ready_fd, b"r")
+                # A process that could only say 503 must not stand in the others' way.
+                while not stop.is_set() and service.status == "ready" and os.getppid() == parent:
+                    await asyncio.wait([stopping], timeout=0.5)
         # New connections are still taken, and told that the server is shutting down.
         service.draining = True
         while service.admitted and service.status == "draining":
@@ -622,12 +632,19 @@ def run_for_each_device(argv: Sequence[str], devices: Sequence[str], sock: socke
     environment = dict(os.environ)
     if all(device == "cpu" for device in devices):
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(devices))))
-    sock.set_inheritable(True)
+    url = url_of(sock)
+    ready, ready_fd = os.pipe()
+    os.set_blocking(ready, False)
     children = []
     for device in devices:
-        flags = ["--device", device, "--listen_fd", str(sock.fileno())]
+        flags = ["--device", device, "--listen_fd", str(sock.fileno()), "--ready_fd", str(ready_fd)]
         command = [sys.executable, str(Path(__file__).resolve()), *argv, *flags]
-        children.append(subprocess.Popen(command, pass_fds=[sock.fileno()], env=environment))
+        # In a session of its own it does not get Ctrl-C twice, from the terminal and from here.
+        child = subprocess.Popen(command, pass_fds=[sock.fileno(), ready_fd], env=environment, start_new_session=True)
+        children.append(child)
+    sock.close()  # it is the children's now: who of them stops must not be waited for on it
+    os.close(ready_fd)
+    waiting = len(devices)
     stopping = False
 
     def stop(*_: object) -> None:
@@ -638,7 +655,6 @@ def run_for_each_device(argv: Sequence[str], devices: Sequence[str], sock: socke
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    print(greeting(url_of(sock)), flush=True)
     while any(child.poll() is None for child in children):
         failed = [child for child in children if child.poll() is not None]
         if failed and not stopping:
@@ -648,7 +664,13 @@ def run_for_each_device(argv: Sequence[str], devices: Sequence[str], sock: socke
             for child in children:
                 child.wait()
             return status or 1
+        with suppress(BlockingIOError):
+            if waiting and (bytes_read := len(os.read(ready, waiting))):
+                waiting -= bytes_read
+                if not waiting:
+                    print(greeting(url), flush=True)
         time.sleep(0.1)
+    os.close(ready)
     return max((abs(child.returncode) for child in children), default=0)
 
 
@@ -659,7 +681,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     devices = [device.strip() for device in args.device.split(",")]
     if args.listen_fd is None:
-        shown = {name: value for name, value in vars(args).items() if name not in ("api_key", "listen_fd")}
+        shown = {name: value for name, value in vars(args).items() if name not in ("api_key", "listen_fd", "ready_fd")}
         shown["api_keys"] = len(keys)
         print("settings: " + ", ".join(f"{name} {value}" for name, value in shown.items()), flush=True)
     limits = Limits(
@@ -683,17 +705,16 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         return Engine(model, tokenizer, rows=args.batch_size, max_waiting=args.max_waiting)
 
     with listen(args.host, args.port) if args.listen_fd is None else socket.socket(fileno=args.listen_fd) as sock:
+        if args.listen_fd is None:
+            print(f"listening on {url_of(sock)}, loading {args.model_path}", flush=True)
         if len(devices) > 1:
             return run_for_each_device(sys.argv[1:] if argv is None else argv, devices, sock)
         name = args.model_name or Path(args.model_path).resolve().name
         service = Service(load, name, limits, keys)
-        alone = args.listen_fd is None
-        if alone:
-            print(f"listening on {url_of(sock)}, loading {args.model_path}", flush=True)
-        asyncio.run(serve(service, sock, origins(args.cors_origins), greet=alone, alone=alone))
+        asyncio.run(serve(service, sock, origins(args.cors_origins), ready_fd=args.ready_fd))
     if service.error is not None:
         raise service.error
-    if not alone and service.engine is not None and service.engine.error is not None:
+    if args.listen_fd is not None and service.engine is not None and service.engine.error is not None:
         return 1
     print("stopped", flush=True)
     if not service.settled.is_set():

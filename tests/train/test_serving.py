@@ -76,14 +76,12 @@ def test_two_devices_are_two_processes_on_one_port_and_one_that_ends_ends_all(fo
     command = [sys.executable, str(ROOT / "server.py"), "--model_path", folder, "--port", "0", "--device", "cpu,cpu"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
-            ready = 0
-            url = ""
-            for line in process.stdout:
-                if line.startswith("serving on "):
-                    url = line.split()[2]
-                ready += " is ready on cpu" in line
-                if ready == 2 and url:
-                    break
+            lines = []
+            while not lines or not lines[-1].startswith("serving on "):  # when both are ready
+                lines.append(process.stdout.readline())
+                assert lines[-1], "the server has ended"
+            assert sum(" is ready on cpu" in line for line in lines) == 2
+            url = lines[-1].split()[2]
             body = json.dumps({"context": "一", "maxlength": 5, "samples": 1, "seed": 1}).encode()
 
             def ask() -> list[str]:
@@ -109,7 +107,9 @@ def test_several_devices_stop_together_at_sigterm(folder):
         try:
             ready = 0
             while ready < 2:
-                ready += " is ready on cpu" in process.stdout.readline()
+                line = process.stdout.readline()
+                assert line, "the server has ended"
+                ready += " is ready on cpu" in line
             process.send_signal(signal.SIGTERM)
             out, err = process.communicate(timeout=30)
         finally:
