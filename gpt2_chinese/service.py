@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2_chinese.api import Limits, Refusal, Wish
 from gpt2_chinese.completion import Completion, EngineFull, Piece, Prompt
-from gpt2_chinese.metrics import Metrics
+from gpt2_chinese.prometheus import Metrics
 
 if TYPE_CHECKING:  # the port answers before torch is imported
     from gpt2_chinese.engine import Engine, Ticket
