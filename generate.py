@@ -14,11 +14,13 @@ import secrets
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from queue import SimpleQueue
 
 from gpt2_chinese.artifacts import replacing
 from gpt2_chinese.checkpoint import load_model
 from gpt2_chinese.command_line import run_script
-from gpt2_chinese.engine import SETTING_LIMITS, Engine, Settings, choose_device
+from gpt2_chinese.completion import SETTING_LIMITS, Piece, Settings
+from gpt2_chinese.engine import Engine, choose_device
 
 SAMPLES_FILE = "samples.txt"
 
@@ -79,16 +81,44 @@ def asked_contexts() -> Iterator[str]:
         yield context
 
 
-def complete(engine: Engine, context: str, length: int, samples: int, settings: Settings, seed: int) -> list[str]:
-    """Complete one context, and say so on stderr if its beginning did not fit the model."""
+def complete(
+    engine: Engine, context: str, length: int, samples: int, settings: Settings, seed: int, *, show: bool
+) -> list[str]:
+    """Complete one context, and say so on stderr if its beginning did not fit the model.
+
+    With `show` the completions are printed while they are decoded: all at once, shown one after the other.
+    """
     prompt = engine.prompt(context, length)
     if prompt.cut:
         print(
             f"note: the text is longer than the model's {engine.n_ctx} tokens; its first {prompt.cut} were cut off",
             file=sys.stderr,
         )
-    ticket = engine.submit(prompt, samples=samples, length=length, settings=settings, seed=seed)
+    pieces: SimpleQueue[Piece | None] = SimpleQueue()
+    on_piece = pieces.put if show else None
+    ticket = engine.submit(prompt, samples=samples, length=length, settings=settings, seed=seed, on_piece=on_piece)
+    if show:
+        ticket.future.add_done_callback(lambda _: pieces.put(None))  # also when the model's thread has died
+        print_pieces(context, pieces, samples)
     return [completion.text for completion in ticket.future.result()]
+
+
+def print_pieces(context: str, pieces: SimpleQueue[Piece | None], samples: int) -> None:
+    """Print the samples in their order, each as far as it has come; `pieces` ends with None."""
+    arrived = [""] * samples
+    ended: set[int] = set()
+    for number in range(samples):
+        print(f"{number + 1}  {context}{arrived[number]}", end="", flush=True)
+        while number not in ended:
+            piece = pieces.get()
+            if piece is None:
+                return
+            arrived[piece.sample] += piece.text
+            if piece.finish_reason:
+                ended.add(piece.sample)
+            if piece.sample == number:
+                print(piece.text, end="", flush=True)
+        print(flush=True)
 
 
 def titled(number: int, text: str) -> str:
@@ -113,14 +143,16 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         for asked, context in enumerate(contexts):
             # The second text asked for gets the next seed, or asking twice would give the same completions.
             try:
-                texts = complete(engine, context, length, args.nsamples, settings, args.seed + asked)
+                show = args.prefix is None
+                texts = complete(engine, context, length, args.nsamples, settings, args.seed + asked, show=show)
             except ValueError as error:
                 if args.prefix is not None:
                     raise ValueError(f"--prefix: {error}") from error
                 print(f"error: {error}", file=sys.stderr)
                 continue
-            for number, text in enumerate(texts, start=1):
-                print(f"{number}  {text}" if args.prefix is None else titled(number, text), flush=True)
+            if args.prefix is not None:
+                for number, text in enumerate(texts, start=1):
+                    print(titled(number, text), flush=True)
             if args.save_samples:
                 saved += texts
                 # Written after every text, so that Ctrl-C loses none.

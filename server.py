@@ -5,83 +5,78 @@ Writes  nothing
 
     python server.py
     curl http://127.0.0.1:5005/generate -d '{"context": "你好", "maxlength": 50, "samples": 5}'
+
+POST /v1/completions is the same for clients of OpenAI's API, and GET / is a page that completes while one types.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import errno
+import hmac
 import json
 import logging
+import os
+import secrets
+import signal
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import aiohttp_cors
 from aiohttp import web
 
-from gpt2_chinese.checkpoint import load_model
-from gpt2_chinese.command_line import run_script
-from gpt2_chinese.engine import (
-    SETTING_LIMITS,
-    Engine,
-    EngineFull,
-    EngineStopped,
-    Settings,
-    choose_device,
+from gpt2_chinese.api import (
+    DEFAULT_LENGTH,
+    DEFAULT_SAMPLES,
+    Limits,
+    Refusal,
+    openapi,
+    parse_generate,
+    parse_v1,
 )
+from gpt2_chinese.command_line import run_script
+from gpt2_chinese.completion import Completion, EngineStopped, Piece, Prompt, TokenLogprob
+from gpt2_chinese.connections import error_body, listen, serving, url_of
+from gpt2_chinese.service import (
+    WARM_UP,
+    Asked,
+    Service,
+    asked,
+    completions_of,
+    observe,
+    out_of_time,
+    running,
+    stopped,
+    tokens_of,
+)
+
+if TYPE_CHECKING:  # the port answers before torch is imported
+    from gpt2_chinese.engine import Engine
 
 LOGGER = logging.getLogger("server")
 PAGE = Path(__file__).resolve().parent / "gpt2_chinese" / "web" / "index.html"
 CUT_HEADER = "X-Context-Cut"
 """Says how many tokens of the context did not fit the model."""
+TOKENS_HEADER = "X-Tokens"
+"""Says how many tokens were drawn for the answer."""
+KEY_VARIABLE = "GPT2_CHINESE_API_KEY"
+OPEN_TO_ALL = [("GET", "/"), ("GET", "/health")]
+"""What needs no API key."""
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+)
 
-DEFAULT_LENGTH = 50
-DEFAULT_SAMPLES = 5
-WARM_UP = "你好"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one request may ask for and how long it may take."""
-
-    samples: int = 32
-    length: int = 1024
-    body_bytes: int = 65_536
-    body_seconds: float = 10.0
-    request_seconds: float = 120.0
+SILENCE = 10.0
+"""Seconds after which a stream without news gets a comment, so that nothing between closes it."""
 
 
-@dataclass(frozen=True)
-class Wish:
-    """A request that has been checked."""
-
-    context: str
-    length: int
-    samples: int
-    settings: Settings
-    seed: int | None
-
-
-class Refusal(Exception):
-    """A request that is answered with an error."""
-
-    def __init__(self, status: int, code: str, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.message = message
-        self.param = param
-
-
-ENGINE = web.AppKey("engine", Engine)
-LIMITS = web.AppKey("limits", Limits)
-TOKENIZING = web.AppKey("tokenizing", ThreadPoolExecutor)
-DRAINING = web.AppKey("draining", asyncio.Event)
+SERVICE = web.AppKey("service", Service)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -90,18 +85,41 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # the model
     parser.add_argument("--model_path", default="model/final_model", help="model folder (%(default)s)")
     parser.add_argument("--vocab_file", help="vocabulary of a model folder that has none, such as GPT2-Chinese's")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or a GPU's number (%(default)s)")
-    # where to listen
+    parser.add_argument("--model_name", help="its name in /v1/models and on the page (the folder's name)")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="auto, cpu, cuda or a GPU's number; 0,1 starts a process for each (%(default)s)",
+    )
+    # where to listen and to whom
     parser.add_argument("--host", default="127.0.0.1", help="address; 0.0.0.0 is every one (%(default)s)")
     parser.add_argument("--port", type=int, default=5005, help="0 takes a free one (%(default)s)")
+    parser.add_argument("--api_key", action="append", help="a key that clients must send; may be given several times")
+    parser.add_argument("--api_key_file", help=f"the same, a key a line; or in the variable {KEY_VARIABLE}")
+    parser.add_argument("--cors_origins", default="*", help="*, none, or sites as https://a.example,… (%(default)s)")
     # limits
     parser.add_argument("--max_samples", type=int, default=limits.samples, help="of one request (%(default)s)")
     parser.add_argument("--max_length", type=int, default=limits.length, help="tokens of a sample (%(default)s)")
+    parser.add_argument("--max_prompts", type=int, default=limits.prompts, help="of a /v1 request (%(default)s)")
     parser.add_argument("--max_body", type=int, default=limits.body_bytes, help="bytes of a request (%(default)s)")
-    parser.add_argument("--body_timeout", type=float, default=limits.body_seconds, help="seconds to read a request")
+    parser.add_argument(
+        "--body_timeout", type=float, default=limits.body_seconds, help="seconds to send a request or take an answer"
+    )
     parser.add_argument("--request_timeout", type=float, default=limits.request_seconds, help="seconds to answer one")
+    parser.add_argument(
+        "--idle_timeout",
+        type=float,
+        default=limits.idle_seconds,
+        help="seconds a connection may be silent (%(default)s)",
+    )
+    parser.add_argument(
+        "--max_connections", type=int, default=limits.connections, help="open at once, of a process (%(default)s)"
+    )
     parser.add_argument("--batch_size", type=int, default=32, help="sequences decoded at once (%(default)s)")
-    parser.add_argument("--max_waiting", type=int, default=256, help="sequences that may wait (%(default)s)")
+    parser.add_argument("--max_waiting", type=int, default=512, help="sequences that may wait (%(default)s)")
+    # given to the processes of several devices
+    parser.add_argument("--listen_fd", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--ready_fd", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -109,116 +127,60 @@ def check(args: argparse.Namespace) -> None:
     """Raise ValueError for a flag whose value makes no sense."""
     if not 0 <= args.port <= 65535:
         raise ValueError(f"--port must be from 0 to 65535, it is {args.port}")
-    for flag in ("max_samples", "max_length", "max_body", "batch_size", "max_waiting"):
+    for flag in (
+        "max_samples",
+        "max_length",
+        "max_prompts",
+        "max_body",
+        "max_connections",
+        "batch_size",
+        "max_waiting",
+    ):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag} must be 1 or more, it is {getattr(args, flag)}")
-    for flag in ("body_timeout", "request_timeout"):
+    for flag in ("body_timeout", "request_timeout", "idle_timeout"):
         if not getattr(args, flag) > 0:
             raise ValueError(f"--{flag} must be above 0 seconds, it is {getattr(args, flag)}")
+    origins(args.cors_origins)
 
 
-# What a request may look like.
-
-
-def parse_json_object(body: bytes) -> dict[str, Any]:
-    """Read a JSON object strictly: UTF-8, no duplicate names, no NaN, and no error but a Refusal."""
-    if not body.strip():
-        raise Refusal(400, "empty_body", 'the body is empty; send JSON such as {"context": "你好"}')
-    try:
-        text = body.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise Refusal(
-            400,
-            "not_utf8",
-            f"the body is not UTF-8 at byte {error.start}; in cmd.exe write Chinese as \\u escapes: \\u4f60\\u597d",
-        ) from None
-
-    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in fields:
-                raise Refusal(400, "duplicate_field", f"{_quoted(name)} stands there twice", name)
-            fields[name] = value
-        return fields
-
-    def no_constant(name: str) -> NoReturn:
-        raise Refusal(400, "invalid_json", f"the body is not JSON: {name} is not a JSON number")
-
-    try:
-        value = json.loads(text, object_pairs_hook=without_duplicates, parse_constant=no_constant)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise Refusal(400, "invalid_json", f"the body is not JSON: {where}: {error.msg}") from None
-    except RecursionError:
-        raise Refusal(400, "invalid_json", "the body is nested too deeply") from None
-    except ValueError:
-        # Python refuses to convert integers of thousands of digits.
-        raise Refusal(400, "invalid_json", "the body has a number with too many digits") from None
-    if not isinstance(value, dict):
-        raise Refusal(400, "not_an_object", f"the body must be a JSON object, it is {_json_type(value)}")
-    return value
-
-
-def parse_wish(body: bytes, limits: Limits) -> Wish:
-    """Check a request of /generate; a field that is null counts as not given.
+def read_keys(args: argparse.Namespace) -> tuple[bytes, ...]:
+    """The API keys of the flags, the file and the environment, as clients send them.
 
     Raises:
-        Refusal: the first thing that is wrong, with the field's name.
+        ValueError: a key is empty or has other than printable ASCII characters, or the file has none.
     """
-    fields = {name: value for name, value in parse_json_object(body).items() if value is not None}
-    known = ["context", "maxlength", "samples", "temperature", "top_k", "top_p", "repetition_penalty", "seed"]
-    for name in fields:
-        if name not in known:
-            message = f"there is no field {_quoted(name)}; the fields are {', '.join(known)}"
-            raise Refusal(400, "unknown_field", message, name)
-    context = fields.get("context")
-    if context is None:
-        raise Refusal(400, "missing_field", 'context is missing; send JSON such as {"context": "你好"}', "context")
-    if not isinstance(context, str):
-        raise Refusal(400, "wrong_type", f"context must be a string, it is {_json_type(context)}", "context")
-    try:
-        context.encode("utf-8")
-    except UnicodeEncodeError as error:
-        message = f"context has half of a surrogate pair at character {error.start + 1}, which is no character"
-        raise Refusal(400, "invalid_character", message, "context") from None
-
-    def number(name: str, default: Any, low: float, high: float, *, whole: bool = True) -> Any:
-        value = fields.get(name, default)
-        kind = "a whole number" if whole else "a number"
-        if value is not default and (type(value) is not int and (whole or type(value) is not float)):
-            raise Refusal(400, "wrong_type", f"{name} must be {kind}, it is {_json_type(value)}", name)
-        if value is not default and not low <= value <= high:
-            raise Refusal(400, "out_of_range", f"{name} must be {kind} from {low} to {high}", name)
-        return value
-
-    samples = number("samples", min(DEFAULT_SAMPLES, limits.samples), 1, limits.samples)
-    length = number("maxlength", min(DEFAULT_LENGTH, limits.length), 1, limits.length)
-    defaults = Settings()
-    settings = Settings(
-        temperature=float(number("temperature", defaults.temperature, *SETTING_LIMITS["temperature"], whole=False)),
-        top_k=number("top_k", defaults.top_k, *SETTING_LIMITS["top_k"]),
-        top_p=float(number("top_p", defaults.top_p, *SETTING_LIMITS["top_p"], whole=False)),
-        repetition_penalty=float(
-            number(
-                "repetition_penalty",
-                defaults.repetition_penalty,
-                *SETTING_LIMITS["repetition_penalty"],
-                whole=False,
-            )
-        ),
-    )
-    return Wish(context, length, samples, settings, number("seed", None, *SETTING_LIMITS["seed"]))
+    keys = {"--api_key": list(args.api_key or ())}
+    if args.api_key_file:
+        lines = Path(args.api_key_file).read_text(encoding="utf-8").splitlines()
+        keys["--api_key_file"] = [line.strip() for line in lines if line.strip()]
+        if not keys["--api_key_file"]:
+            raise ValueError(f"--api_key_file {args.api_key_file} has no key; write one on a line")
+    if KEY_VARIABLE in os.environ:
+        keys[KEY_VARIABLE] = [os.environ[KEY_VARIABLE]]
+    for source, values in keys.items():
+        if not all(key and key.isascii() and key.isprintable() and " " not in key for key in values):
+            raise ValueError(f"{source}: a key must have letters, digits and signs of ASCII, without spaces")
+    return tuple(dict.fromkeys(key.encode("ascii") for values in keys.values() for key in values))
 
 
-def _quoted(name: str) -> str:
-    return json.dumps(name if len(name) <= 60 else name[:60] + "…", ensure_ascii=False)
+def origins(flag: str) -> list[str]:
+    """The sites that --cors_origins names.
+
+    Raises:
+        ValueError: one is not a scheme and a host.
+    """
+    if flag == "none":
+        return []
+    sites = [site.strip() for site in flag.split(",")]
+    for site in sites:
+        scheme, _, host = site.partition("://")
+        if site != "*" and (scheme not in ("http", "https") or not host or "/" in host):
+            raise ValueError(f"--cors_origins {flag}: {site!r} is not *, none or a site such as https://a.example")
+    return sites
 
 
-def _json_type(value: Any) -> str:
-    if isinstance(value, float) or type(value) is int:
-        return "a fraction" if isinstance(value, float) else "a number"
-    names = {str: "a string", bool: "true or false", list: "an array", dict: "an object", type(None): "null"}
-    return names[type(value)]
+# From a request to the engine.
 
 
 async def read_body(request: web.Request, limits: Limits) -> bytes:
@@ -229,6 +191,8 @@ async def read_body(request: web.Request, limits: Limits) -> bytes:
     if request.content_length is not None and request.content_length > limits.body_bytes:
         raise too_large
     try:
+        if request.content.is_eof():  # it has come with the head; a timer would cost more than the reading
+            return await request.read()
         return await asyncio.wait_for(request.read(), limits.body_seconds)
     except asyncio.TimeoutError:
         message = f"the body did not arrive within {limits.body_seconds:g} seconds"
@@ -239,83 +203,279 @@ async def read_body(request: web.Request, limits: Limits) -> bytes:
         raise Refusal(400, "invalid_body", f"the body could not be read: {error}") from None
 
 
+async def answer_as_events(
+    request: web.Request,
+    asked: Asked,
+    length: str,
+    of_piece: Callable[[int, Piece], bytes],
+    end: Callable[[list[list[Completion]]], bytes],
+) -> web.StreamResponse:
+    """Write each piece as it comes, then the end; an error after the beginning becomes an event."""
+    service = request.app[SERVICE]
+    response = web.StreamResponse(
+        headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store"} | headers_of(asked)
+    )
+
+    async def write(data: bytes) -> None:
+        # A client that takes nothing for so long is let go.
+        if request.transport is None:
+            raise ConnectionResetError("the client has gone")
+        letting_go = asyncio.get_running_loop().call_later(service.limits.body_seconds, request.transport.abort)
+        try:
+            await response.write(data)
+        finally:
+            letting_go.cancel()
+
+    await response.prepare(request)
+    running = len(asked.tickets)
+    assert asked.arrivals is not None
+    try:
+        while running:
+            left = asked.deadline - time.monotonic()
+            try:
+                arrived = await asyncio.wait_for(asked.arrivals.get(), max(0.0, min(left, SILENCE)))
+            except asyncio.TimeoutError:
+                if left <= SILENCE:
+                    raise out_of_time(service.limits, length) from None
+                await write(b": waiting\n\n")
+                continue
+            running -= sum(piece is None for _, piece in arrived)
+            if data := b"".join(of_piece(place, piece) for place, piece in arrived if piece is not None):
+                await write(data)
+        completions = [ticket.future.result() for ticket in asked.tickets]
+        observe(service, asked, completions)
+        await write(end(completions))
+    except (Refusal, EngineStopped) as error:
+        refusal = error if isinstance(error, Refusal) else stopped()
+        await write(b"event: error\ndata: " + error_body(refusal.status, refusal.code, refusal.message) + b"\n\n")
+    await response.write_eof()
+    return response
+
+
+def headers_of(asked: Asked) -> dict[str, str]:
+    return {CUT_HEADER: str(asked.cut)} if asked.cut else {}
+
+
+def event(value: Any, name: str | None = None) -> bytes:
+    """A server-sent event of JSON."""
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
+
+
 # The handlers.
 
 
-async def handle_generate(request: web.Request) -> web.Response:
-    """POST /generate and POST /: the completions as a JSON array of strings."""
-    app = request.app
-    engine, limits = app[ENGINE], app[LIMITS]
-    wish = parse_wish(await read_body(request, limits), limits)
-    refuse_when_stopped(app)
-    loop = asyncio.get_running_loop()
-    prompt = await loop.run_in_executor(app[TOKENIZING], engine.prompt, wish.context, wish.length)
-    try:
-        ticket = engine.submit(prompt, samples=wish.samples, length=wish.length, settings=wish.settings, seed=wish.seed)
-    except EngineFull as error:
-        raise Refusal(429, "full", str(error)) from None
-    try:
-        completions = await asyncio.wait_for(asyncio.wrap_future(ticket.future), limits.request_seconds)
-    except asyncio.TimeoutError:
-        message = f"no answer within {limits.request_seconds:g} seconds; ask for fewer samples or a smaller maxlength"
-        raise Refusal(504, "timeout", message) from None
-    finally:
-        ticket.cancel()  # frees its rows if the client has gone or the time is over
-    response = json_response([completion.text for completion in completions])
-    if prompt.cut:
-        response.headers[CUT_HEADER] = str(prompt.cut)
+async def handle_generate(request: web.Request) -> web.StreamResponse:
+    """POST /generate and POST /: the completions as a JSON array of strings, or as events."""
+    service = request.app[SERVICE]
+    body = await read_body(request, service.limits)
+    wish = parse_generate(body, service.limits)
+    async with asked(service, wish) as asking:
+        if wish.stream:
+
+            def of_piece(_: int, piece: Piece) -> bytes:
+                text = event({"sample": piece.sample, "text": piece.text}, "text") if piece.text else b""
+                if piece.finish_reason is None:
+                    return text
+                return text + event({"sample": piece.sample, "finish_reason": piece.finish_reason}, "end")
+
+            def end(completions: list[list[Completion]]) -> bytes:
+                seconds = round(time.monotonic() - asking.arrived, 3)
+                return event({"tokens": tokens_of(completions), "seconds": seconds}, "done")
+
+            return await answer_as_events(request, asking, "maxlength", of_piece, end)
+        completions = await completions_of(service, asking, "maxlength")
+    response = json_response([completion.text for completion in completions[0]])
+    response.headers.update(headers_of(asking) | {TOKENS_HEADER: str(tokens_of(completions))})
     return response
+
+
+async def handle_v1_completions(request: web.Request) -> web.StreamResponse:
+    """POST /v1/completions: as clients of OpenAI's API expect it."""
+    service = request.app[SERVICE]
+    body = await read_body(request, service.limits)
+    vocab_size = len(service.ready_engine().tokenizer)
+    wish = parse_v1(body, service.limits, vocab_size)
+    if wish.model not in (None, service.name):
+        raise Refusal(404, "model_not_found", f"there is no such model; this server has {service.name}", "model")
+    async with asked(service, wish) as asking:
+        head = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": service.name,
+        }
+
+        def choice(place: int, sample: int, text: str, logprobs: Sequence[TokenLogprob], reason: str | None) -> Any:
+            reported = None if wish.logprobs is None else v1_logprobs(logprobs, with_top=wish.logprobs > 0)
+            index = place * wish.samples + sample
+            return {"text": text, "index": index, "logprobs": reported, "finish_reason": reason}
+
+        if wish.stream:
+            no_usage = {"usage": None} if wish.include_usage else {}
+            begun: set[tuple[int, int]] = set()
+
+            def of_piece(place: int, piece: Piece) -> bytes:
+                text = piece.text
+                if wish.echo and (place, piece.sample) not in begun:
+                    text = asking.prompts[place].context + text
+                begun.add((place, piece.sample))
+                chunk = choice(place, piece.sample, text, piece.logprobs, piece.finish_reason)
+                return event({**head, "choices": [chunk], **no_usage})
+
+            def end(completions: list[list[Completion]]) -> bytes:
+                usage = {**head, "choices": [], "usage": v1_usage(asking.prompts, completions)}
+                return (event(usage) if wish.include_usage else b"") + b"data: [DONE]\n\n"
+
+            return await answer_as_events(request, asking, "max_tokens", of_piece, end)
+        completions = await completions_of(service, asking, "max_tokens")
+    choices = []
+    for place, (prompt, group) in enumerate(zip(asking.prompts, completions, strict=True)):
+        for sample, completion in enumerate(group):
+            text = completion.text if wish.echo else completion.text[len(prompt.context) :]
+            choices.append(choice(place, sample, text, completion.logprobs, completion.finish_reason))
+    response = json_response({**head, "choices": choices, "usage": v1_usage(asking.prompts, completions)})
+    response.headers.update(headers_of(asking))
+    return response
+
+
+def v1_logprobs(logprobs: Sequence[TokenLogprob], *, with_top: bool) -> dict[str, Any]:
+    return {
+        "tokens": [one.token for one in logprobs],
+        "token_logprobs": [one.logprob for one in logprobs],
+        "top_logprobs": [one.top for one in logprobs] if with_top else None,
+        "text_offset": [one.offset for one in logprobs],
+    }
+
+
+def v1_usage(prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> dict[str, int]:
+    """Tokens as the model got them: a prompt's with the [MASK] that begins a document."""
+    prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
+    drawn = tokens_of(completions)
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": drawn, "total_tokens": prompt_tokens + drawn}
+
+
+def v1_model(service: Service) -> dict[str, Any]:
+    return {"id": service.name, "object": "model", "created": service.started, "owned_by": "gpt2-chinese"}
+
+
+async def handle_v1_models(request: web.Request) -> web.Response:
+    """GET /v1/models."""
+    return json_response({"object": "list", "data": [v1_model(request.app[SERVICE])]})
+
+
+async def handle_v1_model(request: web.Request) -> web.Response:
+    """GET /v1/models/{model}."""
+    service = request.app[SERVICE]
+    if request.match_info["model"] != service.name:
+        raise Refusal(404, "model_not_found", f"there is no such model; this server has {service.name}", "model")
+    return json_response(v1_model(service))
 
 
 async def handle_health(request: web.Request) -> web.Response:
     """GET /health: 200 while requests are taken, 503 otherwise."""
-    engine = request.app[ENGINE]
-    status = "dead" if engine.error else "draining" if request.app[DRAINING].is_set() else "ready"
-    if status == "ready" and not engine.alive:
-        status = "dead"
-    facts = {"status": status, "running": engine.running, "waiting": engine.waiting, "n_ctx": engine.n_ctx}
-    return json_response(facts, status=200 if status == "ready" else 503)
+    service = request.app[SERVICE]
+    engine = service.engine
+    facts = {
+        "status": service.status,
+        "model": service.name,
+        "device": service.device,
+        "running": engine.running if engine else 0,
+        "waiting": engine.waiting if engine else 0,
+        "n_ctx": engine.n_ctx if engine else None,
+        "maxlength": service.limits.length,
+        "samples": service.limits.samples,
+    }
+    return json_response(facts, status=200 if service.status == "ready" else 503)
+
+
+async def handle_metrics(request: web.Request) -> web.Response:
+    """GET /metrics: Prometheus' text format."""
+    service = request.app[SERVICE]
+    engine = service.engine
+    gauges = {
+        "ready": int(service.status == "ready"),
+        "running_sequences": engine.running if engine else 0,
+        "waiting_sequences": engine.waiting if engine else 0,
+        "admitted_requests": service.admitted,
+        "tasks": len(asyncio.all_tasks()),
+    }
+    counters = {
+        "prompt_tokens_total": engine.prompt_tokens if engine else 0,
+        "generated_tokens_total": engine.generated_tokens if engine else 0,
+    }
+    labels = {"model": service.name, "device": service.device or ""}
+    text = service.metrics.render(labels, gauges, counters)
+    return web.Response(text=text, content_type="text/plain", charset="utf-8")
+
+
+async def handle_openapi(request: web.Request) -> web.Response:
+    """GET /openapi.json."""
+    service = request.app[SERVICE]
+    vocab_size = len(service.engine.tokenizer) if service.engine else 2**31
+    return json_response(openapi(service.limits, vocab_size, needs_key=bool(service.keys)))
 
 
 async def handle_page(_: web.Request) -> web.Response:
-    """GET /: what this server is."""
-    return web.Response(text=PAGE.read_text(encoding="utf-8"), content_type="text/html")
-
-
-def refuse_when_stopped(app: web.Application) -> None:
-    if app[DRAINING].is_set():
-        raise Refusal(503, "draining", "the server is shutting down")
-    if not app[ENGINE].alive:
-        raise Refusal(503, "engine_stopped", "the model has stopped; the server must be started again")
+    """GET /: the page that completes while one types."""
+    headers = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"}
+    return web.Response(text=PAGE.read_text(encoding="utf-8"), content_type="text/html", headers=headers)
 
 
 def json_response(value: Any, *, status: int = 200) -> web.Response:
-    # A field's name in an error may hold half of a surrogate pair.
-    body = json.dumps(value, ensure_ascii=False).encode("utf-8", errors="replace")
+    body = json.dumps(value, ensure_ascii=False).encode("utf-8")
     return web.Response(body=body, status=status, content_type="application/json", charset="utf-8")
 
 
 def error_response(status: int, code: str, message: str, param: str | None = None) -> web.Response:
-    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
-    return json_response({"error": {"message": message, "type": kind, "param": param, "code": code}}, status=status)
+    body = error_body(status, code, message, param)
+    return web.Response(body=body, status=status, content_type="application/json", charset="utf-8")
+
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @web.middleware
-async def errors_as_json(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
+async def answer_and_count(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Send the answer to a client that may be slow or gone, and count it by route and status."""
+    service = request.app[SERVICE]
+    resource = request.match_info.route.resource
+    route = resource.canonical if resource is not None else "other"
+    try:
+        response = await handler(request)
+    except asyncio.CancelledError:
+        service.metrics.requests[route, 499] += 1  # the client has gone
+        raise
+    service.metrics.requests[route, response.status] += 1
+    if service.draining:
+        response.force_close()
+    if request.transport is not None:
+        letting_go = asyncio.get_running_loop().call_later(service.limits.body_seconds, request.transport.abort)
+        try:
+            await response.prepare(request)
+            await response.write_eof()
+        except ConnectionError:
+            pass
+        finally:
+            letting_go.cancel()
+    return response
+
+
+@web.middleware
+async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answer every error in one form, and tell nothing of the inside."""
     try:
         return await handler(request)
-    except Refusal as refusal:
+    except (Refusal, EngineStopped) as error:
+        refusal = error if isinstance(error, Refusal) else stopped()
         response = error_response(refusal.status, refusal.code, refusal.message, refusal.param)
-        if refusal.status == 429:
-            response.headers["Retry-After"] = "1"
-        if refusal.status in (408, 413, 415):
+        if refusal.status == 429 or refusal.code in ("loading", "draining"):
+            response.headers["Retry-After"] = "1" if refusal.status == 429 else "3"
+        if refusal.status == 401:
+            response.headers["WWW-Authenticate"] = "Bearer"
+        if refusal.status in (401, 408, 413, 415):
             response.force_close()  # the rest of the body is not read
         return response
-    except EngineStopped:
-        return error_response(503, "engine_stopped", "the model has stopped; the server must be started again")
     except web.HTTPException as error:
         if error.status < 400:
             raise
@@ -329,9 +489,25 @@ async def errors_as_json(
         if allowed:
             response.headers["Allow"] = allowed
         return response
+    except ConnectionError:
+        raise asyncio.CancelledError from None  # a client that has left in the middle of a stream
     except Exception:
         LOGGER.exception("%s %s failed", request.method, request.path)
         return error_response(500, "internal_error", "the server made a mistake; its log has the details")
+
+
+@web.middleware
+async def check_key(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuse who has no API key, where keys were set. A browser's preflight carries none."""
+    keys = request.app[SERVICE].keys
+    if keys and request.method != "OPTIONS" and (request.method, request.path) not in OPEN_TO_ALL:
+        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        sent = given.strip().encode("utf-8", errors="replace") if scheme.lower() == "bearer" else b""
+        # Every key is compared, in constant time: neither which nor how much of one was right can be measured.
+        if not sum([hmac.compare_digest(sent, key) for key in keys]):
+            problem = "there is no such API key" if sent else "an API key is needed: Authorization: Bearer KEY"
+            raise Refusal(401, "invalid_api_key", problem)
+    return await handler(request)
 
 
 async def vary_by_origin(_: web.Request, response: web.StreamResponse) -> None:
@@ -339,101 +515,210 @@ async def vary_by_origin(_: web.Request, response: web.StreamResponse) -> None:
     response.headers["Vary"] = "Origin"
 
 
-def build_app(engine: Engine, limits: Limits | None = None) -> web.Application:
-    """Make the application; the engine is started and stopped with it."""
-    limits = limits or Limits()
-    app = web.Application(
-        middlewares=[errors_as_json],
-        client_max_size=limits.body_bytes,
-        # Compressed bodies are refused, so they need not be unpacked: 64 KiB of gzip can be 64 MiB of text. A body
-        # that was refused is read for a second more, so that its sender gets to read the answer.
-        handler_args={"auto_decompress": False, "lingering_time": 1.0},
-    )
-    app[ENGINE] = engine
-    app[LIMITS] = limits
-    app[DRAINING] = asyncio.Event()
+async def expected(request: web.Request) -> web.StreamResponse | None:
+    """Answer an Expect header, which aiohttp asks before the middlewares."""
+    if request.headers["Expect"].lower() != "100-continue":
+        return error_response(417, "expectation_failed", "the only Expect that is known is 100-continue")
+    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    request.writer.output_size = 0  # nothing of the answer has been sent
+    return None
 
-    async def run_engine(app: web.Application) -> AsyncIterator[None]:
-        with ThreadPoolExecutor(1, "tokenizing") as tokenizing, engine:
-            app[TOKENIZING] = tokenizing
-            # The first use loads the segmenter's model and compiles: before the first client, not for it.
-            prompt = await asyncio.get_running_loop().run_in_executor(tokenizing, engine.prompt, WARM_UP, 1)
-            await asyncio.wrap_future(engine.submit(prompt, samples=1, length=2, seed=0).future)
+
+def build_app(service: Service, cors_origins: Sequence[str] = ("*",)) -> web.Application:
+    """Make the application; the model is loaded when it starts, and the engine stopped with it."""
+    app = web.Application(
+        middlewares=[answer_and_count, errors_as_json, check_key], client_max_size=service.limits.body_bytes
+    )
+    app[SERVICE] = service
+
+    async def run_model(app: web.Application) -> AsyncIterator[None]:
+        async with running(app[SERVICE]):
             yield
 
-    async def start_draining(app: web.Application) -> None:
-        app[DRAINING].set()
-
-    app.cleanup_ctx.append(run_engine)
-    app.on_shutdown.append(start_draining)
+    app.cleanup_ctx.append(run_model)
     app.on_response_prepare.append(vary_by_origin)
     routes = [
         app.router.add_get("/", handle_page, allow_head=False),
-        app.router.add_post("/", handle_generate),
-        app.router.add_post("/generate", handle_generate),
+        app.router.add_post("/", handle_generate, expect_handler=expected),
+        app.router.add_post("/generate", handle_generate, expect_handler=expected),
+        app.router.add_post("/v1/completions", handle_v1_completions, expect_handler=expected),
+        app.router.add_get("/v1/models", handle_v1_models, allow_head=False),
+        app.router.add_get("/v1/models/{model}", handle_v1_model, allow_head=False),
         app.router.add_get("/health", handle_health, allow_head=False),
+        app.router.add_get("/metrics", handle_metrics, allow_head=False),
+        app.router.add_get("/openapi.json", handle_openapi, allow_head=False),
     ]
-    any_site = aiohttp_cors.ResourceOptions(
-        allow_credentials=False, allow_headers="*", allow_methods="*", expose_headers=(CUT_HEADER,)
+    site = aiohttp_cors.ResourceOptions(
+        allow_credentials=False,
+        allow_headers="*",
+        allow_methods="*",
+        expose_headers=(CUT_HEADER, TOKENS_HEADER, "Retry-After"),
     )
-    cors = aiohttp_cors.setup(app, defaults={"*": any_site})
-    for route in routes:
-        cors.add(route)
+    if cors_origins:
+        cors = aiohttp_cors.setup(app, defaults=dict.fromkeys(cors_origins, site))
+        for route in routes:
+            cors.add(route)
     return app
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Take the port before the model is loaded.
-
-    Raises:
-        OSError: the port is in use or may not be used, or there is no such host; the message names the flag.
-    """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
-    except socket.gaierror as error:
-        raise OSError(f"--host {host}: no such host ({error.strerror}); use 127.0.0.1, or 0.0.0.0 for all") from None
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            mend = "is in use; stop what uses it, or take another with --port (0 is any free one)"
-        elif error.errno == errno.EACCES:
-            mend = "is not allowed; take one from 1024 on with --port"
-        else:
-            mend = f"cannot be used: {error.strerror}"
-        raise OSError(f"port {port} on {host} {mend}") from None
+# The process.
 
 
-def greeting(sock: socket.socket) -> str:
+def greeting(url: str) -> str:
     """The address, and how to try it from a shell and from cmd.exe (which does not send UTF-8)."""
-    host, port = sock.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     body = {"context": WARM_UP, "maxlength": DEFAULT_LENGTH, "samples": DEFAULT_SAMPLES}
     escaped = json.dumps(body).replace('"', '\\"')
     return (
-        f"serving on {url} (Ctrl-C stops); try\n"
+        f"serving on {url} (Ctrl-C stops), a page for your browser; or try\n"
         f"  Linux, macOS:  curl {url}/generate -d '{json.dumps(body, ensure_ascii=False)}'\n"
         f'  Windows (cmd): curl {url}/generate -d "{escaped}"'
     )
 
 
+async def serve(
+    service: Service, sock: socket.socket, cors_origins: Sequence[str], *, ready_fd: int | None = None
+) -> None:
+    """Serve until SIGTERM or Ctrl-C, or until the model cannot be loaded; then finish what was admitted.
+
+    A second signal ends the process at once. With `ready_fd` it is one of several processes: it writes a byte there
+    when the model is ready, and ends when its model or its parent has died.
+    """
+    parent = os.getppid()
+    begin = time.monotonic()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def asked_to_stop() -> None:
+        if stop.is_set():
+            os._exit(1)  # asked twice: what is under way is given up
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        try:
+            loop.add_signal_handler(number, asked_to_stop)
+        except NotImplementedError:  # Windows
+            signal.signal(number, lambda *_: loop.call_soon_threadsafe(asked_to_stop))
+    stopping = asyncio.create_task(stop.wait())
+    limits = service.limits
+    app = build_app(service, cors_origins)
+    async with serving(app, sock, connections=limits.connections, idle_seconds=limits.idle_seconds):
+        settling = asyncio.create_task(service.settled.wait())
+        await asyncio.wait([settling, stopping], return_when=asyncio.FIRST_COMPLETED)
+        settling.cancel()
+        if service.status == "ready":
+            print(
+                f"{service.name} is ready on {service.device}, {time.monotonic() - begin:.1f} s after the port",
+                flush=True,
+            )
+            if ready_fd is None:
+                print(greeting(url_of(sock)), flush=True)
+                await stopping
+            else:
+                os.write(ready_fd, b"r")
+                # A process that could only say 503 must not stand in the others' way.
+                while not stop.is_set() and service.status == "ready" and os.getppid() == parent:
+                    await asyncio.wait([stopping], timeout=0.5)
+        # New connections are still taken, and told that the server is shutting down.
+        service.draining = True
+        while service.admitted and service.status == "draining":
+            await asyncio.sleep(0.02)
+    stopping.cancel()
+
+
+def run_for_each_device(argv: Sequence[str], devices: Sequence[str], sock: socket.socket) -> int:
+    """Start this script once for each device, all on one listening socket; the first that fails ends them all."""
+    if sys.platform == "win32":
+        raise ValueError("--device: several devices need a system other than Windows; start a server for each --port")
+    environment = dict(os.environ)
+    if all(device == "cpu" for device in devices):
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(devices))))
+    url = url_of(sock)
+    ready, ready_fd = os.pipe()
+    os.set_blocking(ready, False)
+    children = []
+    for device in devices:
+        flags = ["--device", device, "--listen_fd", str(sock.fileno()), "--ready_fd", str(ready_fd)]
+        command = [sys.executable, str(Path(__file__).resolve()), *argv, *flags]
+        # In a session of its own it does not get Ctrl-C twice, from the terminal and from here.
+        child = subprocess.Popen(command, pass_fds=[sock.fileno(), ready_fd], env=environment, start_new_session=True)
+        children.append(child)
+    sock.close()  # it is the children's now: who of them stops must not be waited for on it
+    os.close(ready_fd)
+    waiting = len(devices)
+    stopping = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopping
+        stopping = True
+        for child in children:
+            child.terminate()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    while any(child.poll() is None for child in children):
+        failed = [child for child in children if child.poll() is not None]
+        if failed and not stopping:
+            status = failed[0].returncode
+            print(f"error: the process of device {devices[children.index(failed[0])]} has ended", file=sys.stderr)
+            stop()
+            for child in children:
+                child.wait()
+            return status or 1
+        with suppress(BlockingIOError):
+            if waiting and (bytes_read := len(os.read(ready, waiting))):
+                waiting -= bytes_read
+                if not waiting:
+                    print(greeting(url), flush=True)
+        time.sleep(0.1)
+    os.close(ready)
+    return max((abs(child.returncode) for child in children), default=0)
+
+
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = parse_args(argv)
     check(args)
+    keys = read_keys(args)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    print("settings: " + ", ".join(f"{name} {value}" for name, value in vars(args).items()), flush=True)
-    with listen(args.host, args.port) as sock:
-        model, tokenizer = load_model(args.model_path, device=choose_device(args.device), vocab_file=args.vocab_file)
-        engine = Engine(model, tokenizer, rows=args.batch_size, max_waiting=args.max_waiting)
-        limits = Limits(args.max_samples, args.max_length, args.max_body, args.body_timeout, args.request_timeout)
-        app = build_app(engine, limits)
+    devices = [device.strip() for device in args.device.split(",")]
+    if args.listen_fd is None:
+        shown = {name: value for name, value in vars(args).items() if name not in ("api_key", "listen_fd", "ready_fd")}
+        shown["api_keys"] = len(keys)
+        print("settings: " + ", ".join(f"{name} {value}" for name, value in shown.items()), flush=True)
+    limits = Limits(
+        samples=args.max_samples,
+        length=args.max_length,
+        prompts=args.max_prompts,
+        body_bytes=args.max_body,
+        body_seconds=args.body_timeout,
+        request_seconds=args.request_timeout,
+        idle_seconds=args.idle_timeout,
+        connections=args.max_connections,
+    )
 
-        async def greet(_: web.Application) -> None:
-            print(greeting(sock), flush=True)
+    def load() -> Engine:
+        from gpt2_chinese.checkpoint import load_model
+        from gpt2_chinese.engine import Engine, choose_device
 
-        app.on_startup.append(greet)
-        web.run_app(app, sock=sock, print=None, handler_cancellation=True, access_log=None)
-    print("stopped")
+        device = choose_device(args.device)
+        service.device = str(device)
+        model, tokenizer = load_model(args.model_path, device=device, vocab_file=args.vocab_file)
+        return Engine(model, tokenizer, rows=args.batch_size, max_waiting=args.max_waiting)
+
+    with listen(args.host, args.port) if args.listen_fd is None else socket.socket(fileno=args.listen_fd) as sock:
+        if args.listen_fd is None:
+            print(f"listening on {url_of(sock)}, loading {args.model_path}", flush=True)
+        if len(devices) > 1:
+            return run_for_each_device(sys.argv[1:] if argv is None else argv, devices, sock)
+        name = args.model_name or Path(args.model_path).resolve().name
+        service = Service(load, name, limits, keys)
+        asyncio.run(serve(service, sock, origins(args.cors_origins), ready_fd=args.ready_fd))
+    if service.error is not None:
+        raise service.error
+    if args.listen_fd is not None and service.engine is not None and service.engine.error is not None:
+        return 1
+    print("stopped", flush=True)
+    if not service.settled.is_set():
+        os._exit(0)  # the thread that loads would be torn down in the middle of an import
     return None
 
 

@@ -27,7 +27,7 @@ def ask(url: str, body: dict[str, object]) -> list[str]:
 
 
 def wait_for_address(server: subprocess.Popen[str]) -> str:
-    """Read the server's lines until it says where it listens.
+    """Read the server's lines until it says that it serves, which is when the model is loaded.
 
     Raises:
         RuntimeError: it ended before that.
@@ -35,8 +35,8 @@ def wait_for_address(server: subprocess.Popen[str]) -> str:
     assert server.stdout is not None
     for line in server.stdout:
         print("server:", line.rstrip())
-        if found := re.search(r"http://[\d.]+:\d+", line):
-            return found.group()
+        if found := re.match(r"serving on (http://[\d.]+:\d+)", line):
+            return found[1]
     raise RuntimeError(f"the server ended with status {server.wait()}")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -19,98 +20,89 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpt2_chinese.completion import (
+    MOST_LOGPROBS,
+    Completion,
+    Continuation,
+    EngineFull,
+    EngineStopped,
+    Piece,
+    Prompt,
+    Settings,
+    TokenLogprob,
+)
 from gpt2_chinese.decoder import Decoder, Prefix
 from gpt2_chinese.sampling import draw, repetition_penalised, row_seed, uniforms
-from gpt2_chinese.tokenizer import TextJoiner, Tokenizer
+from gpt2_chinese.tokenizer import Tokenizer
 from gpt2_chinese.vocabulary import CLS_ID, MASK_ID, PAD_ID, UNK_ID
 
 LOGGER = logging.getLogger(__name__)
 NEVER_PRODUCED = (MASK_ID, PAD_ID, UNK_ID)
 
 
-SETTING_LIMITS: dict[str, tuple[float, float]] = {
-    "temperature": (0, 10),
-    "top_k": (0, 1_000_000),
-    "top_p": (0, 1),
-    "repetition_penalty": (0.1, 10),
-    "seed": (-(2**63), 2**63 - 1),
-}
-"""What a caller may ask for, both ends included."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How tokens are drawn; values within SETTING_LIMITS.
-
-    temperature 0 takes the greatest logit; top_k 0 and top_p 0 (or 1) are off; repetition_penalty 1 is off.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 30
-    top_p: float = 0.0
-    repetition_penalty: float = 1.0
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A context as the model gets it: `[MASK]` (the beginning of a document) and its ids, at most n_ctx of them.
-
-    `cut` counts the tokens that were cut from the left because the context is longer than the model's.
-    """
-
-    context: str
-    ids: tuple[int, ...]
-    cut: int
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A finished sample: its context and continuation, its ids without the context's, and why it ended.
-
-    `finish_reason` is "stop" ([CLS], the end of a document), "length" or "cancelled".
-    """
-
-    text: str
-    ids: tuple[int, ...]
-    finish_reason: str
-
-
-class EngineStopped(RuntimeError):
-    """The engine takes no more requests: it was closed, or its thread has died of an error."""
-
-
-class EngineFull(RuntimeError):
-    """More sequences wait already than `max_waiting` allows."""
-
-
 @dataclass(eq=False)
 class Ticket:
-    """A request in the engine; `future` gets its completions, in the order of the samples."""
+    """A request in the engine; `future` gets its completions, in the order of the samples.
+
+    `first_token_at` is when the first token of any sample was drawn, in seconds of `time.monotonic()`.
+    """
 
     prompt: Prompt
     length: int
     settings: Settings
     seeds: list[int]
-    on_token: Callable[[int, int], None] | None
+    stop: tuple[str, ...]
+    logprobs: int | None
+    on_piece: Callable[[Piece], None] | None
     future: Future[list[Completion]] = field(default_factory=Future)
     cancelled: bool = False
+    cancelled_samples: set[int] = field(default_factory=set)
+    first_token_at: float | None = None
     joined: int = 0
     prefix: Prefix | None = None
     completions: dict[int, Completion] = field(default_factory=dict)
 
-    def cancel(self) -> None:
-        """Give up the places at the next step; samples that have not ended end as they are, as "cancelled"."""
-        self.cancelled = True
+    def cancel(self, sample: int | None = None) -> None:
+        """Give up the places at the next step, or one sample's; what has not ended ends as it is, as "cancelled"."""
+        if sample is None:
+            self.cancelled = True
+        else:
+            self.cancelled_samples.add(sample)
+
+    def gives_up(self, sample: int) -> bool:
+        return self.cancelled or sample in self.cancelled_samples
 
 
 @dataclass(eq=False)
 class _Sample:
-    """A sample in a row: `held` of its tokens are in the row's buffer, the last one is still to be fed."""
+    """A sample in a row: `held` of its tokens are in the row's buffer, the last one is still to be fed.
+
+    `text` is what `joined` of its ids say; `reported` of its logprobs have gone out with pieces.
+    """
 
     ticket: Ticket
     number: int
+    text: Continuation
     ids: list[int] = field(default_factory=list)
     held: int = 0
+    joined: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    reported: int = 0
+
+    def join(self) -> str:
+        """Join the ids that are not yet text; give what is settled by them."""
+        settled = "".join(self.text.push(id_) for id_ in self.ids[self.joined :])
+        self.joined = len(self.ids)
+        return settled
+
+    def send(self, text: str, reason: str | None) -> None:
+        """Hand a piece to whoever streams: this text, the logprobs of the tokens that begin in what went out."""
+        if self.ticket.on_piece is None or not (text or reason):
+            return
+        begin = self.reported
+        while self.reported < len(self.logprobs) and (reason or self.logprobs[self.reported].offset < self.text.given):
+            self.reported += 1
+        self.ticket.on_piece(Piece(self.number, text, tuple(self.logprobs[begin : self.reported]), reason))
 
 
 class Engine:
@@ -140,6 +132,10 @@ class Engine:
         self.n_ctx = self.decoder.n_ctx
         self.max_waiting = max_waiting
         self.error: BaseException | None = None
+        self.prompt_tokens = 0
+        """Tokens of the prompts that were prefilled so far."""
+        self.generated_tokens = 0
+        """Tokens that were drawn so far, in all samples."""
         device, vocab_size = self.decoder.device, self.decoder.vocab_size
         self._banned = torch.zeros(vocab_size, dtype=torch.bool, device=device)
         self._banned[list(NEVER_PRODUCED)] = True
@@ -195,7 +191,18 @@ class Engine:
                 f"character {error.start + 1} is half of a surrogate pair (U+{ord(context[error.start]):04X}), "
                 "not a character; send the text as UTF-8"
             ) from None
-        ids = [MASK_ID, *self.tokenizer.encode(context)]
+        return self._fitted(context, [MASK_ID, *self.tokenizer.encode(context)], length)
+
+    def prompt_of_ids(self, ids: Sequence[int], length: int) -> Prompt:
+        """The same for a context that is given as ids, at least one; `[MASK]` is put before them where it is not there.
+
+        Raises:
+            ValueError: an id is not in the vocabulary.
+        """
+        context = self.tokenizer.decode(ids)
+        return self._fitted(context, [MASK_ID, *ids] if ids[0] != MASK_ID else list(ids), length)
+
+    def _fitted(self, context: str, ids: list[int], length: int) -> Prompt:
         if len(ids) <= self.n_ctx:
             return Prompt(context, tuple(ids), 0)
         kept = max(self.n_ctx - length, self.n_ctx // 2, 1)
@@ -209,7 +216,9 @@ class Engine:
         length: int,
         settings: Settings | None = None,
         seed: int | None = None,
-        on_token: Callable[[int, int], None] | None = None,
+        stop: Sequence[str] = (),
+        logprobs: int | None = None,
+        on_piece: Callable[[Piece], None] | None = None,
     ) -> Ticket:
         """Queue a request and return at once.
 
@@ -219,7 +228,9 @@ class Engine:
             length: tokens a completion has at most, at least 1.
             settings: how tokens are drawn.
             seed: 64 bits; the same seed gives the same texts. None takes a random one.
-            on_token: called in the model's thread with a sample's number and its new id; must be quick and not raise.
+            stop: the first of these strings in a continuation ends it, and is cut off.
+            logprobs: how many alternatives of each token are wanted, 0 to MOST_LOGPROBS; None reports no logprobs.
+            on_piece: called in the model's thread with each piece of text; must be quick and not raise.
 
         Raises:
             EngineFull: too many sequences wait.
@@ -227,23 +238,34 @@ class Engine:
         """
         if samples < 1 or length < 1:
             raise ValueError(f"samples and length must be 1 or more, they are {samples} and {length}")
+        if not all(stop):
+            raise ValueError("a stop string must not be empty")
+        if logprobs is not None and not 0 <= logprobs <= MOST_LOGPROBS:
+            raise ValueError(f"logprobs must be from 0 to {MOST_LOGPROBS}, it is {logprobs}")
         if not 1 <= len(prompt.ids) <= self.n_ctx:
             raise ValueError(f"a prompt must have 1 to {self.n_ctx} ids, this one has {len(prompt.ids)}")
         if seed is None:
             seed = secrets.randbits(63)
         seeds = [row_seed(seed, number) for number in range(samples)]
-        ticket = Ticket(prompt, length, settings or Settings(), seeds, on_token)
+        ticket = Ticket(prompt, length, settings or Settings(), seeds, tuple(stop), logprobs, on_piece)
         # From here on only the engine ends it: asyncio would cancel the future of a client that has gone.
         ticket.future.set_running_or_notify_cancel()
         with self._changed:
             if not self.alive:
                 raise EngineStopped(self._why_stopped())
-            # A request larger than the limit is taken when nothing waits: it is the caller who limits samples.
-            if self._waiting and self.waiting + samples > self.max_waiting:
-                raise EngineFull(f"{self.waiting} sequences wait already; try again later")
+            self.check_room(samples)
             self._waiting.append(ticket)
             self._changed.notify_all()
         return ticket
+
+    def check_room(self, samples: int) -> None:
+        """Raise EngineFull if so many more sequences cannot wait.
+
+        A request larger than the limit is taken when nothing waits: it is the caller who limits samples.
+        """
+        waiting = self.waiting
+        if waiting and waiting + samples > self.max_waiting:
+            raise EngineFull(f"{waiting} sequences wait already; try again later")
 
     def complete(
         self,
@@ -287,7 +309,7 @@ class Engine:
 
     def _leave_cancelled(self) -> None:
         for row in reversed(range(len(self._rows))):
-            if self._rows[row].ticket.cancelled:
+            if self._rows[row].ticket.gives_up(self._rows[row].number):
                 self._leave(row, "cancelled")
         with self._changed:
             gone = [ticket for ticket in self._waiting if ticket.cancelled]
@@ -295,7 +317,7 @@ class Engine:
         for ticket in gone:
             ticket.prefix = None
             for number in range(ticket.joined, len(ticket.seeds)):
-                self._finish(_Sample(ticket, number), "cancelled")
+                self._finish(self._sample(ticket, number), "cancelled")
 
     def _join(self) -> None:
         """Let the first waiting request take the free rows, all its samples behind one prefill.
@@ -309,6 +331,7 @@ class Engine:
         prompt = ticket.prompt.ids
         if ticket.prefix is None:
             ticket.prefix = self.decoder.prefill(prompt)
+            self.prompt_tokens += len(prompt)
         prefix = ticket.prefix
         first = len(self._rows)
         joining = range(ticket.joined, min(ticket.joined + free, len(ticket.seeds)))
@@ -317,7 +340,7 @@ class Engine:
             self.decoder.load(row, prefix)
             self._seen[row] = False
             self._seen[row, list(prompt)] = True
-            self._rows.append(_Sample(ticket, number, held=len(prompt)))
+            self._rows.append(self._sample(ticket, number))
         with self._changed:
             ticket.joined = joining.stop
             if ticket.joined == len(ticket.seeds):
@@ -347,15 +370,45 @@ class Engine:
         samples = [self._rows[row] for row in rows]
         tokens = self._draw(samples, self._seen[rows.start : rows.stop], logits)
         self._seen[list(rows), tokens] = True
+        logprobs = {rows[place]: report for place, report in self._logprobs(samples, tokens, logits).items()}
+        now = time.monotonic()
         for row, sample, token in reversed(list(zip(rows, samples, tokens.tolist(), strict=True))):
+            ticket = sample.ticket
+            ticket.first_token_at = ticket.first_token_at or now
             if token == CLS_ID:
                 self._leave(row, "stop")
                 continue
             sample.ids.append(token)
-            if sample.ticket.on_token is not None:
-                sample.ticket.on_token(sample.number, token)
-            if len(sample.ids) == sample.ticket.length:
+            self.generated_tokens += 1
+            if row in logprobs:
+                chosen, top = logprobs[row]
+                sample.logprobs.append(
+                    TokenLogprob(self.tokenizer.vocabulary[token], chosen, top, len(sample.text.text))
+                )
+            if ticket.stop or ticket.on_piece is not None or row in logprobs:
+                sample.send(sample.join(), None)
+            if sample.text.stopped:
+                self._leave(row, "stop")
+            elif len(sample.ids) == ticket.length:
                 self._leave(row, "length")
+
+    def _logprobs(
+        self, samples: Sequence[_Sample], tokens: Tensor, logits: Tensor
+    ) -> dict[int, tuple[float, dict[str, float]]]:
+        """For the places of the samples that want them: the drawn token's logprob, and the likeliest tokens'."""
+        reports = {}
+        for place, sample in enumerate(samples):
+            wanted = sample.ticket.logprobs
+            if wanted is None:
+                continue
+            scores = torch.log_softmax(logits[place].double(), dim=-1)
+            token = int(tokens[place])
+            best = scores.topk(min(wanted, len(self.tokenizer)))
+            top = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if wanted else {}
+            top.setdefault(token, float(scores[token]))
+            names = {self.tokenizer.vocabulary[id_]: score for id_, score in top.items() if id_ < len(self.tokenizer)}
+            reports[place] = (top[token], names)
+        return reports
 
     def _draw(self, samples: Sequence[_Sample], seen: Tensor, logits: Tensor) -> Tensor:
         device = logits.device
@@ -382,24 +435,29 @@ class Engine:
         self._rows.pop()
         self._finish(sample, reason)
 
+    def _sample(self, ticket: Ticket, number: int) -> _Sample:
+        text = Continuation(self.tokenizer, ticket.prompt, ticket.stop)
+        return _Sample(ticket, number, text, held=len(ticket.prompt.ids))
+
     def _finish(self, sample: _Sample, reason: str) -> None:
         ticket = sample.ticket
-        text = ticket.prompt.context + continuation(self.tokenizer, ticket.prompt, sample.ids)
-        ticket.completions[sample.number] = Completion(text, tuple(sample.ids), reason)
+        settled = sample.join() + sample.text.rest()
+        if sample.text.stopped:
+            # The tokens of the stop string are in the ids, not in the text.
+            sample.logprobs = [one for one in sample.logprobs if one.offset < len(sample.text.text)]
+        text = ticket.prompt.context + sample.text.text
+        ticket.completions[sample.number] = Completion(text, tuple(sample.ids), reason, tuple(sample.logprobs))
+        sample.send(settled, reason)
         if len(ticket.completions) == len(ticket.seeds):
             ticket.future.set_result([ticket.completions[number] for number in range(len(ticket.seeds))])
 
 
 def continuation(tokenizer: Tokenizer, prompt: Prompt, ids: Sequence[int]) -> str:
-    """The text of ids behind a prompt: a space in between only where the tokenizer joins with one.
-
-    No space is added behind a context that ends with one already.
-    """
-    joiner = TextJoiner(compat=tokenizer.compat)
-    for id_ in prompt.ids[-4:]:  # the joiner remembers one token, or the four bytes of one character
-        joiner.push(tokenizer.vocabulary[id_])
-    text = "".join(joiner.push(tokenizer.vocabulary[id_]) for id_ in ids)
-    return text.removeprefix(" ") if prompt.context[-1:].isspace() else text
+    """The whole text of ids behind a prompt."""
+    text = Continuation(tokenizer, prompt)
+    for id_ in ids:
+        text.push(id_)
+    return text.text
 
 
 def choose_device(name: str) -> torch.device:

@@ -17,8 +17,9 @@ from tiny_model import endless_model, favour, tiny_model, tiny_tokenizer
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from gpt2_chinese.checkpoint import load_model
+from gpt2_chinese.completion import Continuation, EngineFull, EngineStopped, Prompt, Settings
 from gpt2_chinese.decoder import Decoder
-from gpt2_chinese.engine import Engine, EngineFull, EngineStopped, Prompt, Settings, choose_device, continuation
+from gpt2_chinese.engine import Engine, choose_device, continuation
 from gpt2_chinese.vocabulary import CLS_ID, MASK_ID, PAD_ID, UNK_ID
 
 GREEDY = Settings(temperature=0)
@@ -149,19 +150,30 @@ def test_a_seed_gives_the_same_alone_in_a_crowd_and_streamed(engine):
         )
         requests.append((prompt, source.randrange(1, 6), source.randrange(1, 40), settings, number))
 
-    def submit(request, on_token=None):
+    def submit(request, on_piece=None):
         prompt, samples, length, settings, seed = request
-        return engine.submit(prompt, samples=samples, length=length, settings=settings, seed=seed, on_token=on_token)
+        return engine.submit(
+            prompt,
+            samples=samples,
+            length=length,
+            settings=settings,
+            seed=seed,
+            on_piece=on_piece,
+            stop=[chr(0x4E00 + seed), "乐乒", "world"] if seed % 2 else [],
+            logprobs=2 if seed % 3 else None,
+        )
 
     alone = [submit(request).future.result(WAIT) for request in requests]
-    streamed: list[dict[int, list[int]]] = [{} for _ in requests]
-    tickets = [
-        submit(request, lambda sample, id_, texts=texts: texts.setdefault(sample, []).append(id_))
-        for request, texts in zip(requests, streamed, strict=True)
-    ]
+    assert {completion.finish_reason for completions in alone for completion in completions} == {"stop", "length"}
+    streamed = [[] for _ in requests]
+    tickets = [submit(request, pieces.append) for request, pieces in zip(requests, streamed, strict=True)]
     assert [ticket.future.result(WAIT) for ticket in tickets] == alone
-    for texts, completions in zip(streamed, alone, strict=True):
-        assert [tuple(texts.get(sample, ())) for sample in range(len(completions))] == [c.ids for c in completions]
+    for pieces, completions in zip(streamed, alone, strict=True):
+        for number, completion in enumerate(completions):
+            own = [piece for piece in pieces if piece.sample == number]
+            assert "".join(piece.text for piece in own) == completion.text
+            assert [piece.finish_reason for piece in own] == [None] * (len(own) - 1) + [completion.finish_reason]
+            assert sum((piece.logprobs for piece in own), ()) == completion.logprobs
 
 
 def test_samples_differ_and_do_not_depend_on_how_many_there_are(engine):
@@ -299,6 +311,127 @@ def test_a_space_stands_only_where_the_tokenizer_joins_with_one(context, words, 
     tokenizer = tiny_tokenizer()
     prompt = Prompt(context, (MASK_ID, *tokenizer.encode(context)), 0)
     assert continuation(tokenizer, prompt, [tokenizer.vocabulary.index(word) for word in words]) == expected
+
+
+BYTES = [f"<0x{byte:02X}>" for byte in "龘".encode()]
+
+
+@pytest.mark.parametrize(
+    ("words", "stop", "pushed", "text", "stopped"),
+    [
+        (["一", "丁", "七"], ["丁"], ["一", "", ""], "一", True),
+        (["一", "丁", "七"], ["一"], ["", "", ""], "", True),
+        (["一", "丁", "七"], ["丁万"], ["一", "", "丁七"], "一丁七", False),
+        (["一", "丁", "丁", "万"], ["丁万"], ["一", "", "丁", ""], "一丁", True),
+        # a stop string ends the text that is complete first; of two that end together the longer one
+        (["一丁七万"], ["丁七万", "七"], ["一丁"], "一丁", True),
+        (["一丁七万"], ["七", "丁七"], ["一"], "一", True),
+        (["一", "丁七", "万"], ["一丁七上", "丁七"], ["", "一", ""], "一", True),
+        (["hello", "world"], ["lo wo"], ["hel", ""], "hel", True),
+        (["hello", "##ing"], ["oi"], ["hell", ""], "hell", True),
+        # a character in bytes appears when it is whole, and may be a stop string
+        (["一", *BYTES, "丁"], [], ["一", "", "", "龘", "丁"], "一龘丁", False),
+        (["一", *BYTES, "丁"], ["龘"], ["一", "", "", "", ""], "一", True),
+        (["一", *BYTES[:2]], [], ["一", "", ""], "一", False),
+        (["一", "[SEP]", "丁"], ["\n"], ["一", "", ""], "一", True),
+    ],
+)
+def test_text_is_given_as_it_settles_and_ends_before_the_stop_string(words, stop, pushed, text, stopped):
+    tokenizer = tiny_tokenizer(words=[*dict.fromkeys(words)])
+    growing = Continuation(tokenizer, Prompt("", (MASK_ID,), 0), stop)
+    assert [growing.push(tokenizer.vocabulary.index(word)) for word in words] == pushed
+    assert growing.rest() == text.removeprefix("".join(pushed))
+    assert growing.text == text
+    assert growing.stopped == stopped
+
+
+@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=4), st.data())
+def test_a_stop_string_is_found_whatever_the_borders_of_the_tokens(text, stop, data):
+    ends = [next((end for end in range(len(text) + 1) if text[:end].endswith(one)), len(text) + 1) for one in stop]
+    end, length = min(((end, -len(one)) for end, one in zip(ends, stop, strict=True)), default=(len(text) + 1, 0))
+    expected = text if end > len(text) else text[: end + length]
+    words = []
+    rest = text
+    while rest:
+        size = data.draw(st.integers(1, min(5, len(rest))))
+        words.append(rest[:size] if not words else "##" + rest[:size])
+        rest = rest[size:]
+    tokenizer = tiny_tokenizer(words=[*dict.fromkeys(words)] or ["一"])
+    growing = Continuation(tokenizer, Prompt("", (MASK_ID,), 0), stop)
+    given = ""
+    for word in words:
+        given += growing.push(tokenizer.vocabulary.index(word))
+        assert expected.startswith(given), "what was given out belonged to the stop string"
+    assert given + growing.rest() == growing.text == expected
+    assert growing.stopped == (end <= len(text))
+
+
+def test_stop_strings_end_a_sample_and_free_its_row(engine):
+    prompt = engine.prompt("一丁", 30)
+    whole = engine.submit(prompt, samples=4, length=30, seed=9).future.result(WAIT)
+    stop = whole[0].text[6:8]
+    cut = engine.submit(prompt, samples=4, length=30, seed=9, stop=[stop]).future.result(WAIT)
+    assert cut[0].text == whole[0].text[: whole[0].text.index(stop, 2)] and cut[0].finish_reason == "stop"
+    assert len(cut[0].ids) < len(whole[0].ids)
+    for before, after in zip(whole, cut, strict=True):
+        assert before.text.startswith(after.text) and stop not in after.text[2:]
+
+
+def test_logprobs_are_those_of_the_raw_logits(engine):
+    model = tiny_model()
+    prompt = engine.prompt("一丁", 12)
+    settings = Settings(temperature=0.3, top_k=3, repetition_penalty=1.5)
+    for wanted in (0, 5):
+        ticket = engine.submit(prompt, samples=2, length=12, settings=settings, seed=3, logprobs=wanted)
+        for completion in ticket.future.result(WAIT):
+            ids = [*prompt.ids, *completion.ids]
+            with torch.inference_mode():
+                scores = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), dim=-1)
+            for place, (id_, one) in enumerate(zip(completion.ids, completion.logprobs, strict=True)):
+                row = scores[len(prompt.ids) + place - 1]
+                assert one.token == engine.tokenizer.vocabulary[id_]
+                assert one.logprob == pytest.approx(float(row[id_]), abs=1e-3)
+                likeliest = {engine.tokenizer.vocabulary[best] for best in row.topk(wanted).indices.tolist()}
+                assert set(one.top) == likeliest | {one.token}
+                assert one.top[one.token] == one.logprob
+                assert completion.text[2:][one.offset :].startswith(one.token.replace("[SEP]", "\n").strip("#"))
+
+
+def test_ids_as_a_prompt_are_completed_like_their_text(engine):
+    ids = engine.tokenizer.encode("一丁七")
+    prompt = engine.prompt("一丁七", 5)
+    assert engine.prompt_of_ids(ids, 5) == prompt == engine.prompt_of_ids([MASK_ID, *ids], 5)
+    assert engine.prompt_of_ids(ids * 50, 10).cut > 0
+    for wrong in (-1, len(engine.tokenizer)):
+        with pytest.raises(ValueError, match=f"id {wrong} is not in the vocabulary"):
+            engine.prompt_of_ids([wrong], 5)
+
+
+def test_one_sample_can_be_cancelled_and_the_others_go_on(endless):
+    prompt = endless.prompt("一", 40)
+    whole = endless.submit(prompt, samples=3, length=40, seed=1).future.result(WAIT)
+    seen = []
+
+    def cancel_the_second(piece):
+        seen.append(piece)
+        if piece.sample == 1:
+            ticket.cancel(1)
+
+    holder = endless.submit(prompt, samples=8, length=3)  # all rows are taken until `ticket` is assigned
+    ticket = endless.submit(prompt, samples=3, length=40, seed=1, on_piece=cancel_the_second)
+    completions = ticket.future.result(WAIT)
+    holder.future.result(WAIT)
+    assert [c.finish_reason for c in completions] == ["length", "cancelled", "length"]
+    assert len(completions[1].ids) <= 2 and (completions[0], completions[2]) == (whole[0], whole[2])
+
+
+def test_tokens_are_counted():
+    with Engine(endless_model(), tiny_tokenizer(), rows=4) as engine:
+        ticket = engine.submit(engine.prompt("一丁", 8), samples=3, length=7)
+        before = time.monotonic()
+        ticket.future.result(WAIT)
+        assert (engine.prompt_tokens, engine.generated_tokens) == (3, 21)
+        assert before - WAIT < ticket.first_token_at <= time.monotonic()
 
 
 def test_half_a_surrogate_pair_is_named_with_its_place(engine):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from queue import SimpleQueue
 
 import pytest
 from tiny_model import save_tiny_model
+
+from gpt2_chinese.completion import Piece
 
 HEADER = "=" * 40 + " SAMPLE {} " + "=" * 40
 
@@ -67,6 +70,35 @@ def test_asking_twice_gives_other_completions_and_a_seed_repeats_the_session(gen
     assert session() == lines
 
 
+def test_interactive_use_prints_pieces_as_they_come_each_sample_in_its_turn(generate, capsys):
+    pieces = SimpleQueue()
+    asked = []
+    get = pieces.get
+
+    class Watched:
+        """Notes what stands on the screen whenever a piece is waited for."""
+
+        def get(self):
+            asked.append(capsys.readouterr().out)
+            return get()
+
+    for sample, text, reason in [(1, "丙", None), (0, "甲", None), (1, "丁", "stop"), (0, "乙", "length")]:
+        pieces.put(Piece(sample, text, (), reason))
+    pieces.put(None)
+    generate.print_pieces("一", Watched(), 2)
+    assert asked == ["1  一", "", "甲", ""]
+    assert capsys.readouterr().out == "乙\n2  一丙丁\n"
+
+
+def test_interactive_use_prints_what_one_shot_use_does(generate, folder, monkeypatch, capsys):
+    flags = ["--model_path", folder, "--seed", "3", "--length", "12"]
+    typed(monkeypatch, "一丁", "")
+    generate.main(flags)
+    streamed = re.findall(r"^\d  (.*)$", capsys.readouterr().out, re.MULTILINE)
+    generate.main([*flags, "--prefix", "一丁"])
+    assert re.findall(r"=\n(.*)\n", capsys.readouterr().out) == streamed
+
+
 def test_one_shot_use_saves_what_it_prints(generate, folder, tmp_path, capsys):
     (tmp_path / "samples.txt").write_text("old", encoding="utf-8")
     flags = ["--prefix", "一丁", "--nsamples", "3", "--length", "6", "--topk", "8", "--topp", "0.9"]
@@ -102,7 +134,7 @@ def test_length_minus_one_is_the_models_n_ctx(generate, folder, capsys, monkeypa
     lengths = []
     complete = generate.complete
     monkeypatch.setattr(
-        generate, "complete", lambda e, c, length, *rest: lengths.append(length) or complete(e, c, length, *rest)
+        generate, "complete", lambda e, c, n, *rest, **more: lengths.append(n) or complete(e, c, n, *rest, **more)
     )
     generate.main(["--model_path", folder, "--prefix", "一", "--nsamples", "1", "--length", "-1"])
     assert lengths == [32]

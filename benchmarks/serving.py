@@ -1,0 +1,442 @@
+"""server.py under load, beyond its capacity, under abuse, under SIGTERM and with slow connections; loopback only.
+
+Run in the training environment; each starts its own server and prints what it counted:
+
+    .venv-train/bin/python benchmarks/serving.py load     --model_path demo/model/final_model
+    .venv-train/bin/python benchmarks/serving.py overload --model_path demo/model/final_model
+    .venv-train/bin/python benchmarks/serving.py abuse    --model_path demo/model/final_model
+    .venv-train/bin/python benchmarks/serving.py sigterm  --model_path demo/model/final_model
+    .venv-train/bin/python benchmarks/serving.py slow     --model_path demo/model/final_model
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+ROOT = Path(__file__).resolve().parent.parent
+CONTEXTS = ["孩子", "感冒了，", "高血压患者", "睡不着", "", "每天早上起来"]
+BAD = [b"", b"{", b"[]", b'{"context": 5}', b'{"context": "\xff"}', b'{"context": "a", "samples": 99999}']
+
+
+class Server:
+    """A server.py of its own on a free port; `with Server(...) as server:` ends it."""
+
+    def __init__(self, model_path: str, *flags: str) -> None:
+        command = [sys.executable, str(ROOT / "server.py"), "--model_path", model_path, "--port", "0", *flags]
+        begin = time.perf_counter()
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if found := re.match(r"serving on (http://[\d.]+:(\d+))", line):
+                self.url, self.port = found[1], int(found[2])
+                break
+        else:
+            raise RuntimeError(f"the server ended with status {self.process.wait()}")
+        self.seconds_to_ready = time.perf_counter() - begin
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def resources(self) -> dict[str, int]:
+        """Resident megabytes, threads and open files of the process (Linux)."""
+        folder = Path("/proc") / str(self.process.pid)
+        status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
+        return {
+            "megabytes": int(status["VmRSS"].split()[0]) // 1024,
+            "threads": int(status["Threads"]),
+            "files": len(list((folder / "fd").iterdir())),
+        }
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value in milliseconds that `share` of the values in seconds do not exceed."""
+    ranked = sorted(values) or [float("nan")]
+    return ranked[min(len(ranked) - 1, int(share * len(ranked)))] * 1000
+
+
+def wishes(count: int, *, longest: int = 30) -> list[dict[str, Any]]:
+    source = random.Random(5)
+    return [
+        {
+            "context": source.choice(CONTEXTS),
+            "maxlength": source.randrange(5, longest + 1),
+            "samples": source.randrange(1, 4),
+            "temperature": source.choice([0, 0.7, 1]),
+            "top_p": source.choice([0, 0.9]),
+            "seed": seed,
+        }
+        for seed in range(count)
+    ]
+
+
+async def ask(session: aiohttp.ClientSession, wish: dict[str, Any]) -> tuple[int, list[str]]:
+    async with session.post("/generate", json=wish) as response:
+        return response.status, await response.json() if response.status == 200 else []
+
+
+async def ask_stream(session: aiohttp.ClientSession, wish: dict[str, Any]) -> tuple[int, list[str]]:
+    """The same from a stream; one that is cut off gives a status of 0."""
+    async with session.post("/generate", json=wish | {"stream": True}) as response:
+        if response.status != 200:
+            return response.status, []
+        texts = [wish["context"]] * wish["samples"]
+        name = ""
+        async for line in response.content:
+            if line.startswith(b"event: "):
+                name = line[7:].strip().decode()
+            elif line.startswith(b"data: ") and name == "text":
+                data = json.loads(line[6:])
+                texts[data["sample"]] += data["text"]
+        return (200 if name == "done" else 0), texts
+
+
+async def ask_v1(session: aiohttp.ClientSession, wish: dict[str, Any]) -> tuple[int, list[str]]:
+    same = {name: wish[name] for name in ("temperature", "seed")}
+    same |= {
+        "prompt": wish["context"],
+        "n": wish["samples"],
+        "max_tokens": wish["maxlength"],
+        "top_k": 30,
+        "echo": True,
+    }
+    async with session.post("/v1/completions", json=same | {"top_p": wish["top_p"] or 1}) as response:
+        answer = await response.json()
+        return response.status, [choice["text"] for choice in answer.get("choices", [])]
+
+
+def open_session(url: str) -> aiohttp.ClientSession:
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
+    return aiohttp.ClientSession(url, connector=connector, timeout=aiohttp.ClientTimeout(total=150))
+
+
+async def watch_health(session: aiohttp.ClientSession, latencies: list[float]) -> None:
+    while True:
+        begin = time.perf_counter()
+        async with session.get("/health") as response:
+            await response.read()
+        latencies.append(time.perf_counter() - begin)
+        await asyncio.sleep(0.05)
+
+
+async def load(url: str, *, clients: int, seconds: float) -> dict[str, Any]:
+    """Clients that ask without a pause, every answer compared with what its seed gave alone."""
+    async with open_session(url) as session:
+        asked = wishes(60)
+        alone = [(await ask(session, wish))[1] for wish in asked]
+        outcomes: Counter[str] = Counter()
+        latencies: list[float] = []
+        health: list[float] = []
+        end = time.perf_counter() + seconds
+
+        async def client(number: int) -> None:
+            source = random.Random(number)
+            while time.perf_counter() < end:
+                place = source.randrange(len(asked))
+                begin = time.perf_counter()
+                try:
+                    status, texts = await source.choice([ask, ask, ask_stream, ask_v1])(session, asked[place])
+                except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
+                    outcomes[f"error {type(error).__name__}"] += 1
+                    continue
+                latencies.append(time.perf_counter() - begin)
+                right = status == 200 and texts == alone[place]
+                outcomes["right" if right else "wrong" if status == 200 else f"status {status}"] += 1
+
+        watching = asyncio.create_task(watch_health(session, health))
+        begin = time.perf_counter()
+        await asyncio.gather(*(client(number) for number in range(clients)))
+        took = time.perf_counter() - begin
+        watching.cancel()
+    return {
+        "outcomes": dict(outcomes),
+        "requests per second": round(outcomes["right"] / took, 1),
+        "p50 ms": round(percentile(latencies, 0.5), 1),
+        "p99 ms": round(percentile(latencies, 0.99), 1),
+        "/health p99 ms": round(percentile(health, 0.99), 1),
+    }
+
+
+async def overload(url: str, *, clients: int, seconds: float, times: float = 4) -> dict[str, Any]:
+    """The peak that `clients` without a pause reach, then requests at `times` that rate, whether answered or not."""
+    wish = {"context": "孩子", "maxlength": 20, "samples": 2, "temperature": 0.8}
+    async with open_session(url) as session:
+        served = 0
+        end = time.perf_counter() + seconds
+
+        async def client() -> None:
+            nonlocal served
+            while time.perf_counter() < end:
+                status, _ = await ask(session, wish)
+                served += status == 200
+
+        begin = time.perf_counter()
+        await asyncio.gather(*(client() for _ in range(clients)))
+        peak = served / (time.perf_counter() - begin)
+
+        outcomes: Counter[str] = Counter()
+        refusals: list[float] = []
+        finished: list[float] = []
+
+        async def one() -> None:
+            sent = time.perf_counter()
+            try:
+                status, _ = await ask(session, wish)
+            except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+                outcomes[f"error {type(error).__name__}"] += 1
+                return
+            outcomes[f"status {status}"] += 1
+            if status == 200:
+                finished.append(time.perf_counter())
+            else:
+                refusals.append(time.perf_counter() - sent)
+
+        begin = time.perf_counter()
+        tasks: set[asyncio.Task[None]] = set()
+        sent = 0
+        while (now := time.perf_counter()) < begin + seconds:
+            while sent < (now - begin) * peak * times:
+                tasks.add(task := asyncio.create_task(one()))
+                task.add_done_callback(tasks.discard)
+                sent += 1
+            await asyncio.sleep(0.005)
+        # What waits at the beginning is no measure of the rate.
+        ramp = seconds / 4
+        rate = sum(moment > begin + ramp for moment in finished) / (time.perf_counter() - begin - ramp)
+        await asyncio.gather(*tasks)
+    return {
+        "peak per second": round(peak, 1),
+        "sent per second": round(sent / seconds, 1),
+        "served per second": round(rate, 1),
+        "served of the peak": round(rate / peak, 3),
+        "refusals p50 ms": round(percentile(refusals, 0.5), 1),
+        "refusals p99 ms": round(percentile(refusals, 0.99), 1),
+        "outcomes": dict(outcomes),
+    }
+
+
+async def abort(url: str, port: int) -> float:
+    """Begin a long request, leave, and give the milliseconds until its rows are free."""
+    async with open_session(url) as session:
+
+        async def running() -> int:
+            async with session.get("/health") as response:
+                return (await response.json())["running"]
+
+        body = json.dumps({"context": "孩子", "maxlength": 1024, "samples": 16}).encode()
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        deadline = time.perf_counter() + 20
+        while not await running():
+            assert time.perf_counter() < deadline, "the request did not begin"
+        begin = time.perf_counter()
+        writer.close()
+        while await running():
+            assert time.perf_counter() < deadline, "the rows are still taken"
+        return (time.perf_counter() - begin) * 1000
+
+
+async def abuse(server: Server, *, requests: int, clients: int = 32, idle: float = 7) -> dict[str, Any]:
+    """Many requests of which a fifth are bad or left in the middle; what the process holds before and after.
+
+    `idle` seconds after the last request, more than --idle_timeout, no connection is left.
+    """
+
+    async def measured() -> dict[str, int]:
+        await asyncio.sleep(idle)
+        async with open_session(server.url) as session, session.get("/metrics") as response:
+            tasks = re.search(r"^gpt2_tasks\S* (\d+)", await response.text(), re.MULTILINE)
+        assert tasks is not None
+        return server.resources() | {"tasks": int(tasks[1])}
+
+    outcomes: Counter[str] = Counter()
+
+    async def bombard(count: int) -> None:
+        numbers = iter(range(count))
+        asked = wishes(60, longest=12)
+        async with open_session(server.url) as session:
+
+            async def client() -> None:
+                for number in numbers:
+                    kind = number % 10
+                    try:
+                        if kind == 0:
+                            async with session.post("/generate", data=BAD[number // 10 % len(BAD)]) as response:
+                                outcomes["bad, refused" if response.status == 400 else "bad, NOT REFUSED"] += 1
+                        elif kind == 5:
+                            await left_in_the_middle(server.port, number)
+                            outcomes["left"] += 1
+                        else:
+                            status, _ = await (ask_stream if kind == 7 else ask)(session, asked[number % 60])
+                            outcomes[f"good, status {status}"] += 1
+                    except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+                        outcomes[f"ERROR {type(error).__name__}"] += 1
+
+            await asyncio.gather(*(client() for _ in range(clients)))
+
+    await bombard(requests // 20)
+    before = await measured()
+    await bombard(requests)
+    after = await measured()
+    freed = [await abort(server.url, server.port) for _ in range(5)]
+    return {
+        "outcomes": dict(outcomes),
+        "before": before,
+        "after": after,
+        "an aborted request frees its rows, ms": round(max(freed), 1),
+    }
+
+
+async def left_in_the_middle(port: int, number: int) -> None:
+    body = json.dumps({"context": "孩子", "maxlength": 200, "samples": 3, "stream": number % 20 < 10}).encode()
+    data = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    _, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(data if number % 3 else data[: len(data) // 2])
+    with contextlib.suppress(ConnectionError):
+        await writer.drain()
+        await asyncio.sleep(0.01 * (number % 4))
+        writer.close()
+        await writer.wait_closed()
+
+
+async def terminated(server: Server, *, clients: int, after: float) -> Counter[str]:
+    """One SIGTERM under load; a request that was sent before it and not answered is lost."""
+    outcomes: Counter[str] = Counter()
+    ended_at = float("inf")
+    asked = wishes(60, longest=60)
+    async with open_session(server.url) as session:
+
+        async def client(number: int) -> None:
+            source = random.Random(number)
+            while True:
+                sent = time.perf_counter()
+                try:
+                    status, _ = await source.choice([ask, ask_stream])(session, source.choice(asked))
+                except aiohttp.ClientConnectorError:
+                    return  # it does not listen any more
+                except (aiohttp.ClientError, ConnectionError):
+                    outcomes["LOST" if sent < ended_at else "came too late"] += 1
+                    return
+                outcomes["LOST" if status == 0 else f"status {status}"] += 1
+                if status == 503:
+                    await asyncio.sleep(0.02)
+
+        running = [asyncio.create_task(client(number)) for number in range(clients)]
+        await asyncio.sleep(after)
+        ended_at = time.perf_counter()
+        server.process.send_signal(signal.SIGTERM)
+        await asyncio.gather(*running)
+    status = await asyncio.to_thread(server.process.wait, 60)
+    outcomes["ended with status 0" if status == 0 else f"ENDED WITH STATUS {status}"] += 1
+    return outcomes
+
+
+async def slow(url: str, port: int, *, connections: int, seconds: float) -> dict[str, Any]:
+    """The p99 of good requests alone, then beside slow and silent connections; how long those stay open."""
+    wish = {"context": "孩子", "maxlength": 10, "samples": 1}
+
+    async def good(session: aiohttp.ClientSession) -> list[float]:
+        latencies = []
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            begin = time.perf_counter()
+            status, _ = await ask(session, wish)
+            assert status == 200
+            latencies.append(time.perf_counter() - begin)
+        return latencies
+
+    async def hold(number: int) -> float:
+        begins = [
+            (b"", b""),
+            (b"POST /generate HTT", b""),
+            (b"POST /generate HTTP/1.1\r\n", b"X"),
+            (b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n", b" "),
+        ]
+        begin, drip = begins[number % len(begins)]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        opened = time.perf_counter()
+        with contextlib.suppress(ConnectionError):
+            writer.write(begin)
+            while time.perf_counter() - opened < 30:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    if not await asyncio.wait_for(reader.read(4096), 0.5):
+                        break
+                if drip:
+                    writer.write(drip)
+        writer.close()
+        return time.perf_counter() - opened
+
+    async with open_session(url) as session:
+        await good(session)
+        before = [latency for part in await asyncio.gather(*(good(session) for _ in range(4))) for latency in part]
+        held = [asyncio.create_task(hold(number)) for number in range(connections)]
+        await asyncio.sleep(0.1)
+        beside = [latency for part in await asyncio.gather(*(good(session) for _ in range(4))) for latency in part]
+        opened = await asyncio.gather(*held)
+    return {
+        "good p99 ms, alone": round(percentile(before, 0.99), 1),
+        "good p99 ms, beside": round(percentile(beside, 0.99), 1),
+        "times": round(percentile(beside, 0.99) / percentile(before, 0.99), 2),
+        "all closed after s": round(max(opened), 1),
+    }
+
+
+def show(what: str, result: dict[str, Any]) -> None:
+    print(what)
+    for name, value in result.items():
+        print(f"  {name}: {value}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Benchmark of the server under load and abuse.")
+    parser.add_argument("what", choices=["load", "overload", "abuse", "sigterm", "slow"])
+    parser.add_argument("--model_path", default="demo/model/final_model")
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--requests", type=int, default=20_000, help="of abuse")
+    parser.add_argument("--rounds", type=int, default=50, help="of sigterm")
+    parser.add_argument("--connections", type=int, default=200, help="of slow")
+    args = parser.parse_args()
+    if args.what == "sigterm":
+        total: Counter[str] = Counter()
+        for number in range(args.rounds):
+            with Server(args.model_path) as server:
+                total += asyncio.run(terminated(server, clients=16, after=0.2 + number % 10 / 10))
+        show(f"{args.rounds} SIGTERMs under load", dict(total))
+        return
+    flags = ["--max_waiting", "64"] if args.what == "overload" else []
+    with Server(args.model_path, *flags) as server:
+        print(f"ready {server.seconds_to_ready:.1f} s after its start")
+        if args.what == "load":
+            result = asyncio.run(load(server.url, clients=args.clients, seconds=args.seconds))
+            show(f"{args.clients} clients for {args.seconds:g} s", result)
+        elif args.what == "overload":
+            result = asyncio.run(overload(server.url, clients=args.clients // 4, seconds=args.seconds / 4))
+            show("four times the capacity", result)
+        elif args.what == "abuse":
+            show(f"{args.requests} requests", asyncio.run(abuse(server, requests=args.requests)))
+        else:
+            result = asyncio.run(slow(server.url, server.port, connections=args.connections, seconds=5))
+            show(f"{args.connections} slow or silent connections", result)
+
+
+if __name__ == "__main__":
+    main()
