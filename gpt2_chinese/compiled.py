@@ -25,7 +25,9 @@ FUNCTION_NAME = "entry"
 _engines: list[llvm.ExecutionEngine] = []  # they own the code that the functions run
 
 
-def load_function(module_name: str, sources: Sequence[Path], arguments: int) -> Callable[..., None]:
+def load_function(
+    module_name: str, sources: Sequence[Path], arguments: int, *, keep_lock: bool = True
+) -> Callable[..., None]:
     """Load the compiled function of a module, or compile it where that has not been done yet on this machine.
 
     The module is imported only to be compiled. It has a function `compile_entry()` that returns a `numba.cfunc`
@@ -35,9 +37,10 @@ def load_function(module_name: str, sources: Sequence[Path], arguments: int) -> 
         module_name: such as "gpt2_chinese.segmenter_kernel".
         sources: the files that the machine code depends on; code made from other contents of them is not used.
         arguments: the number of arguments.
+        keep_lock: whether calls keep the interpreter's lock; without it other Python threads run meanwhile.
 
     Returns:
-        The function. It keeps the interpreter's lock, and trusts the addresses that it is given.
+        The function. It trusts the addresses that it is given.
     """
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
@@ -51,7 +54,8 @@ def load_function(module_name: str, sources: Sequence[Path], arguments: int) -> 
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _engines.append(engine)
-    prototype = ctypes.PYFUNCTYPE(None, *[ctypes.c_void_p] * arguments)
+    kind = ctypes.PYFUNCTYPE if keep_lock else ctypes.CFUNCTYPE
+    prototype = kind(None, *[ctypes.c_void_p] * arguments)
     return prototype(engine.get_function_address(FUNCTION_NAME))
 
 
