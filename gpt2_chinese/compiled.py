@@ -44,7 +44,7 @@ def load_function(
     """
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    file_name = f"{module_name.rpartition('.')[2]}-{fingerprint(sources)[:32]}.code"
+    file_name = code_name(module_name, sources)
     code = read_code(file_name)
     if code is None:
         print(f"compiling {module_name}, once on this machine: less than a minute", file=sys.stderr, flush=True)
@@ -57,6 +57,15 @@ def load_function(
     kind = ctypes.PYFUNCTYPE if keep_lock else ctypes.CFUNCTYPE
     prototype = kind(None, *[ctypes.c_void_p] * arguments)
     return prototype(engine.get_function_address(FUNCTION_NAME))
+
+
+def is_compiled(module_name: str, sources: Sequence[Path]) -> bool:
+    """Whether load_function will find the code on disk."""
+    return read_code(code_name(module_name, sources)) is not None
+
+
+def code_name(module_name: str, sources: Sequence[Path]) -> str:
+    return f"{module_name.rpartition('.')[2]}-{fingerprint(sources)[:32]}.code"
 
 
 def target_machine() -> llvm.TargetMachine:

@@ -8,6 +8,8 @@ decoder_kernel.py, and compiled.py keeps what Numba makes of it on disk.
 from __future__ import annotations
 
 import ctypes
+import math
+import mmap
 import sys
 import threading
 import time
@@ -21,9 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt2_chinese.compiled import load_function
+from gpt2_chinese.compiled import is_compiled, load_function
+from gpt2_chinese.decoder import Decoder, Prefix, check_model
 
 FP32, BF16, INT8 = range(3)
+PRECISIONS = ("auto", "fp32", "bf16", "int8")
 KINDS = {"fp32": FP32, "bf16": BF16, "int8": INT8}
 GELU, RELU = range(2)
 ACTIVATIONS = {"gelu_new": GELU, "gelu_pytorch_tanh": GELU, "relu": RELU}
@@ -110,18 +114,7 @@ class Call(NamedTuple):
     scratch: int
     scratch_bytes: int
     give_way: int
-
-
-class Prefix(NamedTuple):
-    """What a prefill leaves: keys and values [layers, heads, T, head stride], and the logits [V] behind it."""
-
-    keys: np.ndarray
-    values: np.ndarray
-    logits: Tensor
-
-    @property
-    def length(self) -> int:
-        return self.keys.shape[2]
+    threads: int
 
 
 class CompiledDecoder:
@@ -130,8 +123,6 @@ class CompiledDecoder:
     A row's logits are the same to the last bit whatever the other rows hold, however many there are, and whether its
     tokens came by `prefill` or by `step`.
 
-    Raises:
-        ValueError: this code has no such activation function.
     """
 
     device = torch.device("cpu")
@@ -144,7 +135,11 @@ class CompiledDecoder:
             rows: sequences at once.
             precision: how the weights are kept: fp32, bf16 (rounded) or int8 (with a factor for each output).
             threads: None takes as many as PyTorch does.
+
+        Raises:
+            ValueError: the model has cross-attention, weights that are not finite, or another activation function.
         """
+        check_model(model)
         config, body = model.config, model.transformer
         if config.activation_function not in ACTIVATIONS:
             raise ValueError(f"the compiled decoder has no activation function {config.activation_function}")
@@ -153,6 +148,7 @@ class CompiledDecoder:
         self.n_ctx = min(getattr(config, "n_ctx", config.n_positions), config.n_positions)
         self.vocab_size = model.lm_head.weight.shape[0]
         self._owned: list[Any] = []  # what the addresses point to
+        self.precision = precision
         kind = KINDS[precision]
         n_embd, n_head = config.n_embd, config.n_head
         head_size = n_embd // n_head
@@ -194,8 +190,7 @@ class CompiledDecoder:
         tied = body.wte.weight.data_ptr() == model.lm_head.weight.data_ptr()
         floats = [config.layer_norm_epsilon, *(block.attn.scaling for block in body.h)]
         shape = (len(layers), rows + 1, n_head, self.n_ctx, head_stride)  # the last slot is prefill's
-        # NumPy's zeros take no memory until they are written.
-        self.keys, self.values = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
+        self.keys, self.values = lazy_zeros(shape), lazy_zeros(shape)
         self._model = np.array(
             Model(
                 n_layer=len(layers),
@@ -242,6 +237,7 @@ class CompiledDecoder:
                 scratch=kept(np.zeros((threads, scratch), dtype=np.float32)),
                 scratch_bytes=4 * scratch,
                 give_way=give_way_address(),
+                threads=threads,
             ),
             dtype=np.int64,
         )
@@ -272,7 +268,7 @@ class CompiledDecoder:
             stop = min(start + PREFILL_ROWS, length)
             wanted = [stop - start - 1] if stop == length else []
             self._run(ids[start:stop], [self.rows] * (stop - start), range(start, stop), wanted, logits)
-        return Prefix(self.keys[:, -1, :, :length].copy(), self.values[:, -1, :, :length].copy(), logits[0])
+        return Prefix(self.keys[:, -1, :, :length].copy(), self.values[:, -1, :, :length].copy(), logits[0], length)
 
     def load(self, row: int, prefix: Prefix) -> None:
         """Copy a prefix into a row's buffers."""
@@ -359,15 +355,52 @@ class Helpers:
                 thread.join()
 
 
+KERNEL = "gpt2_chinese.decoder_kernel"
+SOURCES = (Path(__file__), Path(__file__).with_name("decoder_kernel.py"))
+
+
 def load_step() -> Callable[..., None]:
     """The compiled code; see decoder_kernel.step for its arguments."""
-    here = Path(__file__)
-    sources = [here, here.with_name("decoder_kernel.py")]
-    return load_function("gpt2_chinese.decoder_kernel", sources, arguments=3, keep_lock=False)
+    return load_function(KERNEL, SOURCES, arguments=3, keep_lock=False)
+
+
+def is_at_hand() -> bool:
+    """Whether the code is on disk already, so that a CompiledDecoder is built without compiling."""
+    return is_compiled(KERNEL, SOURCES)
+
+
+def fastest_decoder(model: Any, rows: int, precision: str) -> CompiledDecoder | Decoder:
+    """A CompiledDecoder, or PyTorch's Decoder in float32 and a note on stderr why.
+
+    Args:
+        model: a GPT2LMHeadModel on the CPU.
+        rows: sequences at once.
+        precision: one of PRECISIONS; "auto" is bf16.
+
+    Raises:
+        ValueError: the model has cross-attention, or weights that are not finite.
+    """
+    check_model(model)
+    try:
+        return CompiledDecoder(model, rows, "bf16" if precision == "auto" else precision)
+    except Exception as error:  # whatever a compiler can come up with: decoding goes on without it, only slower
+        print(f"note: decoding with PyTorch in float32, which is slower: {error}", file=sys.stderr)
+        return Decoder(model.float(), rows)
 
 
 def numbers(tensor: Tensor) -> np.ndarray:
     return np.ascontiguousarray(tensor.detach().float().numpy())
+
+
+def lazy_zeros(shape: Sequence[int]) -> np.ndarray:
+    """Float32 zeros that take memory, in small pages, only where they are written.
+
+    NumPy's take huge pages: a short text would take the memory of the longest.
+    """
+    memory = mmap.mmap(-1, 4 * math.prod(shape))
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, dtype=np.float32).reshape(shape)
 
 
 def pack(weight: Tensor, kind: int) -> tuple[np.ndarray, np.ndarray]:
@@ -382,7 +415,10 @@ def pack(weight: Tensor, kind: int) -> tuple[np.ndarray, np.ndarray]:
     if kind == INT8:
         scales[:outputs] = (weight.abs().amax(dim=1).float() / 127).clamp_min(torch.finfo(torch.float32).tiny)
     dtype = {FP32: torch.float32, BF16: torch.bfloat16, INT8: torch.int8}[kind]
-    packed = torch.zeros((panels, inputs, LANES, 2) if kind == BF16 else (panels, inputs, 2, LANES), dtype=dtype)
+    # NumPy asks Linux for huge pages, PyTorch does not; with small ones reading is a third slower.
+    memory = np.zeros(panels * PANEL * inputs * dtype.itemsize, dtype=np.uint8)
+    shape = (panels, inputs, LANES, 2) if kind == BF16 else (panels, inputs, 2, LANES)
+    packed = torch.from_numpy(memory).view(dtype).view(shape)
     order = (0, 3, 2, 1) if kind == BF16 else (0, 3, 1, 2)
     whole = outputs // PANEL
 
@@ -397,7 +433,7 @@ def pack(weight: Tensor, kind: int) -> tuple[np.ndarray, np.ndarray]:
         copy(0, whole, weight[: whole * PANEL])
     if whole < panels:
         copy(whole, panels, weight[whole * PANEL :])
-    return packed.view(torch.uint8).numpy(), scales.numpy()
+    return memory, scales.numpy()
 
 
 def give_way_address() -> int:
@@ -409,5 +445,3 @@ def give_way_address() -> int:
     address = ctypes.cast(function, ctypes.c_void_p).value
     assert address is not None
     return address
-
-

@@ -10,7 +10,7 @@ The numbers of a row are the same to the bit whatever is beside it and whoever c
 is one sum in one register, in ascending order of the inputs.
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, disable-error-code="call-arg"
 # Numba finds the types of the compiled functions from their calls.
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ from gpt2_chinese.compiled_decoder import (
 
 FLOAT, INT64, INT32, BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(8)
 VECTOR, WORDS, BYTES = (ir.VectorType(kind, LANES) for kind in (FLOAT, INT32, BYTE))
-PREFETCH_BYTES = 2048  # ahead in the weights: further than the processor itself looks behind the end of a page
+PREFETCH_BYTES = 4096  # ahead in the weights: the processor itself does not look behind the end of a page
+CACHE_LINE = 64
 SPINS = 2000  # looks at a counter, some tens of microseconds, before the processor is offered to others
+MOST_PANELS = 8  # in a chunk
 MOST_VECTORS = 4  # of a head, at once in attention
 TO_INPUTS, TO_CACHE, TO_HIDDEN, TO_LOGITS = range(4)  # what a product's result is for
 MODEL_FIELDS, CALL_FIELDS, LAYER_FIELDS = len(Model._fields), len(Call._fields), len(Layer._fields)
@@ -200,16 +202,19 @@ def _panel_row(builder, kind, address):
 
 
 def _multiplication(kind):
-    """`multiply(rows, weights, inputs, length, tile)`: up to MOST_ROWS rows times one panel.
+    """`multiply(rows, weights, inputs, length, tile, near, far)`: up to MOST_ROWS rows times one panel.
 
     `weights` is the panel's address, `inputs` that of float32 [length, rows], `tile` that of float32 [rows, PANEL].
+    Meanwhile the panel's memory from `near` bytes ahead is fetched, and what would be behind its end, from `far` on.
     """
     panel_row_bytes = {FP32: 4, BF16: 2, INT8: 1}[kind] * PANEL
 
     @intrinsic
-    def multiply(_, rows, weights, inputs, length, tile):
+    def multiply(_, rows, weights, inputs, length, tile, near, far):
         def generate(context, builder, signature, arguments):
-            rows, weights, inputs, length, tile = arguments
+            rows, weights, inputs, length, tile, near, far = arguments
+            turn = builder.sub(builder.add(weights, builder.mul(length, INT64(panel_row_bytes))), near)
+            to_far = builder.sub(far, turn)
             multiply_add = _intrinsic(builder, f"llvm.fmuladd.v{LANES}f32", VECTOR, VECTOR, VECTOR, VECTOR)
             byte_pointer = ir.PointerType(BYTE)
             prefetch = _intrinsic(builder, "llvm.prefetch.p0", ir.VoidType(), byte_pointer, INT32, INT32, INT32)
@@ -217,8 +222,10 @@ def _multiplication(kind):
             def case(count):
                 def body(weights, inputs, *sums):
                     halves = _panel_row(builder, kind, weights)
-                    ahead = _pointer(builder, weights, BYTE, PREFETCH_BYTES)
-                    builder.call(prefetch, [ahead, INT32(0), INT32(3), INT32(1)])
+                    distance = builder.select(builder.icmp_signed("<", weights, turn), near, to_far)
+                    for offset in range(0, panel_row_bytes, CACHE_LINE):
+                        ahead = _pointer(builder, builder.add(weights, distance), BYTE, offset)
+                        builder.call(prefetch, [ahead, INT32(0), INT32(2), INT32(1)])
                     new = []
                     for row in range(count):
                         value = _everywhere(builder, _load(builder, inputs, FLOAT, 4 * row))
@@ -237,7 +244,7 @@ def _multiplication(kind):
             _for_each_count(builder, rows, MOST_ROWS, case)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 5), generate
+        return types.void(*[types.int64] * 7), generate
 
     return multiply
 
@@ -324,9 +331,7 @@ def exp(x):
 @compiled
 def gelu(x):
     """GELU's tanh approximation: 0.5 x (1 + tanh(u)) is x / (1 + exp(-2 u))."""
-    return x / (
-        np.float32(1) + exp(-x * (np.float32(1.5957691216057308) + np.float32(0.07135481627159730) * x * x))
-    )
+    return x / (np.float32(1) + exp(-x * (np.float32(1.5957691216057308) + np.float32(0.07135481627159730) * x * x)))
 
 
 @compiled
@@ -404,8 +409,12 @@ def normalise(model, call, source, row, rows, norm):
 
 
 @compiled
-def product(model, call, number, linear, panel, rows, inputs, tile, use):
-    """All rows times one panel of a matrix, and where the results belong."""
+def product(model, call, number, linear, panel, rows, inputs, tile, use, is_last):
+    """All rows times one panel of a matrix, and the results to where they belong.
+
+    Unless it `is_last`, the next panel is fetched meanwhile: its beginning behind this one's end, or all of it during
+    the second block of rows where there is one.
+    """
     bytes_of_panel = linear.width * PANEL * (4 if model.kind == FP32 else 2 if model.kind == BF16 else 1)
     weights = linear.weights + panel * bytes_of_panel
     columns = min(PANEL, linear.outputs - panel * PANEL)
@@ -414,12 +423,17 @@ def product(model, call, number, linear, panel, rows, inputs, tile, use):
         start = start_of(block, rows)
         size = start_of(block + 1, rows) - start
         address = inputs + 4 * start * linear.width
+        near, far = min(PREFETCH_BYTES, bytes_of_panel), weights
+        if not is_last:
+            far = weights + bytes_of_panel
+            if block == 1:
+                near = bytes_of_panel
         if model.kind == BF16:
-            multiply_bf16(size, weights, address, linear.width, tile)
+            multiply_bf16(size, weights, address, linear.width, tile, near, far)
         elif model.kind == FP32:
-            multiply_fp32(size, weights, address, linear.width, tile)
+            multiply_fp32(size, weights, address, linear.width, tile, near, far)
         else:
-            multiply_int8(size, weights, address, linear.width, tile)
+            multiply_int8(size, weights, address, linear.width, tile, near, far)
             scales = carray(floats(linear.scales + 4 * panel * PANEL), PANEL)
             for row in range(size):
                 for column in range(PANEL):
@@ -564,13 +578,18 @@ def norm_phase(model, call, phase, rows, norm, final):
 
 @compiled
 def product_phase(model, call, phase, number, linear, rows, inputs, scratch, use):
+    """The chunks are some panels that follow each other, for the processor likes to read memory in order."""
     panels = (linear.outputs + PANEL - 1) // PANEL
-    panel = take(call, phase)
-    while panel < panels:
-        product(model, call, number, linear, panel, rows, inputs, scratch, use)
+    size = min(max(panels // (4 * call.threads), 1), MOST_PANELS)
+    chunks = (panels + size - 1) // size
+    chunk = take(call, phase)
+    while chunk < chunks:
+        last = min((chunk + 1) * size, panels) - 1
+        for panel in range(chunk * size, last + 1):
+            product(model, call, number, linear, panel, rows, inputs, scratch, use, panel == last)
         finish(call, phase)
-        panel = take(call, phase)
-    return wait(call, phase, panels)
+        chunk = take(call, phase)
+    return wait(call, phase, chunks)
 
 
 @compiled
@@ -622,10 +641,41 @@ def step(model_table, call_table, thread):
     m = carray(model_table, MODEL_FIELDS)
     c = carray(call_table, CALL_FIELDS)
     model = Model(
-        m[0], m[1], m[2], m[3], m[4], m[5], m[6], m[7], m[8], m[9], m[10], m[11], m[12], m[13], m[14], m[15], m[16],
+        m[0],
+        m[1],
+        m[2],
+        m[3],
+        m[4],
+        m[5],
+        m[6],
+        m[7],
+        m[8],
+        m[9],
+        m[10],
+        m[11],
+        m[12],
+        m[13],
+        m[14],
+        m[15],
+        m[16],
     )
     call = Call(
-        c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], c[9], c[10], c[11], c[12], c[13], c[14],
+        c[0],
+        c[1],
+        c[2],
+        c[3],
+        c[4],
+        c[5],
+        c[6],
+        c[7],
+        c[8],
+        c[9],
+        c[10],
+        c[11],
+        c[12],
+        c[13],
+        c[14],
+        c[15],
     )
     run(model, call, thread)
 
