@@ -25,7 +25,9 @@ FUNCTION_NAME = "entry"
 _engines: list[llvm.ExecutionEngine] = []  # they own the code that the functions run
 
 
-def load_function(module_name: str, sources: Sequence[Path], arguments: int) -> Callable[..., None]:
+def load_function(
+    module_name: str, sources: Sequence[Path], arguments: int, *, keep_lock: bool = True
+) -> Callable[..., None]:
     """Load the compiled function of a module, or compile it where that has not been done yet on this machine.
 
     The module is imported only to be compiled. It has a function `compile_entry()` that returns a `numba.cfunc`
@@ -35,13 +37,14 @@ def load_function(module_name: str, sources: Sequence[Path], arguments: int) -> 
         module_name: such as "gpt2_chinese.segmenter_kernel".
         sources: the files that the machine code depends on; code made from other contents of them is not used.
         arguments: the number of arguments.
+        keep_lock: whether calls keep the interpreter's lock; without it other Python threads run meanwhile.
 
     Returns:
-        The function. It keeps the interpreter's lock, and trusts the addresses that it is given.
+        The function. It trusts the addresses that it is given.
     """
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    file_name = f"{module_name.rpartition('.')[2]}-{fingerprint(sources)[:32]}.code"
+    file_name = code_name(module_name, sources)
     code = read_code(file_name)
     if code is None:
         print(f"compiling {module_name}, once on this machine: less than a minute", file=sys.stderr, flush=True)
@@ -51,8 +54,18 @@ def load_function(module_name: str, sources: Sequence[Path], arguments: int) -> 
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _engines.append(engine)
-    prototype = ctypes.PYFUNCTYPE(None, *[ctypes.c_void_p] * arguments)
+    kind = ctypes.PYFUNCTYPE if keep_lock else ctypes.CFUNCTYPE
+    prototype = kind(None, *[ctypes.c_void_p] * arguments)
     return prototype(engine.get_function_address(FUNCTION_NAME))
+
+
+def is_compiled(module_name: str, sources: Sequence[Path]) -> bool:
+    """Whether load_function will find the code on disk."""
+    return read_code(code_name(module_name, sources)) is not None
+
+
+def code_name(module_name: str, sources: Sequence[Path]) -> str:
+    return f"{module_name.rpartition('.')[2]}-{fingerprint(sources)[:32]}.code"
 
 
 def target_machine() -> llvm.TargetMachine:

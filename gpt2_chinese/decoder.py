@@ -16,15 +16,12 @@ PADDINGS = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class Prefix:
-    """What a prefill leaves: keys and values [heads, T, head size] of each layer, and the logits [V] behind it."""
+    """What a prefill of `length` tokens leaves: keys and values as its decoder keeps them, and the logits [V]."""
 
-    keys: list[Tensor]
-    values: list[Tensor]
+    keys: Any
+    values: Any
     logits: Tensor
-
-    @property
-    def length(self) -> int:
-        return self.keys[0].shape[1]
+    length: int
 
 
 @dataclass(frozen=True)
@@ -52,9 +49,8 @@ class Decoder:
         Raises:
             ValueError: the model has cross-attention, or weights that are not finite.
         """
+        check_model(model)
         config = model.config
-        if config.add_cross_attention:
-            raise ValueError("the model has cross-attention; only a plain GPT-2 can be decoded")
         body = model.transformer
         self.token_embedding = body.wte.weight.detach()
         self.position_embedding = body.wpe.weight.detach()
@@ -71,7 +67,6 @@ class Decoder:
         self.device = self.head.device
         self.dtype = self.head.dtype
         self.rows = rows
-        _check_finite(model)
         shape = (rows, self.n_head, self.n_ctx, self.head_size)
         self.keys = [self._buffer(shape) for _ in self.layers]
         self.values = [self._buffer(shape) for _ in self.layers]
@@ -130,7 +125,10 @@ class Decoder:
         tokens = torch.tensor(ids, device=self.device)
         hidden = self.token_embedding[tokens] + self.position_embedding[: len(ids)]
         hidden = self._blocks(hidden, attention)
-        return Prefix(keys, values, self._logits(hidden[-1:])[0])
+        return Prefix(keys, values, self._logits(hidden[-1:])[0], len(ids))
+
+    def close(self) -> None:
+        """Nothing to end; CompiledDecoder has threads."""
 
     def load(self, row: int, prefix: Prefix) -> None:
         """Copy a prefix into a row's buffers."""
@@ -236,7 +234,10 @@ def _activation(name: str, body: Any) -> Callable[[Tensor], Tensor]:
     return body.h[0].mlp.act
 
 
-def _check_finite(model: Any) -> None:
+def check_model(model: Any) -> None:
+    """Raise ValueError for a model that cannot be decoded: cross-attention, or weights that are not finite."""
+    if model.config.add_cross_attention:
+        raise ValueError("the model has cross-attention; only a plain GPT-2 can be decoded")
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ValueError(

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpt2_chinese.compiled_decoder import CompiledDecoder, fastest_decoder, is_at_hand
 from gpt2_chinese.completion import (
     MOST_LOGPROBS,
     Completion,
@@ -113,15 +114,36 @@ class Engine:
         tokenizer: with as many tokens as the model has, or fewer: ids behind its vocabulary are never produced.
         rows: sequences decoded at once. GPT-2 small with n_ctx 1024 takes up to 75 MB for each in float32.
         max_waiting: sequences that may wait for a row.
+        precision: on the CPU, how the compiled decoder keeps the weights: fp32, bf16 or int8; "auto" is bf16. None
+            takes PyTorch and the model's dtype, as a GPU does.
+        wait: where the compiled decoder must be compiled first, wait for it; else begin with PyTorch in float32 and
+            switch when it is there (`at_full_speed`).
 
     Example:
         >>> with Engine(*load_model("model/final_model")) as engine:
         ...     engine.complete("感冒", samples=5, length=50)
     """
 
-    def __init__(self, model: Any, tokenizer: Tokenizer, *, rows: int = 32, max_waiting: int = 1024) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Tokenizer,
+        *,
+        rows: int = 32,
+        max_waiting: int = 1024,
+        precision: str | None = None,
+        wait: bool = True,
+    ) -> None:
         self.tokenizer = tokenizer
-        self.decoder = Decoder(model, rows)
+        self.decoder: Decoder | CompiledDecoder
+        self._next_decoder: Future[Decoder | CompiledDecoder] | None = None
+        if precision is None or model.device.type != "cpu":
+            self.decoder = Decoder(model, rows)
+        elif wait or is_at_hand():
+            self.decoder = fastest_decoder(model, rows, precision)
+        else:
+            self.decoder = Decoder(model, rows)
+            self._next_decoder = _in_background(lambda: fastest_decoder(model, rows, precision))
         if len(tokenizer) > self.decoder.vocab_size:
             raise ValueError(
                 f"the vocabulary has {len(tokenizer)} tokens and the model {self.decoder.vocab_size}: "
@@ -161,6 +183,12 @@ class Engine:
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join()
+        self.decoder.close()
+
+    @property
+    def at_full_speed(self) -> bool:
+        """Whether the decoder is the one that stays: none is being compiled."""
+        return self._next_decoder is None
 
     @property
     def alive(self) -> bool:
@@ -288,6 +316,7 @@ class Engine:
         try:
             with torch.inference_mode():
                 while self._wait_for_work():
+                    self._switch_decoder()
                     self._leave_cancelled()
                     self._join()
                     self._step()
@@ -301,6 +330,18 @@ class Engine:
             self._waiting.clear()
         for ticket in left:
             ticket.future.set_exception(EngineStopped(self._why_stopped()))
+
+    def _switch_decoder(self) -> None:
+        """Go on with the compiled decoder as soon as it is there; what the rows hold is prefilled anew."""
+        if self._next_decoder is None or not self._next_decoder.done():
+            return
+        self.decoder, self._next_decoder = self._next_decoder.result(), None
+        for row, sample in enumerate(self._rows):
+            text = [*sample.ticket.prompt.ids, *sample.ids][:-1]
+            self.decoder.load(row, self.decoder.prefill(text[-sample.held :]))
+        for ticket in self._waiting:
+            ticket.prefix = None  # of the decoder that has gone
+        LOGGER.info("decoding at full speed from here on")
 
     def _wait_for_work(self) -> bool:
         with self._changed:
@@ -450,6 +491,20 @@ class Engine:
         sample.send(settled, reason)
         if len(ticket.completions) == len(ticket.seeds):
             ticket.future.set_result([ticket.completions[number] for number in range(len(ticket.seeds))])
+
+
+def _in_background(function: Callable[[], Any]) -> Future[Any]:
+    """What a function gives, or raises, in a thread of its own that nobody waits for at the end."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:  # it is raised in the model thread
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="decoder-builder", daemon=True).start()
+    return future
 
 
 def continuation(tokenizer: Tokenizer, prompt: Prompt, ids: Sequence[int]) -> str:

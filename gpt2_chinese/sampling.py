@@ -18,6 +18,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 
 # Of a row with top-k only so many of the greatest logits are looked at, unless top_k or ties at its edge need more.
 FEW = 128
+BLOCK = 16
 
 
 def repetition_penalised(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
@@ -113,16 +114,19 @@ def draw(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, to
     Returns:
         Token ids [B], int64.
     """
-    tokens = logits.argmax(dim=-1)
     random = temperature > 0
+    tokens = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
     has_top_p = (top_p > 0) & (top_p < 1)
     few = random & (top_k > 0) & (top_k < min(FEW, logits.shape[1]))
     ranked = random & ~few & ((top_k > 0) | has_top_p)
     plain = random & ~few & ~ranked
     # A GPU waits here for the masks: three small transfers a step.
+    if rows := (~random).nonzero().flatten().tolist():
+        tokens[rows] = _rows(logits, rows).argmax(dim=-1)
     if rows := few.nonzero().flatten().tolist():
-        scores = tempered(logits[rows], temperature[rows])
-        best, ids = scores.topk(min(FEW, logits.shape[1]), dim=-1)
+        # The temperature keeps the order, so only the candidates need it; what it makes equal is a tie, see below.
+        best, ids = _greatest(_rows(logits, rows), min(FEW, logits.shape[1]))
+        best = tempered(best, temperature[rows])
         # topk promises no order among equal logits: first by id, then stably by logit.
         ids, by_id = ids.sort(dim=-1)
         best, by_logit = best.gather(1, by_id).sort(dim=-1, descending=True, stable=True)
@@ -139,6 +143,30 @@ def draw(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, to
         weights = tempered(logits[rows], temperature[rows]).double().exp()
         tokens[rows] = _pick(weights, uniform[rows], None)
     return tokens
+
+
+def _rows(logits: Tensor, rows: list[int]) -> Tensor:
+    """Some rows; no copy where they are all."""
+    return logits if len(rows) == len(logits) else logits[rows]
+
+
+def _greatest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` greatest of each row [B, V], in no particular order among equals, and their ids.
+
+    Looks for the blocks that hold them first: no more blocks than tokens can.
+    """
+    size = logits.shape[1] // BLOCK * BLOCK
+    columns = size // BLOCK
+    if columns <= 2 * count:
+        return logits.topk(count, dim=-1)
+    # A block is every `columns`-th logit, for so the processor compares many blocks at once.
+    blocks = logits[:, :size].unflatten(1, (BLOCK, columns))
+    chosen = blocks.amax(dim=1).topk(count, dim=-1, sorted=False).indices
+    ids = (torch.arange(0, size, columns, device=logits.device)[:, None] + chosen[:, None]).flatten(1)
+    rest = torch.arange(size, logits.shape[1], device=logits.device).expand(len(logits), -1)
+    ids = torch.cat([ids, rest], dim=1)
+    best, places = logits.gather(1, ids).topk(count, dim=-1, sorted=False)
+    return best, ids.gather(1, places)
 
 
 def _pick(weights: Tensor, uniform: Tensor, ids: Tensor | None) -> Tensor:

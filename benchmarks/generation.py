@@ -1,0 +1,216 @@
+"""Decoding beside transformers, CTranslate2 and a loop of the reference's kind: one model, one run, rounds in turn.
+
+The model is GPT-2 small with a vocabulary of 50,005 and random weights; a prompt of 8 tokens, top-k 30. CTranslate2 is
+measured where it is installed (`pip install ctranslate2`):
+
+    .venv-train/bin/python benchmarks/generation.py
+    .venv-train/bin/python benchmarks/generation.py --rounds 1 --layers 2 --tokens 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import GPT2Config, GPT2LMHeadModel
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from gpt2_chinese.checkpoint import save_model  # noqa: E402
+from gpt2_chinese.engine import NEVER_PRODUCED, Engine, Prompt  # noqa: E402
+from gpt2_chinese.tokenizer import Tokenizer  # noqa: E402
+from gpt2_chinese.vocabulary import CLS_ID, MASK_ID, PAD_ID, SPECIAL_TOKENS  # noqa: E402
+
+VOCABULARY = [*SPECIAL_TOKENS, *(f"词{number}" for number in range(50_000))]
+TOP_K = 30
+REFERENCE = "one after the other"
+Contender = Callable[[int, int, int], Any]
+"""Decodes a prompt for so many requests, with so many samples of so many tokens each."""
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, help="times that each is measured; default 5")
+    parser.add_argument("--layers", type=int, default=12, help="of the model; default 12, GPT-2 small")
+    parser.add_argument("--tokens", type=int, default=50, help="of a sample, but for the latency; default 50")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; default cpu")
+    return parser.parse_args(argv)
+
+
+def random_model(layers: int) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(VOCABULARY),
+        n_layer=layers,
+        bos_token_id=MASK_ID,
+        eos_token_id=CLS_ID,
+        pad_token_id=PAD_ID,
+    )
+    config.n_ctx = config.n_positions
+    return GPT2LMHeadModel(config).eval()
+
+
+def prompt_ids() -> list[int]:
+    return [MASK_ID, *range(1000, 1007)]
+
+
+@torch.inference_mode()
+def one_after_the_other(model: GPT2LMHeadModel, requests: int, samples: int, tokens: int) -> None:
+    """The reference's way: each sample alone, and for each token all that stands before it once more."""
+    for _ in range(requests * samples):
+        ids = torch.tensor([prompt_ids()], device=model.device)
+        for _ in range(tokens):
+            logits = model(ids, use_cache=False).logits[0, -1]
+            best, places = logits.topk(TOP_K)
+            drawn = torch.multinomial(torch.softmax(best, dim=-1), 1)
+            ids = torch.cat([ids, places[drawn][None]], dim=1)
+
+
+def generate_of_transformers(model: GPT2LMHeadModel, **options: Any) -> Contender:
+    def generate(requests: int, samples: int, tokens: int) -> None:
+        inputs = torch.tensor([prompt_ids()] * requests, device=model.device)
+        output = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            num_return_sequences=samples,
+            do_sample=True,
+            top_k=TOP_K,
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+            **options,
+        )
+        assert output.shape == (requests * samples, len(prompt_ids()) + tokens)
+
+    return generate
+
+
+def generate_of_ctranslate2(folder: Path, compute_type: str, threads: int, device: str) -> Contender:
+    import ctranslate2
+
+    generator = ctranslate2.Generator(
+        str(folder), device=device, compute_type=compute_type, intra_threads=threads, inter_threads=1
+    )
+    prompt = [VOCABULARY[id_] for id_ in prompt_ids()]
+
+    def generate(requests: int, samples: int, tokens: int) -> None:
+        results = generator.generate_batch(
+            [prompt] * requests,
+            num_hypotheses=samples,
+            min_length=tokens,
+            max_length=tokens,
+            sampling_topk=TOP_K,
+            include_prompt_in_result=False,
+        )
+        assert all(len(ids) == tokens for result in results for ids in result.sequences_ids)
+
+    return generate
+
+
+def convert_for_ctranslate2(model: GPT2LMHeadModel, folder: Path) -> Path:
+    from ctranslate2.converters import TransformersConverter
+    from ctranslate2.converters import transformers as loaders
+
+    save_model(folder / "model", model, Tokenizer(VOCABULARY), facts={})
+    # The tokens' names do not matter here, and a tokenizer of another kind would need its own files.
+    loaders.GPT2Loader.get_vocabulary = lambda *_: list(VOCABULARY)
+    TransformersConverter(str(folder / "model")).convert(str(folder / "converted"))
+    return folder / "converted"
+
+
+def our_engine(engine: Engine) -> Contender:
+    # [CLS] would end a sample early; here all have the same length.
+    engine._banned[CLS_ID] = True
+    prompt = Prompt("", tuple(prompt_ids()), 0)
+
+    def generate(requests: int, samples: int, tokens: int) -> None:
+        tickets = [engine.submit(prompt, samples=samples, length=tokens, seed=seed) for seed in range(requests)]
+        for ticket in tickets:
+            completions = ticket.future.result()
+            assert all(len(completion.ids) == tokens for completion in completions)
+            assert not {id_ for completion in completions for id_ in completion.ids} & {*NEVER_PRODUCED, CLS_ID}
+
+    return generate
+
+
+def measure(contenders: dict[str, Contender], rounds: int, work: tuple[int, int, int]) -> dict[str, list[float]]:
+    """Seconds of each contender in each round; in a round each has its turn, after a first one that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        for name, contender in contenders.items():
+            if number == 0 and name == REFERENCE:
+                continue
+            begin = time.perf_counter()
+            contender(*work)
+            if number:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def show(title: str, seconds: dict[str, list[float]], tokens: int) -> None:
+    print(f"\n{title}\n{'':34}{'best':>9}{'median':>9}{'tokens/s':>10}")
+    for name, times in seconds.items():
+        best, median = min(times), statistics.median(times)
+        print(f"{name:34}{best:8.3f}s{median:8.3f}s{tokens / median:10.0f}")
+    ours = {name: statistics.median(times) for name, times in seconds.items() if name.startswith("ours")}
+    theirs = {name: statistics.median(times) for name, times in seconds.items() if name not in ours}
+    fastest = min((name for name in theirs if name != REFERENCE), key=theirs.__getitem__)
+    for name, median in ours.items():
+        line = f"{name}: {theirs[fastest] / median:.2f} times the fastest of the others ({fastest})"
+        if REFERENCE in theirs:
+            line += f", {theirs[REFERENCE] / median:.1f} times {REFERENCE}"
+        print(line)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    transformers.logging.set_verbosity_error()
+    model = random_model(args.layers)
+    tokenizer = Tokenizer(VOCABULARY)
+    threads = torch.get_num_threads()
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {threads} threads, {args.device}")
+    contenders: dict[str, Contender] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        if importlib.util.find_spec("ctranslate2") is not None:
+            converted = convert_for_ctranslate2(model, Path(folder))
+            for compute_type in ("float32", "int8"):
+                contenders[f"CTranslate2, {compute_type}"] = generate_of_ctranslate2(
+                    converted, compute_type, threads, args.device
+                )
+        else:
+            print("CTranslate2 is not installed and not measured")
+        model.to(args.device)
+        precisions = ["bf16", "int8", "fp32"] if args.device == "cpu" else ["auto"]
+        engines = [Engine(model, tokenizer, rows=32, precision=precision) for precision in precisions]
+        contenders["transformers generate, fp32"] = generate_of_transformers(model)
+        half = random_model(args.layers).to(args.device, torch.bfloat16)
+        contenders["transformers generate, bf16"] = generate_of_transformers(half)
+        if args.device != "cpu":
+            contenders["transformers generate, static"] = generate_of_transformers(half, cache_implementation="static")
+        for engine, precision in zip(engines, precisions, strict=True):
+            engine.__enter__()
+            contenders[f"ours, {precision}"] = our_engine(engine)
+        slow = {REFERENCE: lambda *work: one_after_the_other(model, *work)}
+        for title, work, others in (
+            (f"5 samples of {args.tokens}", (1, 5, args.tokens), slow),
+            ("latency: one sample of 20", (1, 1, 20), slow),
+            (f"32 requests at once, {args.tokens} each", (32, 1, args.tokens), {}),
+        ):
+            requests, samples, tokens = work
+            show(title, measure({**others, **contenders}, args.rounds, work), requests * samples * tokens)
+        for engine in engines:
+            engine.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

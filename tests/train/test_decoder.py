@@ -1,0 +1,270 @@
+"""The compiled decoder against transformers, and a row's numbers whatever is beside it. The first run compiles."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+
+import numpy as np
+import pytest
+import torch
+from tiny_model import endless_model, tiny_model, tiny_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from gpt2_chinese import compiled, compiled_decoder, engine
+from gpt2_chinese.checkpoint import load_model
+from gpt2_chinese.compiled_decoder import MOST_ROWS, PANEL, CompiledDecoder, fastest_decoder
+from gpt2_chinese.decoder import Decoder
+from gpt2_chinese.engine import Engine, Prompt, Settings
+from gpt2_chinese.vocabulary import CLS_ID, MASK_ID, PAD_ID, UNK_ID
+
+WAIT = 60
+GREEDY = Settings(temperature=0)
+
+
+def random_model(**shape) -> GPT2LMHeadModel:
+    """Weights of such a size that the logits are far apart and attention is far from uniform."""
+    torch.manual_seed(3)
+    shape = {"vocab_size": 203, "n_positions": 40, "n_embd": 48, "n_layer": 2, "n_head": 4} | shape
+    model = GPT2LMHeadModel(GPT2Config(bos_token_id=MASK_ID, eos_token_id=CLS_ID, **shape)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    return model
+
+
+def kept_weights(model: GPT2LMHeadModel, precision: str) -> GPT2LMHeadModel:
+    """The model with its weights as the decoder keeps them; biases, norms and positions stay as they are."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() < 2 or "wpe" in name:
+                continue
+            if precision == "bf16":
+                parameter.copy_(parameter.bfloat16())
+            elif precision == "int8":
+                inputs = 1 if "wte" in name or "lm_head" in name else 0  # the others are stored as (in, out)
+                scale = parameter.abs().amax(dim=inputs, keepdim=True) / 127
+                parameter.copy_((parameter / scale).round() * scale)
+    return model
+
+
+def largest_difference(model: GPT2LMHeadModel, decoder: CompiledDecoder, texts: list[list[int]]) -> float:
+    """Half of each text by prefill, then token by token, all rows together; beside the whole text at once."""
+    largest = 0.0
+    with torch.inference_mode():
+        expected = [model(torch.tensor([ids])).logits[0] for ids in texts]
+        halves = [max(1, len(ids) // 2) for ids in texts]
+        for row, (ids, half) in enumerate(zip(texts, halves, strict=True)):
+            prefix = decoder.prefill(ids[:half])
+            decoder.load(row, prefix)
+            largest = max(largest, float((prefix.logits - expected[row][half - 1]).abs().max()))
+        for step in range(min(len(ids) - half for ids, half in zip(texts, halves, strict=True))):
+            lengths = [half + step for half in halves]
+            logits = decoder.step([ids[length] for ids, length in zip(texts, lengths, strict=True)], lengths)
+            for row, length in enumerate(lengths):
+                largest = max(largest, float((logits[row] - expected[row][length]).abs().max()))
+    return largest
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"n_embd": 8, "n_head": 1, "n_layer": 1, "vocab_size": 7},
+        {"n_embd": 40, "n_head": 5, "vocab_size": 64},
+        {"n_embd": 128, "n_head": 1, "n_layer": 1},
+        {"n_embd": 160, "n_head": 2, "n_layer": 1},
+        {"n_embd": 33, "n_head": 3, "n_inner": 50},
+        {"n_embd": 60, "n_head": 4, "activation_function": "relu", "scale_attn_by_inverse_layer_idx": True},
+        {"tie_word_embeddings": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_any_shape_has_the_logits_of_transformers_with_the_same_weights(shape, precision):
+    model = random_model(**shape)
+    decoder = CompiledDecoder(model, rows=3, precision=precision)
+    source = random.Random(5)
+    vocab_size = model.config.vocab_size
+    texts = [[source.randrange(vocab_size) for _ in range(length)] for length in (2, 9, 24)]
+    assert largest_difference(kept_weights(model, precision), decoder, texts) < 1e-4
+
+
+def test_reference_checkpoint_gives_the_reference_logits(reference):
+    ids = json.loads((reference / "logits_input_ids.json").read_text(encoding="utf-8"))
+    expected = np.load(reference / "logits.npy")
+    model, _ = load_model(reference / "checkpoint", vocab_file=reference / "vocab_user.txt")
+    decoder = CompiledDecoder(model, rows=2, precision="fp32")
+    for row in range(2):
+        prefix = decoder.prefill(ids[row][:20])
+        assert np.abs(prefix.logits.numpy() - expected[row, 19]).max() < 1e-4
+        decoder.load(row, prefix)
+    for position in range(20, 40):
+        logits = decoder.step([ids[0][position], ids[1][position]], [position, position]).numpy()
+        assert np.abs(logits - expected[:, position]).max() < 1e-4
+    rounded = CompiledDecoder(model, rows=1, precision="bf16")
+    assert largest_difference(kept_weights(model, "bf16"), rounded, [ids[0]]) < 1e-4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_a_row_has_the_same_bits_alone_in_any_crowd_and_by_any_number_of_threads(precision):
+    rows = 33
+    alone = CompiledDecoder(random_model(), rows=rows, precision=precision, threads=1)
+    crowd = CompiledDecoder(random_model(), rows=rows, precision=precision, threads=3)
+    prefixes = [alone.prefill([2, *range(10, 10 + row)]) for row in range(rows)]
+    expected = []
+    for row, prefix in enumerate(prefixes):
+        assert torch.equal(crowd.prefill([2, *range(10, 10 + row)]).logits, prefix.logits)
+        alone.load(0, prefix)
+        crowd.load(row, prefix)
+        expected.append(alone.step([100 + row], [prefix.length])[0])
+    for size in range(1, rows + 1):
+        logits = crowd.step([100 + row for row in range(size)], [prefix.length for prefix in prefixes[:size]])
+        assert torch.equal(logits, torch.stack(expected[:size])), size
+    crowd.copy_row(20, 0, prefixes[20].length)
+    assert torch.equal(crowd.step([120], [prefixes[20].length])[0], expected[20])
+    crowd.close()
+
+
+def test_a_prompt_longer_than_one_pass_has_the_bits_of_its_tokens_one_by_one():
+    model = random_model(n_positions=250)
+    decoder = CompiledDecoder(model, rows=1, precision="fp32")
+    ids = [number * 7 % 203 for number in range(230)]
+    decoder.load(0, decoder.prefill(ids[:3]))
+    for position in range(3, 230):
+        logits = decoder.step([ids[position]], [position])
+    assert torch.equal(decoder.prefill(ids).logits, logits[0])
+    with torch.inference_mode():
+        assert torch.allclose(logits[0], model(torch.tensor([ids])).logits[0, -1], atol=1e-3)
+
+
+def test_rows_of_a_block_and_columns_of_a_panel_fit_the_registers():
+    assert PANEL in (8, 16, 32) and MOST_ROWS in (6, 12)
+
+
+def test_greedy_equals_transformers_alone_and_all_at_once():
+    source = random.Random(3)
+    model = tiny_model()
+    prompts = [
+        Prompt("", (MASK_ID, *(source.randrange(5, 200) for _ in range(source.randrange(16)))), 0) for _ in range(50)
+    ]
+    expected = []
+    for prompt in prompts:
+        inputs = torch.tensor([prompt.ids])
+        ids = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=15,
+            do_sample=False,
+            suppress_tokens=[MASK_ID, PAD_ID, UNK_ID],
+        )[0, len(prompt.ids) :].tolist()
+        expected.append(ids[: ids.index(CLS_ID)] if CLS_ID in ids else ids)
+    assert len({tuple(ids) for ids in expected}) > 20
+    with Engine(model, tiny_tokenizer(), rows=20, precision="fp32") as decoding:
+        assert isinstance(decoding.decoder, CompiledDecoder)
+        together = [decoding.submit(prompt, samples=1, length=15, settings=GREEDY) for prompt in prompts]
+        assert [list(ticket.future.result(WAIT)[0].ids) for ticket in together] == expected
+        for prompt, ids in zip(prompts, expected, strict=True):
+            ticket = decoding.submit(prompt, samples=1, length=15, settings=GREEDY)
+            assert list(ticket.future.result(WAIT)[0].ids) == ids
+
+
+def test_a_seed_gives_the_same_alone_and_in_a_crowd():
+    with Engine(endless_model(), tiny_tokenizer(), rows=13, precision="auto") as decoding:
+        assert decoding.decoder.precision == "bf16"
+        requests = [("一丁"[: 1 + number % 2] * (1 + number % 7), 1 + number % 4, 30 + number) for number in range(20)]
+
+        def submit(context, samples, length):
+            return decoding.submit(decoding.prompt(context, length), samples=samples, length=length, seed=length)
+
+        alone = [submit(*request).future.result(WAIT) for request in requests]
+        tickets = [submit(*request) for request in requests]
+        assert [ticket.future.result(WAIT) for ticket in tickets] == alone
+
+
+# Without compiled code.
+
+
+def test_where_nothing_can_be_compiled_pytorch_decodes_and_says_so(monkeypatch, capsys):
+    def fail(*_, **__):
+        raise OSError("no compiler for this processor")
+
+    monkeypatch.setattr(compiled_decoder, "load_function", fail)
+    decoder = fastest_decoder(tiny_model(), 2, "auto")
+    assert isinstance(decoder, Decoder)
+    assert "slower: no compiler for this processor" in capsys.readouterr().err
+    assert torch.equal(decoder.prefill([2, 9]).logits, Decoder(tiny_model(), 2).prefill([2, 9]).logits)
+
+
+def test_an_activation_that_is_not_compiled_is_left_to_pytorch(capsys):
+    model = random_model(activation_function="silu")
+    assert isinstance(fastest_decoder(model, 1, "bf16"), Decoder)
+    assert "no activation function silu" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_are_refused_by_name():
+    model = random_model()
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"transformer\.h\.1\.mlp\.c_fc\.weight.*diverged"):
+        fastest_decoder(model, 1, "auto")
+
+
+def test_damaged_code_is_not_at_hand(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled, "cache_folders", lambda: [tmp_path])
+    assert not compiled_decoder.is_at_hand()
+    compiled.keep_code(compiled.code_name(compiled_decoder.KERNEL, compiled_decoder.SOURCES), b"code")
+    assert compiled_decoder.is_at_hand()
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    assert not compiled_decoder.is_at_hand()
+
+
+def test_the_engine_serves_at_once_and_switches_in_the_middle_of_a_text(monkeypatch):
+    may_build = threading.Event()
+
+    def build(*arguments):
+        assert may_build.wait(WAIT)
+        return fastest_decoder(*arguments)
+
+    with Engine(endless_model(), tiny_tokenizer(), rows=4) as decoding:
+        settings = Settings(temperature=0, repetition_penalty=2.0)
+        prompt = decoding.prompt("一丁", 100)
+        expected = decoding.submit(prompt, samples=3, length=100, settings=settings).future.result(WAIT)
+    monkeypatch.setattr(engine, "is_at_hand", lambda: False)
+    monkeypatch.setattr(engine, "fastest_decoder", build)
+    arrived = threading.Event()
+
+    def seen(sample, id_):
+        """Hold the model's thread at its first token until the compiled decoder is there."""
+        if not arrived.is_set():
+            arrived.set()
+            may_build.set()
+            decoding._next_decoder.result(WAIT)
+
+    with Engine(endless_model(), tiny_tokenizer(), rows=4, precision="fp32", wait=False) as decoding:
+        assert isinstance(decoding.decoder, Decoder) and not decoding.at_full_speed
+        ticket = decoding.submit(prompt, samples=3, length=100, settings=settings, on_token=seen)
+        assert ticket.future.result(WAIT) == expected
+        assert isinstance(decoding.decoder, CompiledDecoder) and decoding.at_full_speed
+
+
+def test_a_closed_decoder_leaves_no_thread():
+    before = threading.active_count()
+    decoder = CompiledDecoder(random_model(), rows=1, threads=4)
+    assert threading.active_count() == before + 3
+    decoder.close()
+    assert threading.active_count() == before
+    decoder = CompiledDecoder(random_model(), rows=1, threads=4)
+    decoder.prefill([2, 3])
+    del decoder
+    assert threading.active_count() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_decodes_as_transformers_does():
+    model = random_model().cuda()
+    texts = [[2, 9, 8, 7], [2, 60, 61, 62, 63, 64, 65]]
+    assert largest_difference(model, Decoder(model, rows=2), texts) < 1e-2
