@@ -19,8 +19,7 @@ from queue import SimpleQueue
 from gpt2_chinese.artifacts import replacing
 from gpt2_chinese.checkpoint import load_model
 from gpt2_chinese.command_line import run_script
-from gpt2_chinese.compiled_decoder import PRECISIONS
-from gpt2_chinese.completion import SETTING_LIMITS, Piece, Settings
+from gpt2_chinese.completion import PRECISIONS, SETTING_LIMITS, Piece, Settings
 from gpt2_chinese.engine import Engine, choose_device
 
 SAMPLES_FILE = "samples.txt"

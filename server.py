@@ -41,7 +41,7 @@ from gpt2_chinese.api import (
     parse_v1,
 )
 from gpt2_chinese.command_line import run_script
-from gpt2_chinese.completion import Completion, EngineStopped, Piece, Prompt, TokenLogprob
+from gpt2_chinese.completion import PRECISIONS, Completion, EngineStopped, Piece, Prompt, TokenLogprob
 from gpt2_chinese.connections import error_body, listen, serving, url_of
 from gpt2_chinese.service import (
     WARM_UP,
@@ -90,6 +90,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--device",
         default="auto",
         help="auto, cpu, cuda or a GPU's number; 0,1 starts a process for each (%(default)s)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="of the weights on a CPU: fp32 is exact, bf16 half as large, int8 a quarter; auto is bf16 (%(default)s)",
     )
     # where to listen and to whom
     parser.add_argument("--host", default="127.0.0.1", help="address; 0.0.0.0 is every one (%(default)s)")
@@ -575,6 +581,14 @@ def greeting(url: str) -> str:
     )
 
 
+async def tell_full_speed(service: Service, begin: float) -> None:
+    """Say when the compiled decoder has taken over; until then, the first time on a machine, PyTorch decodes."""
+    assert service.engine is not None
+    while not service.engine.at_full_speed:
+        await asyncio.sleep(0.2)
+    print(f"{service.name} is at full speed, {time.monotonic() - begin:.1f} s after the port", flush=True)
+
+
 async def serve(
     service: Service, sock: socket.socket, cors_origins: Sequence[str], *, ready_fd: int | None = None
 ) -> None:
@@ -610,6 +624,7 @@ async def serve(
                 f"{service.name} is ready on {service.device}, {time.monotonic() - begin:.1f} s after the port",
                 flush=True,
             )
+            full_speed = asyncio.create_task(tell_full_speed(service, begin))
             if ready_fd is None:
                 print(greeting(url_of(sock)), flush=True)
                 await stopping
@@ -618,6 +633,7 @@ async def serve(
                 # A process that could only say 503 must not stand in the others' way.
                 while not stop.is_set() and service.status == "ready" and os.getppid() == parent:
                     await asyncio.wait([stopping], timeout=0.5)
+            full_speed.cancel()
         # New connections are still taken, and told that the server is shutting down.
         service.draining = True
         while service.admitted and service.status == "draining":
@@ -702,7 +718,14 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         device = choose_device(args.device)
         service.device = str(device)
         model, tokenizer = load_model(args.model_path, device=device, vocab_file=args.vocab_file)
-        return Engine(model, tokenizer, rows=args.batch_size, max_waiting=args.max_waiting)
+        return Engine(
+            model,
+            tokenizer,
+            rows=args.batch_size,
+            max_waiting=args.max_waiting,
+            precision=args.precision,
+            wait=False,
+        )
 
     with listen(args.host, args.port) if args.listen_fd is None else socket.socket(fileno=args.listen_fd) as sock:
         if args.listen_fd is None:

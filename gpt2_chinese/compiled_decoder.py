@@ -27,7 +27,6 @@ from gpt2_chinese.compiled import is_compiled, load_function
 from gpt2_chinese.decoder import Decoder, Prefix, check_model
 
 FP32, BF16, INT8 = range(3)
-PRECISIONS = ("auto", "fp32", "bf16", "int8")
 KINDS = {"fp32": FP32, "bf16": BF16, "int8": INT8}
 GELU, RELU = range(2)
 ACTIVATIONS = {"gelu_new": GELU, "gelu_pytorch_tanh": GELU, "relu": RELU}

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from gpt2_chinese.tokenizer import TextJoiner, Tokenizer
 
+PRECISIONS = ("auto", "fp32", "bf16", "int8")
+"""How a CPU may keep the weights; "auto" is bf16."""
+
 SETTING_LIMITS: dict[str, tuple[float, float]] = {
     "temperature": (0, 10),
     "top_k": (0, 1_000_000),
