@@ -432,18 +432,20 @@ def run_ours(args: argparse.Namespace, goal: float) -> tuple[float, float]:
 
 def time_to_loss(args: argparse.Namespace) -> None:
     """Seconds until ours and the Trainer have what the reference's recipe has after `--minutes`."""
-    goals = {}
-    for lr in map(float, args.reference_lrs.split(",")):
-        history = run_recipe("reference", args, lr, args.minutes * 60)
-        goals[lr] = history[-1][2]
-        print(f"reference at {lr:g}: {history[-1][2]:.4f} bits per character after {history[-1][1]:,.0f} updates, "
-              f"{history[-1][0]:.0f} s", flush=True)  # fmt: skip
-        updates = int(history[-1][1])
-    goal = min(goals.values())
+    goals = [args.goal] if args.goal else []
+    updates = 0
+    for lr in [] if args.goal else map(float, args.reference_lrs.split(",")):
+        seconds, updates, bits = run_recipe("reference", args, lr, args.minutes * 60)[-1]
+        goals.append(bits)
+        print(
+            f"reference at {lr:g}: {bits:.4f} bits per character after {updates:.0f} updates, {seconds:.0f} s",
+            flush=True,
+        )
+    goal = min(goals)
     reached, whole = run_ours(args, goal)
     print(f"ours: {goal:.4f} after {reached:.0f} s of {whole:.0f}, {args.minutes * 60 / reached:.1f} times as fast")
     for lr in map(float, args.trainer_lrs.split(",") if args.trainer_lrs else []):
-        history = run_recipe("Trainer", args, lr, args.minutes * 60, args.trainer_updates or updates)
+        history = run_recipe("Trainer", args, lr, args.minutes * 60, args.trainer_updates or int(updates))
         seconds = next((point[0] for point in history if point[2] <= goal), math.inf)
         print(f"Trainer at {lr:g}: {seconds:.0f} s, {seconds / reached:.1f} times ours; "
               f"{history[-1][2]:.4f} after {history[-1][0]:.0f} s", flush=True)  # fmt: skip
@@ -465,6 +467,7 @@ def main() -> None:
     parser.add_argument("--flags", default="", help="of train.py")
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--model_config", default=str(ROOT / "config" / "model_config_mini.json"))
+    parser.add_argument("--goal", type=float, default=0.0, help="bits per character, instead of the reference's run")
     parser.add_argument("--reference_lrs", default="5e-4,1e-3,2e-3")
     parser.add_argument("--trainer_lrs", default="5e-4,1e-3,2e-3")
     parser.add_argument("--trainer_updates", type=int, default=0, help="default: as many as the reference made")

@@ -6,6 +6,7 @@
 | `model.safetensors` | the weights; `lm_head.weight` is `transformer.wte.weight` and is not stored twice |
 | `generation_config.json` | `[MASK]` begins a document, `[CLS]` ends it, `[PAD]` fills up |
 | `vocab.txt`, `tokenizer_config.json` | the vocabulary and how text is cut |
+| `tokenization_gpt2_chinese.py`, `tokenizer.py`, … | the tokenizer's code, for transformers' AutoTokenizer |
 | `manifest.json` | the vocabulary's SHA-256, `compat`, and facts about the training |
 
 Folders of GPT2-Chinese (`pytorch_model.bin`, transformers 2.1.1) are read too.
@@ -38,6 +39,7 @@ WEIGHTS, OLD_WEIGHTS = "model.safetensors", "pytorch_model.bin"
 
 # transformers before 4.3x stored the causal mask of every layer beside the weights.
 _MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+TOKENIZER_CODE = ("tokenization_gpt2_chinese.py", "tokenizer.py", "vocabulary.py", "artifacts.py")
 _EMBEDDING, _HEAD = "transformer.wte.weight", "lm_head.weight"
 _SHAPE_KEYS = (
     "vocab_size",
@@ -155,9 +157,14 @@ def save_model(
                 "pad_token": padding,
                 "unk_token": unknown,
                 "model_max_length": saved["n_ctx"],
+                "padding_side": "left",  # to complete a batch, every text has to end where the new tokens begin
                 "compat": tokenizer.compat,
+                "tokenizer_class": "GPT2ChineseTokenizer",
+                "auto_map": {"AutoTokenizer": ["tokenization_gpt2_chinese.GPT2ChineseTokenizer", None]},
             },
         )
+        for name in TOKENIZER_CODE:
+            shutil.copyfile(Path(__file__).with_name(name), new / name)
         write_json(
             new / MANIFEST,
             {

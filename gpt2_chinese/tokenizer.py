@@ -11,21 +11,22 @@ How white space survives: scripts that write spaces between words ("spaced": Lat
 punctuation) are told from those that do not ("wide": Chinese characters, full-width forms, other symbols). Two
 neighbouring tokens are joined with a space if both touching characters are spaced and the second token has no `##`;
 so `38.5℃` is `38 ##. ##5 ℃`, `hello, world` is `hello ##, world`, and spaces beside Chinese characters are dropped.
+
+A copy of this file travels in every model folder, where the package is not (tokenization_gpt2_chinese.py): it needs
+nothing but Python and the modules that it imports relatively.
 """
 
 from __future__ import annotations
 
+import importlib
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol, cast
 
-from gpt2_chinese.vocabulary import SEP_ID, SPECIAL_TOKENS, UNK_ID, read_vocabulary
-
-if TYPE_CHECKING:
-    from gpt2_chinese.segmenter import Segmenter
+from .vocabulary import SEP_ID, SPECIAL_TOKENS, UNK_ID, read_vocabulary
 
 RULES_VERSION = 1
 """Raised when the same text and vocabulary would give other ids, so that old pieces are not taken for current ones."""
@@ -41,6 +42,18 @@ _SPECIAL_PATTERN = re.compile("|".join(re.escape(token) for token in SPECIAL_TOK
 _IDEOGRAPHS = re.compile("[一-鿿]+")  # the block of CJK Unified Ideographs
 _LATIN_WORD = re.compile("[a-z]+")
 _CACHED_WORDS = 1_000_000  # forgotten all at once when there are more, so that memory stays flat
+
+
+class CutsWords(Protocol):
+    """THULAC: `gpt2_chinese.segmenter.Segmenter`, or the thulac package where only this file is."""
+
+    def cut(self, text: str) -> list[str]: ...
+
+
+def load_segmenter(user_words: Sequence[str] = ()) -> CutsWords:
+    """Load the compiled segmenter, when text comes and not before."""
+    # By name: transformers demands every module that the code in a model folder imports, and this one is not there.
+    return cast(CutsWords, importlib.import_module("gpt2_chinese.segmenter").Segmenter(user_words))
 
 
 @lru_cache(maxsize=1 << 16)
@@ -118,12 +131,8 @@ class WordSplitter:
         ['体温', '38', '##.', '##5', '℃', ',', 'ok', '##?']
     """
 
-    def __init__(self, segmenter: Segmenter | None = None) -> None:
-        if segmenter is None:
-            from gpt2_chinese.segmenter import Segmenter  # compiled code: loaded when text comes, not before
-
-            segmenter = Segmenter()
-        self._segmenter = segmenter
+    def __init__(self, segmenter: CutsWords | None = None) -> None:
+        self._segmenter = segmenter or load_segmenter()
         self._folded: dict[tuple[str, bool], tuple[list[str], bool]] = {}
 
     def __call__(self, text: str) -> list[str]:
@@ -255,7 +264,7 @@ class Tokenizer:
         '体温38.5℃'
     """
 
-    def __init__(self, vocabulary: Sequence[str], *, compat: bool = False, segmenter: Segmenter | None = None) -> None:
+    def __init__(self, vocabulary: Sequence[str], *, compat: bool = False, segmenter: CutsWords | None = None) -> None:
         if tuple(vocabulary[: len(SPECIAL_TOKENS)]) != SPECIAL_TOKENS:
             raise ValueError(f"the first tokens of a vocabulary must be {' '.join(SPECIAL_TOKENS)}")
         self.vocabulary = list(vocabulary)
@@ -359,9 +368,7 @@ class Tokenizer:
         if text and not text.strip():
             return ["[SEP]"]  # an oddity of transformers 2.1.1: white space alone is a special token
         if self._segmenter is None:
-            from gpt2_chinese.segmenter import Segmenter
-
-            self._segmenter = Segmenter(user_words=SPECIAL_TOKENS)
+            self._segmenter = load_segmenter(SPECIAL_TOKENS)
         words: list[str] = []
         position = 0
         for special in [*_SPECIAL_PATTERN.finditer(text), None]:

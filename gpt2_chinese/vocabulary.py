@@ -1,11 +1,14 @@
-"""The special tokens, and vocabulary files: one token a line, its id is its line number from 0."""
+"""The special tokens, and vocabulary files: one token a line, its id is its line number from 0.
+
+A copy of this file travels in every model folder (see tokenization_gpt2_chinese.py).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
 
-from gpt2_chinese.artifacts import replacing
+from .artifacts import replacing
 
 SPECIAL_TOKENS = ("[SEP]", "[CLS]", "[MASK]", "[PAD]", "[UNK]")
 SEP_ID, CLS_ID, MASK_ID, PAD_ID, UNK_ID = range(5)

@@ -91,12 +91,16 @@ def test_transformers_loads_the_folder_without_a_missing_or_surplus_weight(folde
 
 def test_the_folder_has_what_other_programs_look_for(folder):
     assert sorted(path.name for path in folder.iterdir()) == [
+        "artifacts.py",
         "config.json",
         "generation_config.json",
         "manifest.json",
         "model.safetensors",
+        "tokenization_gpt2_chinese.py",
+        "tokenizer.py",
         "tokenizer_config.json",
         "vocab.txt",
+        "vocabulary.py",
     ]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     expected = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_ctx": 12, "n_positions": 16}

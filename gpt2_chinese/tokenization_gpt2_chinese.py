@@ -1,0 +1,184 @@
+"""The tokenizer of a model folder: `AutoTokenizer.from_pretrained(folder, trust_remote_code=True)`, transformers 5.
+
+A copy of this file and of the modules that it imports relatively lies in every model folder, so that the folder works
+where gpt2_chinese is not installed. There the thulac package cuts the words (`pip install thulac==0.2.2`; its model
+takes some seconds and a gigabyte, at the first text); where gpt2_chinese can be imported, its compiled segmenter gives
+the same words faster.
+
+`tokenizer(text)` begins with `[MASK]`, as every document of the training does and as generate.py has it; without it,
+`add_special_tokens=False`, a text is the ids that gpt2_chinese's own tokenizer gives. A line break is `[SEP]`. Names
+of special tokens within a text are ordinary text, save with `compat`, where the reference reads them.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizer
+
+from .tokenizer import Tokenizer, join_tokens
+from .vocabulary import SPECIAL_TOKENS, read_vocabulary, write_vocabulary
+
+_VOCABULARY = "vocab.txt"
+_SEPARATOR, _END, _BEGIN, _PADDING, _UNKNOWN = SPECIAL_TOKENS
+_LONGEST_PIECE = 49_999  # of what the thulac package cuts without an IndexError
+
+
+class GPT2ChineseTokenizer(PreTrainedTokenizer):
+    """THULAC's words, looked up in `vocab.txt` or spelled with its parts.
+
+    Args:
+        vocab_file: one token a line, its id is its line number from 0.
+        compat: tokenize as GPT2-Chinese did, with its `[UNK]`s.
+    """
+
+    vocab_files_names = {"vocab_file": _VOCABULARY}
+    model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(self, vocab_file: str, compat: bool = False, **kwargs: Any) -> None:
+        segmenter = Thulac(SPECIAL_TOKENS if compat else ())
+        self._tokenizer = Tokenizer(read_vocabulary(vocab_file), compat=compat, segmenter=segmenter)
+        self._id_of = {token: id_ for id_, token in enumerate(self._tokenizer.vocabulary)}
+        defaults = {
+            "bos_token": _BEGIN,
+            "eos_token": _END,
+            "sep_token": _SEPARATOR,
+            "pad_token": _PADDING,
+            "unk_token": _UNKNOWN,
+            "padding_side": "left",
+        }
+        super().__init__(compat=compat, **(defaults | kwargs))
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._tokenizer)
+
+    def get_vocab(self) -> dict[str, int]:
+        return self._id_of | self.added_tokens_encoder
+
+    def tokenize(
+        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
+    ) -> list[str]:
+        if len(self) > self.vocab_size:  # somebody has added tokens: they are found first, then what is between them
+            return list(super().tokenize(text, **kwargs))
+        return self._tokenize(text)
+
+    def _tokenize(self, text: str, **_: Any) -> list[str]:
+        return self._tokenizer.tokenize(text)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self._id_of.get(token, self._id_of[_UNKNOWN])
+
+    def _convert_id_to_token(self, index: int) -> str:
+        if not 0 <= index < self.vocab_size:
+            raise ValueError(f"id {index} is not in the vocabulary of {self.vocab_size} tokens")
+        return self._tokenizer.vocabulary[index]
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """Begin a document: `[MASK]` text; a second text is a second line of it."""
+        begin, separator = self._id_of[_BEGIN], self._id_of[_SEPARATOR]
+        return [begin, *token_ids_0, *([] if token_ids_1 is None else [separator, *token_ids_1])]
+
+    def get_special_tokens_mask(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
+    ) -> list[int]:
+        if already_has_special_tokens:
+            return [int(id_ in self.all_special_ids) for id_ in token_ids_0]
+        second = [] if token_ids_1 is None else [1, *[0] * len(token_ids_1)]
+        return [1, *[0] * len(token_ids_0), *second]
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return join_tokens(tokens, compat=self._tokenizer.compat)
+
+    def _decode(
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **_: Any,
+    ) -> str:
+        """Give the text of ids; `[CLS]` is a blank line, or nothing if special tokens are skipped; `[SEP]` is text."""
+        tokens = self.convert_ids_to_tokens([token_ids] if isinstance(token_ids, int) else list(token_ids))
+        if skip_special_tokens:
+            tokens = [_PADDING if token == _END else token for token in tokens]
+        return self.convert_tokens_to_string(tokens)
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+        path = Path(save_directory) / (f"{filename_prefix}-{_VOCABULARY}" if filename_prefix else _VOCABULARY)
+        write_vocabulary(path, self._tokenizer.vocabulary)
+        return (str(path),)
+
+
+class Thulac:
+    """THULAC's words, by gpt2_chinese's compiled code or by the thulac package, loaded at the first text.
+
+    Copies and pickles are made anew from the user words: the package's model is a gigabyte of Python objects.
+    """
+
+    def __init__(self, user_words: Sequence[str] = ()) -> None:
+        self._user_words = tuple(user_words)
+        self._cut: Callable[[str], list[str]] | None = None
+
+    def __reduce__(self) -> tuple[type[Thulac], tuple[tuple[str, ...]]]:
+        return type(self), (self._user_words,)
+
+    def cut(self, text: str) -> list[str]:
+        """The words of one line."""
+        if self._cut is None:
+            self._cut = _load_cut(self._user_words)
+        return self._cut(text)
+
+
+def _load_cut(user_words: Sequence[str]) -> Callable[[str], list[str]]:
+    try:
+        from gpt2_chinese.segmenter import Segmenter
+
+        return Segmenter(user_words).cut
+    except ImportError:  # the folder has travelled to where gpt2_chinese is not
+        pass
+    try:
+        import thulac
+    except ImportError as error:
+        raise ImportError("this tokenizer cuts words with THULAC: pip install thulac==0.2.2") from error
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):  # it prints that it is ready
+        path = Path(folder) / "user_words.txt"
+        path.write_text("".join(word + "\n" for word in user_words), encoding="utf-8")
+        model = thulac.thulac(seg_only=True, user_dict=str(path) if user_words else None)
+
+    def cut(line: str) -> list[str]:
+        try:
+            return list(model.cutline(line))
+        except IndexError:  # the package has no room for so many characters without a sentence end
+            return [word for piece in pieces_of_long_line(line) for word in cut_piece(piece)]
+
+    def cut_piece(piece: str) -> list[str]:
+        try:
+            return list(model.cutline(piece))
+        except IndexError:
+            starts = range(0, len(piece), _LONGEST_PIECE)
+            return [word for start in starts for word in model.cutline(piece[start : start + _LONGEST_PIECE])]
+
+    return cut
+
+
+def pieces_of_long_line(line: str) -> list[str]:
+    """Cut a line as THULAC does: after sentence ends, into runs of sentences that are short enough together."""
+    pieces: list[str] = []
+    piece = sentence = 0
+    for end, character in enumerate(line, start=1):
+        if character in "。？！；;!?":
+            if end - piece > _LONGEST_PIECE:
+                pieces.append(line[piece:sentence])
+                piece = sentence
+            sentence = end
+    if len(line) - piece > _LONGEST_PIECE:
+        pieces.append(line[piece:sentence])
+        piece = sentence
+    return [*pieces, line[piece:]]
