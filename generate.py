@@ -17,7 +17,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from gpt2_chinese.artifacts import replacing
-from gpt2_chinese.checkpoint import load_model
+from gpt2_chinese.checkpoint import load_weights
 from gpt2_chinese.command_line import run_script
 from gpt2_chinese.completion import PRECISIONS, SETTING_LIMITS, Piece, Settings
 from gpt2_chinese.engine import Engine, choose_device
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         args.seed = secrets.randbits(32)
     print("settings: " + ", ".join(f"{name} {value}" for name, value in vars(args).items()))
     settings = Settings(args.temperature, args.topk, args.topp, args.repetition_penalty)
-    model, tokenizer = load_model(args.model_path, device=choose_device(args.device), vocab_file=args.vocab_file)
+    model, tokenizer = load_weights(args.model_path, device=choose_device(args.device), vocab_file=args.vocab_file)
     tokenizer.encode("你好")  # loads the segmenter before the first question instead of behind it
 
     saved: list[str] = []

@@ -712,12 +712,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     )
 
     def load() -> Engine:
-        from gpt2_chinese.checkpoint import load_model
+        from gpt2_chinese.checkpoint import load_weights
         from gpt2_chinese.engine import Engine, choose_device
 
         device = choose_device(args.device)
         service.device = str(device)
-        model, tokenizer = load_model(args.model_path, device=device, vocab_file=args.vocab_file)
+        model, tokenizer = load_weights(args.model_path, device=device, vocab_file=args.vocab_file)
         return Engine(
             model,
             tokenizer,

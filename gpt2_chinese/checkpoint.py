@@ -22,16 +22,21 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2_chinese.artifacts import read_json, sha256_of, write_json
 from gpt2_chinese.tokenizer import Tokenizer
 from gpt2_chinese.vocabulary import CLS_ID, MASK_ID, PAD_ID, SPECIAL_TOKENS, read_vocabulary, write_vocabulary
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+# transformers is imported where a model is built from it: that takes seconds, and to decode a model it is not needed.
 
 FORMAT = 1
 CONFIG, MANIFEST, VOCABULARY = "config.json", "manifest.json", "vocab.txt"
@@ -58,6 +63,14 @@ _SHAPE_KEYS = (
     "scale_attn_by_inverse_layer_idx",
     "reorder_and_upcast_attn",
 )
+_DEFAULTS = {
+    "n_inner": None,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+}
+"""transformers' defaults of what decides the forward pass and may be left out of a configuration."""
 
 
 def read_config(path: str | Path, *, vocab_size: int | None = None) -> GPT2Config:
@@ -71,6 +84,24 @@ def read_config(path: str | Path, *, vocab_size: int | None = None) -> GPT2Confi
         FileNotFoundError: there is no such file.
         ValueError: not JSON, or a value that makes no model; the message names the file and the key.
     """
+    return _as_config(_read_shape(path, vocab_size=vocab_size))
+
+
+def _as_config(shape: Mapping[str, Any]) -> GPT2Config:
+    from transformers import GPT2Config
+
+    config = GPT2Config(
+        **{key: shape[key] for key in _SHAPE_KEYS if key in shape},
+        bos_token_id=MASK_ID,
+        eos_token_id=CLS_ID,
+        pad_token_id=PAD_ID,
+    )
+    config.n_ctx = shape["n_ctx"]  # no field of transformers 5, but other programs look for it
+    return config
+
+
+def _read_shape(path: str | Path, *, vocab_size: int | None = None) -> dict[str, Any]:
+    """Read a configuration and check it; errors as in `read_config`."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no model configuration {path}; config/ has some to choose from")
@@ -93,14 +124,7 @@ def read_config(path: str | Path, *, vocab_size: int | None = None) -> GPT2Confi
         raise ValueError(f"{path}: n_embd {shape['n_embd']} is not a multiple of n_head {shape['n_head']}")
     if shape["n_ctx"] > shape["n_positions"]:
         raise ValueError(f"{path}: n_ctx {shape['n_ctx']} is more than n_positions {shape['n_positions']}")
-    config = GPT2Config(
-        **{key: shape[key] for key in _SHAPE_KEYS if key in shape},
-        bos_token_id=MASK_ID,
-        eos_token_id=CLS_ID,
-        pad_token_id=PAD_ID,
-    )
-    config.n_ctx = shape["n_ctx"]  # no field of transformers 5, but other programs look for it
-    return config
+    return dict(shape)
 
 
 def save_model(
@@ -202,29 +226,93 @@ def load_model(
         FileNotFoundError: the folder, or one of its files, is not there.
         ValueError: a file is damaged, does not fit the others, or is not a GPT-2; the message names it.
     """
-    folder = Path(folder)
-    config_file = find_config(folder)
-    tokenizer = _read_tokenizer(folder, vocab_file)
-    state = _read_weights(folder)
-    embedding = state[_EMBEDDING]
-    config = read_config(config_file, vocab_size=len(embedding))
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"the vocabulary has {len(tokenizer)} tokens, but {folder} knows only {config.vocab_size}; "
-            "give the vocabulary that it was trained with"
-        )
-    if len(tokenizer) < config.vocab_size:
-        _note(f"{folder} has {config.vocab_size} rows for {len(tokenizer)} tokens: the other rows are cut off")
-        config.vocab_size = len(tokenizer)
-        state[_EMBEDDING] = embedding[: len(tokenizer)]
+    from transformers import GPT2LMHeadModel
+
+    shape, state, tokenizer = _read_model_files(Path(folder), vocab_file)
     with torch.device("meta"):  # no time is spent on random weights
-        model = GPT2LMHeadModel(config)
-    _check_weights(folder, model, state)
+        model = GPT2LMHeadModel(_as_config(shape))
     state = {name: tensor.to(device=device, dtype=dtype, copy=True) for name, tensor in state.items()}
     state[_HEAD] = state[_EMBEDDING]
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     return model.eval(), tokenizer
+
+
+def load_weights(
+    folder: str | Path, *, device: str | torch.device = "cpu", vocab_file: str | Path | None = None
+) -> tuple[Any, Tokenizer]:
+    """Read a model folder for decoding, without transformers, whose import takes longer than all the rest.
+
+    Arguments and errors are those of `load_model`. What it gives for a model has its weights and what of its
+    configuration decides the forward pass under the same names, in float32, and cannot be called.
+    """
+    shape, state, tokenizer = _read_model_files(Path(folder), vocab_file)
+    shape = _DEFAULTS | shape
+    if shape["activation_function"] not in ("gelu_new", "gelu_pytorch_tanh", "relu"):
+        return load_model(folder, device=device, vocab_file=vocab_file)  # it has the function
+    state = {name: tensor.to(device=device, dtype=torch.float32) for name, tensor in state.items()}
+    state[_HEAD] = state[_EMBEDDING]
+    model = SimpleNamespace(
+        config=SimpleNamespace(**shape | {"add_cross_attention": False}),
+        device=torch.device(device),
+        named_parameters=lambda: iter(state.items()),
+    )
+    model.float = lambda: model
+    for name, tensor in state.items():
+        *path, last = name.split(".")
+        module = model
+        for part in path:
+            if not hasattr(module, part):
+                setattr(module, part, SimpleNamespace())
+            module = getattr(module, part)
+        setattr(module, last, tensor)
+    model.transformer.h = [getattr(model.transformer.h, str(number)) for number in range(shape["n_layer"])]
+    for number, block in enumerate(model.transformer.h):
+        block.attn.scaling = (shape["n_embd"] // shape["n_head"]) ** -0.5 if shape["scale_attn_weights"] else 1.0
+        if shape["scale_attn_by_inverse_layer_idx"]:
+            block.attn.scaling /= number + 1
+        block.mlp.act = torch.relu
+    return model, tokenizer
+
+
+def _read_model_files(
+    folder: Path, vocab_file: str | Path | None
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], Tokenizer]:
+    """The shape, the weights without the head, and the tokenizer, which fit each other."""
+    config_file = find_config(folder)
+    tokenizer = _read_tokenizer(folder, vocab_file)
+    state = _read_weights(folder)
+    embedding = state[_EMBEDDING]
+    shape = _read_shape(config_file, vocab_size=len(embedding))
+    if len(tokenizer) > len(embedding):
+        raise ValueError(
+            f"the vocabulary has {len(tokenizer)} tokens, but {folder} knows only {len(embedding)}; "
+            "give the vocabulary that it was trained with"
+        )
+    if len(tokenizer) < len(embedding):
+        _note(f"{folder} has {len(embedding)} rows for {len(tokenizer)} tokens: the other rows are cut off")
+        shape["vocab_size"] = len(tokenizer)
+        state[_EMBEDDING] = embedding[: len(tokenizer)]
+    _check_weights(folder, _weight_shapes(shape), state)
+    return shape, state, tokenizer
+
+
+def _weight_shapes(shape: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The names of a GPT-2's weights, save the head, and their shapes."""
+    width = shape["n_embd"]
+    inner = shape.get("n_inner") or 4 * width
+
+    def pair(name: str, *size: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": size, f"{name}.bias": size[-1:]}
+
+    shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: (shape["vocab_size"], width)}
+    shapes["transformer.wpe.weight"] = (shape["n_positions"], width)
+    for number in range(shape["n_layer"]):
+        block = f"transformer.h.{number}"
+        shapes |= pair(f"{block}.ln_1", width) | pair(f"{block}.ln_2", width)
+        shapes |= pair(f"{block}.attn.c_attn", width, 3 * width) | pair(f"{block}.attn.c_proj", width, width)
+        shapes |= pair(f"{block}.mlp.c_fc", width, inner) | pair(f"{block}.mlp.c_proj", inner, width)
+    return shapes | pair("transformer.ln_f", width)
 
 
 def find_config(folder: str | Path) -> Path:
@@ -302,9 +390,8 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _check_weights(folder: Path, model: GPT2LMHeadModel, state: Mapping[str, torch.Tensor]) -> None:
-    """Compare names and shapes with the model's, and name what does not fit."""
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items() if name != _HEAD}
+def _check_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, torch.Tensor]) -> None:
+    """Compare names and shapes with those that there should be, and name what does not fit."""
     found = {name: tuple(value.shape) for name, value in state.items()}
     problems = [f"{name} is missing" for name in sorted(shapes.keys() - found.keys())]
     problems += [f"{name} is not part of the model" for name in sorted(found.keys() - shapes.keys())]

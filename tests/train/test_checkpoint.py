@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from gpt2_chinese import checkpoint
-from gpt2_chinese.checkpoint import load_model, read_config, save_model
+from gpt2_chinese.checkpoint import load_model, load_weights, read_config, save_model
+from gpt2_chinese.decoder import Decoder
 from gpt2_chinese.tokenizer import Tokenizer
 from gpt2_chinese.vocabulary import SPECIAL_TOKENS, write_vocabulary
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {"n_ctx": 12, "n_positions": 16, "n_embd": 8, "n_head": 2, "n_layer": 2, "vocab_size": 20}
 
 
@@ -348,3 +352,37 @@ def test_a_vocabulary_of_another_size_is_not_saved_with_the_model(tmp_path, mode
     with pytest.raises(ValueError, match="vocabulary has 19 tokens, the model 20"):
         save_model(tmp_path / "model", model, make_tokenizer(19), facts={})
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"n_inner": 12, "activation_function": "relu", "scale_attn_weights": False},
+        {"scale_attn_by_inverse_layer_idx": True, "layer_norm_epsilon": 1e-3},
+        {"activation_function": "silu"},
+    ],
+)
+def test_weights_without_transformers_decode_as_its_model_does(tmp_path, shape):
+    save_model(tmp_path / "model", make_model(tmp_path / "shape.json", **shape), make_tokenizer(), facts={})
+    steps = []
+    for load in (load_model, load_weights):
+        model, tokenizer = load(tmp_path / "model")
+        assert len(tokenizer) == 20
+        decoder = Decoder(model, rows=2)
+        for row in range(2):
+            decoder.load(row, decoder.prefill([2, 7 + row, 9]))
+        steps.append(decoder.step([6, 8], [3, 3]))
+    assert torch.equal(steps[0], steps[1])
+
+
+def test_decoding_does_not_wait_for_the_import_of_transformers(folder):
+    code = (
+        "import sys; from gpt2_chinese.checkpoint import load_weights; from gpt2_chinese.engine import Engine\n"
+        "with Engine(*load_weights(sys.argv[1]), precision='fp32') as engine:\n"
+        "    engine.submit(engine.prompt_of_ids([2, 6, 7], 2), samples=1, length=2).future.result()\n"
+        "assert 'transformers' not in sys.modules and 'numba' not in sys.modules or 'compiling' in sys.argv[2]"
+    )
+    command = [sys.executable, "-c", code, str(folder)]
+    subprocess.run([*command, "compiling"], check=True, cwd=ROOT)  # keeps the machine code, if it was not there
+    subprocess.run([*command, "compiled"], check=True, cwd=ROOT)
