@@ -12,9 +12,11 @@ of special tokens within a text are ordinary text, save with `compat`, where the
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from functools import lru_cache
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,8 @@ from .vocabulary import SPECIAL_TOKENS, read_vocabulary, write_vocabulary
 
 _VOCABULARY = "vocab.txt"
 _SEPARATOR, _END, _BEGIN, _PADDING, _UNKNOWN = SPECIAL_TOKENS
-_LONGEST_PIECE = 49_999  # of what the thulac package cuts without an IndexError
+_LONGEST_PIECE = 49_999  # characters that the thulac package takes as they are
+_RUN_OF_SPACES = re.compile("[ \u3000]{2,}")
 
 
 class GPT2ChineseTokenizer(PreTrainedTokenizer):
@@ -136,6 +139,7 @@ class Thulac:
         return self._cut(text)
 
 
+@lru_cache(maxsize=2)  # the default's and compat's
 def _load_cut(user_words: Sequence[str]) -> Callable[[str], list[str]]:
     try:
         from gpt2_chinese.segmenter import Segmenter
@@ -151,34 +155,35 @@ def _load_cut(user_words: Sequence[str]) -> Callable[[str], list[str]]:
         path = Path(folder) / "user_words.txt"
         path.write_text("".join(word + "\n" for word in user_words), encoding="utf-8")
         model = thulac.thulac(seg_only=True, user_dict=str(path) if user_words else None)
-
-    def cut(line: str) -> list[str]:
-        try:
-            return list(model.cutline(line))
-        except IndexError:  # the package has no room for so many characters without a sentence end
-            return [word for piece in pieces_of_long_line(line) for word in cut_piece(piece)]
-
-    def cut_piece(piece: str) -> list[str]:
-        try:
-            return list(model.cutline(piece))
-        except IndexError:
-            starts = range(0, len(piece), _LONGEST_PIECE)
-            return [word for start in starts for word in model.cutline(piece[start : start + _LONGEST_PIECE])]
-
-    return cut
+    return lambda line: [word for piece in pieces_of_long_line(line) for word in model.cutline(piece)]
 
 
 def pieces_of_long_line(line: str) -> list[str]:
-    """Cut a line as THULAC does: after sentence ends, into runs of sentences that are short enough together."""
-    pieces: list[str] = []
-    piece = sentence = 0
+    """Cut a line after sentence ends, into runs of sentences that the thulac package has room for.
+
+    The package would do so itself, but in a time that grows with the square of the length, and an IndexError ends it
+    where a sentence is longer; that one is cut anyhow, as gpt2_chinese.segmenter does.
+    """
+    if len(line) <= _LONGEST_PIECE:
+        return [line]
+    sentences: list[str] = []
+    start = sentence = 0
     for end, character in enumerate(line, start=1):
         if character in "。？！；;!?":
-            if end - piece > _LONGEST_PIECE:
-                pieces.append(line[piece:sentence])
-                piece = sentence
+            if end - start > _LONGEST_PIECE:
+                sentences.append(line[start:sentence])
+                start = sentence
             sentence = end
-    if len(line) - piece > _LONGEST_PIECE:
-        pieces.append(line[piece:sentence])
-        piece = sentence
-    return [*pieces, line[piece:]]
+    if len(line) - start > _LONGEST_PIECE:
+        sentences.append(line[start:sentence])
+        start = sentence
+    sentences.append(line[start:])
+
+    pieces: list[str] = []
+    for text in sentences:
+        shrunk = _RUN_OF_SPACES.sub(lambda run: run[0][0], text)  # THULAC sees no more of it
+        if len(shrunk) <= _LONGEST_PIECE + 1:
+            pieces.append(shrunk)
+        else:
+            pieces += [text[start : start + _LONGEST_PIECE] for start in range(0, len(text), _LONGEST_PIECE)]
+    return pieces
