@@ -269,6 +269,22 @@ class CompiledDecoder:
             self._run(ids[start:stop], [self.rows] * (stop - start), range(start, stop), wanted, logits)
         return Prefix(self.keys[:, -1, :, :length].copy(), self.values[:, -1, :, :length].copy(), logits[0], length)
 
+    def prefill_rows(self, prompts: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
+        """Run prompts into the buffers of rows, given as (row, ids), all together; give their logits [prompts, V]."""
+        tokens = [token for _, ids in prompts for token in ids]
+        slots = [row for row, ids in prompts for _ in ids]
+        positions = [position for _, ids in prompts for position in range(len(ids))]
+        ends = [slot != following for slot, following in zip(slots, [*slots[1:], -1], strict=True)]
+        logits = torch.empty(len(prompts), self.vocab_size)
+        size = min(PREFILL_ROWS, self.n_ctx)
+        done = 0
+        for start in range(0, len(tokens), size):
+            stop = start + size
+            wanted = [place for place, end in enumerate(ends[start:stop]) if end]
+            self._run(tokens[start:stop], slots[start:stop], positions[start:stop], wanted, logits[done:])
+            done += len(wanted)
+        return logits
+
     def load(self, row: int, prefix: Prefix) -> None:
         """Copy a prefix into a row's buffers."""
         self.keys[:, row, :, : prefix.length] = prefix.keys

@@ -130,6 +130,15 @@ class Decoder:
     def close(self) -> None:
         """Nothing to end; CompiledDecoder has threads."""
 
+    def prefill_rows(self, prompts: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
+        """Run prompts into the buffers of rows, given as (row, ids); give their logits [prompts, V]."""
+        logits = []
+        for row, ids in prompts:
+            prefix = self.prefill(ids)
+            self.load(row, prefix)
+            logits.append(prefix.logits)
+        return torch.stack(logits)
+
     def load(self, row: int, prefix: Prefix) -> None:
         """Copy a prefix into a row's buffers."""
         for buffers, parts in ((self.keys, prefix.keys), (self.values, prefix.values)):

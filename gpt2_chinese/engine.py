@@ -39,6 +39,8 @@ from gpt2_chinese.vocabulary import CLS_ID, MASK_ID, PAD_ID, UNK_ID
 
 LOGGER = logging.getLogger(__name__)
 NEVER_PRODUCED = (MASK_ID, PAD_ID, UNK_ID)
+JOINING_TOKENS = 512
+"""Tokens of prompts that are prefilled between two steps; more would let the running texts stand still."""
 
 
 @dataclass(eq=False)
@@ -361,33 +363,60 @@ class Engine:
                 self._finish(self._sample(ticket, number), "cancelled")
 
     def _join(self) -> None:
-        """Let the first waiting request take the free rows, all its samples behind one prefill.
+        """Let waiting requests take the free rows; the samples of each share one prefill.
 
-        One request a step: those that are running wait for one prefill at most.
+        Those that are running wait for `JOINING_TOKENS` of prompts at most, or for one longer prompt.
         """
-        free = self.decoder.rows - len(self._rows)
-        if not self._waiting or not free:
-            return
-        ticket = self._waiting[0]
-        prompt = ticket.prompt.ids
-        if ticket.prefix is None:
-            ticket.prefix = self.decoder.prefill(prompt)
-            self.prompt_tokens += len(prompt)
-        prefix = ticket.prefix
+        prompts: list[tuple[int, tuple[int, ...]]] = []  # with the row that each is prefilled into
+        samples: list[int] = []  # of each
         first = len(self._rows)
-        joining = range(ticket.joined, min(ticket.joined + free, len(ticket.seeds)))
-        for number in joining:
-            row = len(self._rows)
+        tokens = 0
+        while self._waiting and (free := self.decoder.rows - len(self._rows)):
+            ticket = self._waiting[0]
+            tokens += len(ticket.prompt.ids)
+            if ticket.prefix is not None or len(ticket.seeds) > free:
+                if not prompts:
+                    self._join_in_parts(ticket, free)
+                    return
+                break
+            if prompts and tokens > JOINING_TOKENS:
+                break
+            prompts.append((len(self._rows), ticket.prompt.ids))
+            samples.append(len(ticket.seeds))
+            self._take_rows(ticket, len(ticket.seeds))
+        if not prompts:
+            return
+        logits = self.decoder.prefill_rows(prompts)
+        self.prompt_tokens += sum(len(prompt) for _, prompt in prompts)
+        for (row, prompt), count in zip(prompts, samples, strict=True):
+            for other in range(row + 1, row + count):
+                self.decoder.copy_row(row, other, len(prompt))
+        counts = torch.tensor(samples, device=logits.device)
+        self._advance(range(first, len(self._rows)), logits.repeat_interleave(counts, dim=0))
+
+    def _join_in_parts(self, ticket: Ticket, free: int) -> None:
+        """Let so many samples of a request join as there are rows; its prefill is kept for the others."""
+        if ticket.prefix is None:
+            ticket.prefix = self.decoder.prefill(ticket.prompt.ids)
+            self.prompt_tokens += len(ticket.prompt.ids)
+        prefix, first = ticket.prefix, len(self._rows)
+        self._take_rows(ticket, min(free, len(ticket.seeds) - ticket.joined))
+        for row in range(first, len(self._rows)):
             self.decoder.load(row, prefix)
+        self._advance(range(first, len(self._rows)), prefix.logits.expand(len(self._rows) - first, -1))
+
+    def _take_rows(self, ticket: Ticket, count: int) -> None:
+        """Give the next samples of the first waiting request their rows."""
+        for number in range(ticket.joined, ticket.joined + count):
+            row = len(self._rows)
             self._seen[row] = False
-            self._seen[row, list(prompt)] = True
+            self._seen[row, list(ticket.prompt.ids)] = True
             self._rows.append(self._sample(ticket, number))
         with self._changed:
-            ticket.joined = joining.stop
+            ticket.joined += count
             if ticket.joined == len(ticket.seeds):
                 self._waiting.popleft()
                 ticket.prefix = None
-        self._advance(range(first, len(self._rows)), prefix.logits.expand(len(joining), -1))
 
     def _step(self) -> None:
         """One more token for every row; a row whose window is full goes on behind the second half of its text."""

@@ -236,7 +236,7 @@ def test_the_engine_serves_at_once_and_switches_in_the_middle_of_a_text(monkeypa
     monkeypatch.setattr(engine, "fastest_decoder", build)
     arrived = threading.Event()
 
-    def seen(sample, id_):
+    def seen(piece):
         """Hold the model's thread at its first token until the compiled decoder is there."""
         if not arrived.is_set():
             arrived.set()
@@ -245,7 +245,7 @@ def test_the_engine_serves_at_once_and_switches_in_the_middle_of_a_text(monkeypa
 
     with Engine(endless_model(), tiny_tokenizer(), rows=4, precision="fp32", wait=False) as decoding:
         assert isinstance(decoding.decoder, Decoder) and not decoding.at_full_speed
-        ticket = decoding.submit(prompt, samples=3, length=100, settings=settings, on_token=seen)
+        ticket = decoding.submit(prompt, samples=3, length=100, settings=settings, on_piece=seen)
         assert ticket.future.result(WAIT) == expected
         assert isinstance(decoding.decoder, CompiledDecoder) and decoding.at_full_speed
 
@@ -268,3 +268,39 @@ def test_a_gpu_decodes_as_transformers_does():
     model = random_model().cuda()
     texts = [[2, 9, 8, 7], [2, 60, 61, 62, 63, 64, 65]]
     assert largest_difference(model, Decoder(model, rows=2), texts) < 1e-2
+
+
+@pytest.mark.parametrize("kind", [Decoder, CompiledDecoder])
+def test_prompts_that_join_together_get_what_each_gets_alone(kind):
+    model = random_model()
+    texts = [[2, *range(9, 9 + length)] for length in (1, 30, 2, 17, 29, 5)]
+    together, alone = kind(model, rows=6), kind(model, rows=6)
+    logits = together.prefill_rows(list(enumerate(texts)))
+    for row, ids in enumerate(texts):
+        prefix = alone.prefill(ids)
+        alone.load(row, prefix)
+        assert torch.equal(logits[row], prefix.logits)
+    steps = [decoder.step([8] * 6, [len(ids) for ids in texts]) for decoder in (together, alone)]
+    assert torch.equal(*steps)
+
+
+def test_requests_that_come_at_once_join_at_once():
+    with Engine(endless_model(), tiny_tokenizer(), rows=8, precision="fp32") as decoding:
+        alone = [decoding.complete("一丁"[:1] * n, samples=2, length=6, seed=n) for n in (1, 2, 3)]
+        arrived, held = threading.Event(), threading.Event()
+
+        def hold(_):
+            arrived.set()
+            held.wait(WAIT)
+
+        first = decoding.submit(decoding.prompt("丁", 2), samples=1, length=2, on_piece=hold)
+        assert arrived.wait(WAIT)
+        prompts = [decoding.prompt("一" * n, 6) for n in (1, 2, 3)]
+        tickets = [decoding.submit(prompt, samples=2, length=6, seed=n) for n, prompt in enumerate(prompts, start=1)]
+        calls, prefill_rows = [], decoding.decoder.prefill_rows
+        decoding.decoder.prefill_rows = lambda prompts: calls.append(len(prompts)) or prefill_rows(prompts)
+        held.set()
+        texts = [[completion.text for completion in ticket.future.result(WAIT)] for ticket in tickets]
+        first.future.result(WAIT)
+    assert calls == [3]
+    assert texts == alone
