@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from gpt2_chinese.checkpoint import save_model  # noqa: E402
 from gpt2_chinese.engine import NEVER_PRODUCED, Engine, Prompt  # noqa: E402
+from gpt2_chinese.precision import has_bf16  # noqa: E402
 from gpt2_chinese.tokenizer import Tokenizer  # noqa: E402
 from gpt2_chinese.vocabulary import CLS_ID, MASK_ID, PAD_ID, SPECIAL_TOKENS  # noqa: E402
 
@@ -193,7 +194,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         engines = [Engine(model, tokenizer, rows=32, precision=precision) for precision in precisions]
         contenders["transformers generate, fp32"] = generate_of_transformers(model)
         half = random_model(args.layers).to(args.device, torch.bfloat16)
-        contenders["transformers generate, bf16"] = generate_of_transformers(half)
+        if has_bf16(model.device):
+            contenders["transformers generate, bf16"] = generate_of_transformers(half)
+        else:
+            print("transformers in bf16 is not measured: this processor has no instructions for it and is slower so")
         if args.device != "cpu":
             contenders["transformers generate, static"] = generate_of_transformers(half, cache_implementation="static")
         for engine, precision in zip(engines, precisions, strict=True):
