@@ -119,12 +119,9 @@ def generate_of_ctranslate2(folder: Path, compute_type: str, threads: int, devic
 
 def convert_for_ctranslate2(model: GPT2LMHeadModel, folder: Path) -> Path:
     from ctranslate2.converters import TransformersConverter
-    from ctranslate2.converters import transformers as loaders
 
     save_model(folder / "model", model, Tokenizer(VOCABULARY), facts={})
-    # The tokens' names do not matter here, and a tokenizer of another kind would need its own files.
-    loaders.GPT2Loader.get_vocabulary = lambda *_: list(VOCABULARY)
-    TransformersConverter(str(folder / "model")).convert(str(folder / "converted"))
+    TransformersConverter(str(folder / "model"), trust_remote_code=True).convert(str(folder / "converted"))
     return folder / "converted"
 
 
