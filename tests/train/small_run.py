@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,11 @@ def run(train, *flags: str, device: str = "cpu", **named: object) -> int:
     argv += ["--val_fraction", "0", *flags]
     for name, value in named.items():
         argv += [f"--{name}", str(value)]
+    if "--resume" in flags:
+        # TensorBoard reads a folder's files in the order of their names: the second, then a count without leading zeros.
+        second = int(time.time())
+        while int(time.time()) == second:
+            time.sleep(0.02)
     return train.main(argv)
 
 
