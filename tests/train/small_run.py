@@ -68,7 +68,7 @@ def run(train, *flags: str, device: str = "cpu", **named: object) -> int:
     for name, value in named.items():
         argv += [f"--{name}", str(value)]
     if "--resume" in flags:
-        # TensorBoard reads a folder's files in the order of their names: the second, then a count without leading zeros.
+        # TensorBoard reads files in the order of their names: the second, then a count without leading zeros.
         second = int(time.time())
         while int(time.time()) == second:
             time.sleep(0.02)
