@@ -1,8 +1,9 @@
 """GPT-2 decoding on a processor: our own compiled code over weights packed for it, as fast as the memory delivers them.
 
 A step reads every weight once, whatever the number of rows, so its time is the weights' bytes over the memory's
-bandwidth. The weights are kept in 32, 16 or 8 bits (`precision`); all arithmetic is float32. The code is in
-decoder_kernel.py, and compiled.py keeps what Numba makes of it on disk.
+bandwidth. The weights are kept in 32, 16 or 8 bits (`precision`). The arithmetic is float32, but for products with
+weights of 8 bits: their inputs are rounded to 8 bits too, row by row, and many rows, where it is the arithmetic that
+limits, take far less time. The code is in decoder_kernel.py, and compiled.py keeps what Numba makes of it on disk.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 import llvmlite.binding as llvm
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2_chinese.compiled import is_compiled, load_function
@@ -42,7 +44,19 @@ def _registers() -> tuple[int, int]:
     return 4, 12 if features.get("neon") else 6
 
 
+DOT_PRODUCTS = ("vpdpbusd", "vpmaddwd", "plain")
+
+
+def _dot_product(lanes: int) -> str:
+    """By which instruction of this processor bytes are multiplied and added: one of DOT_PRODUCTS, the first is best."""
+    features = llvm.get_host_cpu_features()
+    if features.get({16: "avx512vnni", 8: "avxvnni"}.get(lanes, "")):
+        return "vpdpbusd"
+    return "vpmaddwd" if features.get({16: "avx512bw", 8: "avx2", 4: "sse2"}[lanes]) else "plain"
+
+
 LANES, MOST_ROWS = _registers()
+DOT_PRODUCT = _dot_product(LANES)
 PANEL = 2 * LANES
 """Columns of a matrix that are computed at once; its weights are stored in panels [inputs, PANEL]."""
 
@@ -58,6 +72,7 @@ class Linear(NamedTuple):
     weights: int
     bias: int
     scales: int
+    totals: int  # of each output's weights, for INT8
     width: int
     outputs: int
 
@@ -71,6 +86,13 @@ class Layer(NamedTuple):
     norm_2: int
     feed_in: int
     feed_out: int
+
+
+class Span(NamedTuple):
+    """What the codes of a row's inputs stand for, for INT8: float32 and int32, code c is `scale` (c - `zero`)."""
+
+    scale: float
+    zero: int
 
 
 class Model(NamedTuple):
@@ -107,6 +129,8 @@ class Call(NamedTuple):
     hidden: int
     inputs: int
     wide_inputs: int
+    codes: int  # the inputs of a product and the rows' Spans, for INT8
+    spans: int
     queries: int
     logits: int
     counters: int
@@ -132,7 +156,8 @@ class CompiledDecoder:
         Args:
             model: a transformers GPT2LMHeadModel on the CPU.
             rows: sequences at once.
-            precision: how the weights are kept: fp32, bf16 (rounded) or int8 (with a factor for each output).
+            precision: how the weights are kept: fp32, bf16 (rounded) or int8 (with a factor for each output; the
+                inputs of the products are rounded to 8 bits too, each row by itself).
             threads: None takes as many as PyTorch does.
 
         Raises:
@@ -160,12 +185,13 @@ class CompiledDecoder:
 
         def linear(weight: Tensor, bias: Tensor | None) -> int:
             """`weight` is (out, in)."""
-            packed, scales = pack(weight.detach(), kind)
+            packed, scales, totals = pack(weight.detach(), kind)
             outputs, width = weight.shape
             padded = np.zeros(-(-outputs // PANEL) * PANEL, dtype=np.float32)
             if bias is not None:
                 padded[:outputs] = numbers(bias)
-            fields = Linear(kept(packed), 0 if bias is None else kept(padded), kept(scales), width, outputs)
+            bias_address = 0 if bias is None else kept(padded)
+            fields = Linear(kept(packed), bias_address, kept(scales), kept(totals), width, outputs)
             return kept(np.array(fields, dtype=np.int64))
 
         def norm(module: Any) -> int:
@@ -218,7 +244,7 @@ class CompiledDecoder:
         scratch = -(-scratch // 64) * 64
         self._tokens, self._slots, self._positions, self._wanted = np.zeros((4, most), dtype=np.int64)
         # Claims and results of the phases, then the number of helpers that have left the step.
-        self._counters = np.zeros((2 * (3 + 7 * len(layers)) + 1, COUNTER_BYTES // 8), dtype=np.int64)
+        self._counters = np.zeros((2 * (3 + 9 * len(layers)) + 1, COUNTER_BYTES // 8), dtype=np.int64)
         self._call = np.array(
             Call(
                 rows=0,
@@ -230,6 +256,8 @@ class CompiledDecoder:
                 hidden=kept(np.zeros((most, n_embd), dtype=np.float32)),
                 inputs=kept(np.zeros((most, n_embd), dtype=np.float32)),
                 wide_inputs=kept(np.zeros((most, n_inner), dtype=np.float32)),
+                codes=kept(np.zeros((most, -(-max(n_embd, n_inner) // 4) * 4), dtype=np.uint8)),
+                spans=kept(np.zeros((most, len(Span._fields)), dtype=np.int32)),
                 queries=kept(np.zeros((most, n_head, head_stride), dtype=np.float32)),
                 logits=0,
                 counters=self._counters.ctypes.data,
@@ -418,37 +446,42 @@ def lazy_zeros(shape: Sequence[int]) -> np.ndarray:
     return np.frombuffer(memory, dtype=np.float32).reshape(shape)
 
 
-def pack(weight: Tensor, kind: int) -> tuple[np.ndarray, np.ndarray]:
-    """A matrix (out, in) as panels, and the factor of each output (1 but for INT8).
+def pack(weight: Tensor, kind: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A matrix (out, in) as panels, the factor of each output (1 but for INT8) and the sum of its packed weights.
 
-    Panels are [inputs, PANEL], for BF16 as [inputs, LANES, 2]: column i beside column LANES + i. The last one is
-    filled up with zeros.
+    Panels are [inputs, PANEL]; for BF16 as [inputs, LANES, 2]: column i beside column LANES + i; for INT8 as
+    [inputs / 4, PANEL, 4]. The last one is filled up with zeros, and so are the inputs to a multiple of 4 for INT8,
+    the only kind whose sums (int32) are made.
     """
     outputs, inputs = weight.shape
     panels = -(-outputs // PANEL)
     scales = torch.ones(panels * PANEL)
+    totals = torch.zeros(panels * PANEL, dtype=torch.int32)
     if kind == INT8:
         scales[:outputs] = (weight.abs().amax(dim=1).float() / 127).clamp_min(torch.finfo(torch.float32).tiny)
     dtype = {FP32: torch.float32, BF16: torch.bfloat16, INT8: torch.int8}[kind]
+    group = 4 if kind == INT8 else 1
+    groups = -(-inputs // group)
     # NumPy asks Linux for huge pages, PyTorch does not; with small ones reading is a third slower.
-    memory = np.zeros(panels * PANEL * inputs * dtype.itemsize, dtype=np.uint8)
-    shape = (panels, inputs, LANES, 2) if kind == BF16 else (panels, inputs, 2, LANES)
+    memory = np.zeros(panels * PANEL * groups * group * dtype.itemsize, dtype=np.uint8)
+    shape = (panels, groups, LANES, 2, group) if kind == BF16 else (panels, groups, 2, LANES, group)
     packed = torch.from_numpy(memory).view(dtype).view(shape)
-    order = (0, 3, 2, 1) if kind == BF16 else (0, 3, 1, 2)
+    order = (0, 3, 2, 1, 4) if kind == BF16 else (0, 3, 1, 2, 4)
     whole = outputs // PANEL
 
     def copy(first: int, last: int, rows: Tensor) -> None:
         if kind == INT8:
             rows = (rows / scales[first * PANEL : last * PANEL, None][: len(rows)]).round()
-        if len(rows) % PANEL:
-            rows = torch.cat([rows, rows.new_zeros(-len(rows) % PANEL, inputs)])
-        packed[first:last] = rows.unflatten(0, (last - first, 2, LANES)).permute(order)
+            totals[first * PANEL :][: len(rows)] = rows.sum(dim=1, dtype=torch.int32)
+        if len(rows) % PANEL or inputs % group:
+            rows = F.pad(rows, (0, -inputs % group, 0, -len(rows) % PANEL))
+        packed[first:last] = rows.reshape(last - first, 2, LANES, groups, group).permute(order)
 
     if whole:
         copy(0, whole, weight[: whole * PANEL])
     if whole < panels:
         copy(whole, panels, weight[whole * PANEL :])
-    return memory, scales.numpy()
+    return memory, scales.numpy(), totals.numpy()
 
 
 def give_way_address() -> int:

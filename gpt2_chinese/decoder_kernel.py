@@ -8,6 +8,10 @@ that comes late, or that the system stops between two chunks, holds nobody up.
 
 The numbers of a row are the same to the bit whatever is beside it and whoever computes them: each output of a product
 is one sum in one register, in ascending order of the inputs.
+
+With INT8 weights a product is one of integers: its inputs are rounded to 256 steps between the least and the greatest
+of their row (`quantise`), and 8-bit numbers are multiplied and added up in 32 bits, exactly, by the instruction that
+the processor has for it. All else is float32.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="call-arg"
@@ -25,6 +29,7 @@ from numba.extending import intrinsic
 from gpt2_chinese.compiled_decoder import (
     BF16,
     COUNTER_BYTES,
+    DOT_PRODUCT,
     FP32,
     INT8,
     LANES,
@@ -35,10 +40,14 @@ from gpt2_chinese.compiled_decoder import (
     Layer,
     Linear,
     Model,
+    Span,
 )
 
-FLOAT, INT64, INT32, BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(8)
-VECTOR, WORDS, BYTES = (ir.VectorType(kind, LANES) for kind in (FLOAT, INT32, BYTE))
+FLOAT, INT64, INT32, INT16, BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(8)
+VECTOR, WORDS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT32, LANES)
+SHORTS, BYTES = ir.VectorType(INT16, 2 * LANES), ir.VectorType(BYTE, 4 * LANES)
+GROUP = 4  # inputs of an INT8 product that are multiplied at once: 4 bytes beside each other
+STEPS = 255  # between the least and the greatest input of a row
 PREFETCH_BYTES = 4096  # ahead in the weights: the processor itself does not look behind the end of a page
 CACHE_LINE = 64
 SPINS = 2000  # looks at a counter, some tens of microseconds, before the processor is offered to others
@@ -46,10 +55,13 @@ MOST_PANELS = 8  # in a chunk
 MOST_VECTORS = 4  # of a head, at once in attention
 TO_INPUTS, TO_CACHE, TO_HIDDEN, TO_LOGITS = range(4)  # what a product's result is for
 MODEL_FIELDS, CALL_FIELDS, LAYER_FIELDS = len(Model._fields), len(Call._fields), len(Layer._fields)
+SPAN_BYTES, ZERO_OFFSET = 4 * len(Span._fields), 4 * Span._fields.index("zero")
 
 compiled = njit(error_model="numpy", fastmath={"contract"})
 # Here sums may be taken in another order: one that the compiler chooses once, whatever the number of rows.
 summing = njit(error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+# Here there is no NaN, or else the row is lost anyway; only so the compiler compares many numbers at once.
+comparing = njit(error_model="numpy", fastmath={"nnan", "nsz"})
 
 
 # What Python has no words for.
@@ -72,9 +84,16 @@ def _intrinsic(builder, name, result, *arguments):
 
 
 def _everywhere(builder, value):
-    """A vector of one float."""
-    first = builder.insert_element(VECTOR(ir.Undefined), value, INT32(0))
-    return builder.shuffle_vector(first, VECTOR(ir.Undefined), _constant(WORDS, 0))
+    """A vector of one number, float or int32."""
+    kind = ir.VectorType(value.type, LANES)
+    first = builder.insert_element(kind(ir.Undefined), value, INT32(0))
+    return builder.shuffle_vector(first, kind(ir.Undefined), _constant(WORDS, 0))
+
+
+def _store(builder, vectors, address):
+    """Vectors of LANES numbers of 4 bytes, one behind the other."""
+    for number, value in enumerate(vectors):
+        builder.store(value, _pointer(builder, address, value.type, 4 * LANES * number), align=4)
 
 
 def _pointer_to(kind):
@@ -192,13 +211,33 @@ def _panel_row(builder, kind, address):
     """The PANEL weights of one input, as two vectors of float."""
     if kind == FP32:
         return [_load(builder, address, VECTOR, 4 * LANES * half) for half in range(2)]
-    if kind == BF16:
-        # The low half of a word is a weight in the left half of the panel, the high half one in the right half.
-        both = _load(builder, address, WORDS)
-        parts = builder.shl(both, _constant(WORDS, 16)), builder.and_(both, _constant(WORDS, 0xFFFF0000))
-        return [builder.bitcast(part, VECTOR) for part in parts]
-    halves = [_load(builder, address, BYTES, LANES * half, align=1) for half in range(2)]
-    return [builder.sitofp(builder.sext(half, WORDS), VECTOR) for half in halves]
+    # The low half of a word is a weight in the left half of the panel, the high half one in the right half.
+    both = _load(builder, address, WORDS)
+    parts = builder.shl(both, _constant(WORDS, 16)), builder.and_(both, _constant(WORDS, 0xFFFF0000))
+    return [builder.bitcast(part, VECTOR) for part in parts]
+
+
+def _panel_loop(builder, rows, panel, inputs, step_bytes, sums, add):
+    """The sums of so many rows over a panel, two vectors a row; `add(weights, inputs, sums)` gives them one step on.
+
+    `panel` is (weights, length, near, far): the panel's address, its steps of `step_bytes`, and what is fetched
+    meanwhile, see `_multiplication`. A step takes 4 bytes of each row's inputs.
+    """
+    weights, length, near, far = panel
+    turn = builder.sub(builder.add(weights, builder.mul(length, INT64(step_bytes))), near)
+    to_far = builder.sub(far, turn)
+    byte_pointer = ir.PointerType(BYTE)
+    prefetch = _intrinsic(builder, "llvm.prefetch.p0", ir.VoidType(), byte_pointer, INT32, INT32, INT32)
+
+    def body(weights, inputs, *sums):
+        distance = builder.select(builder.icmp_signed("<", weights, turn), near, to_far)
+        for offset in range(0, step_bytes, CACHE_LINE):
+            ahead = _pointer(builder, builder.add(weights, distance), BYTE, offset)
+            builder.call(prefetch, [ahead, INT32(0), INT32(2), INT32(1)])
+        new = add(weights, inputs, sums)
+        return [builder.add(weights, INT64(step_bytes)), builder.add(inputs, INT64(4 * rows)), *new]
+
+    return _loop(builder, f"multiply{rows}", length, [weights, inputs, *sums], body)[2:]
 
 
 def _multiplication(kind):
@@ -207,39 +246,26 @@ def _multiplication(kind):
     `weights` is the panel's address, `inputs` that of float32 [length, rows], `tile` that of float32 [rows, PANEL].
     Meanwhile the panel's memory from `near` bytes ahead is fetched, and what would be behind its end, from `far` on.
     """
-    panel_row_bytes = {FP32: 4, BF16: 2, INT8: 1}[kind] * PANEL
 
     @intrinsic
     def multiply(_, rows, weights, inputs, length, tile, near, far):
         def generate(context, builder, signature, arguments):
             rows, weights, inputs, length, tile, near, far = arguments
-            turn = builder.sub(builder.add(weights, builder.mul(length, INT64(panel_row_bytes))), near)
-            to_far = builder.sub(far, turn)
             multiply_add = _intrinsic(builder, f"llvm.fmuladd.v{LANES}f32", VECTOR, VECTOR, VECTOR, VECTOR)
-            byte_pointer = ir.PointerType(BYTE)
-            prefetch = _intrinsic(builder, "llvm.prefetch.p0", ir.VoidType(), byte_pointer, INT32, INT32, INT32)
 
             def case(count):
-                def body(weights, inputs, *sums):
+                def add(weights, inputs, sums):
                     halves = _panel_row(builder, kind, weights)
-                    distance = builder.select(builder.icmp_signed("<", weights, turn), near, to_far)
-                    for offset in range(0, panel_row_bytes, CACHE_LINE):
-                        ahead = _pointer(builder, builder.add(weights, distance), BYTE, offset)
-                        builder.call(prefetch, [ahead, INT32(0), INT32(2), INT32(1)])
                     new = []
                     for row in range(count):
                         value = _everywhere(builder, _load(builder, inputs, FLOAT, 4 * row))
                         new += [builder.call(multiply_add, [value, halves[i], sums[2 * row + i]]) for i in range(2)]
-                    return [
-                        builder.add(weights, INT64(panel_row_bytes)),
-                        builder.add(inputs, INT64(4 * count)),
-                        *new,
-                    ]
+                    return new
 
                 zeros = [_constant(VECTOR, 0.0)] * (2 * count)
-                sums = _loop(builder, f"multiply{count}", length, [weights, inputs, *zeros], body)[2:]
-                for number, value in enumerate(sums):
-                    builder.store(value, _pointer(builder, tile, VECTOR, 4 * LANES * number), align=4)
+                step_bytes = PANEL * (4 if kind == FP32 else 2)
+                sums = _panel_loop(builder, count, (weights, length, near, far), inputs, step_bytes, zeros, add)
+                _store(builder, sums, tile)
 
             _for_each_count(builder, rows, MOST_ROWS, case)
             return context.get_dummy_value()
@@ -249,7 +275,95 @@ def _multiplication(kind):
     return multiply
 
 
-multiply_fp32, multiply_bf16, multiply_int8 = map(_multiplication, (FP32, BF16, INT8))
+multiply_fp32, multiply_bf16 = map(_multiplication, (FP32, BF16))
+
+
+def _dot_products(builder, name, codes, weights, sums):
+    """Add to each int32 of two vectors the products of 4 codes (0 to 255) and the 4 weights (-127 to 127) of its lane.
+
+    `codes` is an int32 of 4 bytes, `weights` are two vectors of bytes. `name` is one of DOT_PRODUCTS.
+    """
+    if name == "vpdpbusd":
+        # One instruction: https://www.intel.com/content/www/us/en/docs/intrinsics-guide/, _mm512_dpbusd_epi32.
+        dot = _intrinsic(builder, f"llvm.x86.avx512.vpdpbusd.{32 * LANES}", WORDS, WORDS, BYTES, BYTES)
+        value = builder.bitcast(_everywhere(builder, codes), BYTES)
+        return [builder.call(dot, [total, value, part]) for total, part in zip(sums, weights, strict=True)]
+    new = []
+    for total, part in zip(sums, weights, strict=True):
+        if name == "vpmaddwd":
+            # Products of 16 bits, two of them added: the even bytes, then the odd ones.
+            instruction = {4: "sse2.pmadd.wd", 8: "avx2.pmadd.wd", 16: "avx512.pmaddw.d.512"}[LANES]
+            pairs = _intrinsic(builder, f"llvm.x86.{instruction}", WORDS, SHORTS, SHORTS)
+            eight = _constant(SHORTS, 8)
+            both = builder.bitcast(part, SHORTS)
+            even, odd = builder.ashr(builder.shl(both, eight), eight), builder.ashr(both, eight)
+            for shift, weight in ((0, even), (8, odd)):
+                value = builder.and_(builder.lshr(codes, INT32(shift)), INT32(0x00FF00FF))
+                value = builder.bitcast(_everywhere(builder, value), SHORTS)
+                total = builder.add(total, builder.call(pairs, [value, weight]))
+        else:
+            whole = builder.bitcast(part, WORDS)
+            for byte in range(GROUP):
+                left = _constant(WORDS, 24 - 8 * byte)
+                weight = builder.ashr(builder.shl(whole, left), _constant(WORDS, 24))
+                value = builder.and_(builder.lshr(codes, INT32(8 * byte)), INT32(0xFF))
+                total = builder.add(total, builder.mul(_everywhere(builder, value), weight))
+        new.append(total)
+    return new
+
+
+def integer_multiplication(name):
+    """`multiply(rows, weights, codes, groups, tile, near, far, spans, scales, totals)`: INT8's `_multiplication`.
+
+    The panel is int8 [groups, PANEL, GROUP], `codes` uint8 [groups, rows, GROUP]. A code c of a row with a Span stands
+    for scale (c - zero), a weight w of an output for its factor in `scales` [PANEL] times w, and an output is
+
+        scale factor (sum of c w - zero sum of w),
+
+    of which the bracket is exact; `totals` [PANEL] are the sums of w, int32. `name` says by which instruction, see
+    `_dot_products`.
+    """
+
+    @intrinsic
+    def multiply(_, rows, weights, codes, groups, tile, near, far, spans, scales, totals):
+        def generate(context, builder, signature, arguments):
+            rows, weights, codes, groups, tile, near, far, spans, scales, totals = arguments
+
+            def case(count):
+                def add(weights, codes, sums):
+                    parts = [_load(builder, weights, BYTES, GROUP * LANES * half, align=1) for half in range(2)]
+                    new = []
+                    for row in range(count):
+                        value = _load(builder, codes, INT32, GROUP * row)
+                        new += _dot_products(builder, name, value, parts, sums[2 * row : 2 * row + 2])
+                    return new
+
+                firsts, halves = [], range(2)
+                weight_sums = [_load(builder, totals, WORDS, 4 * LANES * half) for half in halves]
+                for row in range(count):
+                    zero = _load(builder, spans, INT32, SPAN_BYTES * row + ZERO_OFFSET)
+                    minus_zero = _everywhere(builder, builder.neg(zero))
+                    firsts += [builder.mul(minus_zero, weight_sums[half]) for half in halves]
+                panel = weights, groups, near, far
+                sums = _panel_loop(builder, count, panel, codes, GROUP * PANEL, firsts, add)
+                factors = [_load(builder, scales, VECTOR, 4 * LANES * half) for half in halves]
+                outputs = []
+                for row in range(count):
+                    scale = _everywhere(builder, _load(builder, spans, FLOAT, SPAN_BYTES * row))
+                    for half in halves:
+                        exact = builder.sitofp(sums[2 * row + half], VECTOR)
+                        outputs.append(builder.fmul(exact, builder.fmul(scale, factors[half])))
+                _store(builder, outputs, tile)
+
+            _for_each_count(builder, rows, MOST_ROWS, case)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 10), generate
+
+    return multiply
+
+
+multiply_int8 = integer_multiplication(DOT_PRODUCT)
 
 
 @intrinsic
@@ -300,8 +414,7 @@ def weighted_sum(_, vectors, weights, values, stride, length, target):
 
             zeros = [_constant(VECTOR, 0.0)] * count
             sums = _loop(builder, f"weighted{count}", length, [weights, values, *zeros], body)[2:]
-            for number, value in enumerate(sums):
-                builder.store(value, _pointer(builder, target, VECTOR, 4 * LANES * number), align=4)
+            _store(builder, sums, target)
 
         _for_each_count(builder, vectors, MOST_VECTORS, case)
         return context.get_dummy_value()
@@ -356,7 +469,20 @@ def place_of(row, rows, width):
 @compiled
 def linear_at(address):
     table = integers(address)
-    return Linear(table[0], table[1], table[2], table[3], table[4])
+    return Linear(table[0], table[1], table[2], table[3], table[4], table[5])
+
+
+@compiled
+def groups_of(width):
+    return (width + GROUP - 1) // GROUP
+
+
+@compiled
+def bytes_of_panel(kind, width):
+    """Of the memory that a panel of weights for so many inputs takes."""
+    if kind == INT8:
+        return groups_of(width) * GROUP * PANEL
+    return width * PANEL * (4 if kind == FP32 else 2)
 
 
 # The chunks.
@@ -382,10 +508,11 @@ def embed(model, call, row):
             bits = (pairs[index * LANES] << shift) & np.uint32(0xFFFF0000)
             hidden[index] = float_of_bits(np.int32(bits)) + position[index]
     else:
-        steps = bytes_(head.weights + panel * width * PANEL + column)
+        steps = bytes_(head.weights + panel * bytes_of_panel(INT8, width) + column * GROUP)
         scale = floats(head.scales)[token]
         for index in range(width):
-            hidden[index] = np.float32(steps[index * PANEL]) * scale + position[index]
+            step = steps[index // GROUP * GROUP * PANEL + index % GROUP]
+            hidden[index] = np.float32(step) * scale + position[index]
 
 
 @summing
@@ -402,10 +529,64 @@ def normalise(model, call, source, row, rows, norm):
         squares += (hidden[index] - mean) * (hidden[index] - mean)
     inverse = np.float32(1) / square_root(squares / np.float32(width) + floats(model.epsilon)[0])
     weights, biases = carray(floats(norm), width), carray(floats(norm + 4 * width), width)
-    place, apart = place_of(row, rows, width)
+    place, apart = place_of_input(model, row, rows, width)
     inputs = floats(call.inputs + 4 * place)
     for index in range(width):
         inputs[index * apart] = (hidden[index] - mean) * inverse * weights[index] + biases[index]
+    if model.kind == INT8:
+        quantise(call, call.inputs, row, rows, width)
+
+
+@compiled
+def place_of_input(model, row, rows, width):
+    """Where the float inputs of a row begin, and how far apart they are: INT8 takes them by the row, to quantise."""
+    if model.kind == INT8:
+        return row * width, 1
+    return place_of(row, rows, width)
+
+
+@comparing
+def extent(numbers, count):
+    """The least and the greatest of some numbers and 0."""
+    least = greatest = np.float32(0)
+    for index in range(count):
+        least = min(least, numbers[index])
+        greatest = max(greatest, numbers[index])
+    return least, greatest
+
+
+@compiled
+def quantise(call, source, row, rows, width):
+    """A row of float32 [rows, width] as codes from 0 to 255 and the Span that they stand for, for the next product.
+
+    The code of 0 is a whole number, so 0 stays exact; zeros fill up the last group.
+    """
+    numbers = carray(floats(source + 4 * row * width), width)
+    least, greatest = extent(numbers, width)
+    scale = max((greatest - least) / np.float32(STEPS), np.float32(1e-30))
+    inverse = np.float32(1) / scale
+    zero = np.float32(np.int32(np.float32(0.5) - least * inverse))
+    span = call.spans + SPAN_BYTES * row
+    floats(span)[0] = scale
+    words(span + ZERO_OFFSET)[0] = np.uint32(zero)
+    padded = groups_of(width) * GROUP
+    place, apart = place_of(row, rows, padded // GROUP)
+    codes = bytes_(call.codes + GROUP * place)
+    whole = width // GROUP
+    for group in range(whole):
+        for index in range(GROUP):
+            codes[group * apart * GROUP + index] = code_of(numbers[group * GROUP + index], inverse, zero)
+    for index in range(padded - whole * GROUP):
+        place = whole * GROUP + index
+        number = numbers[place] if place < width else np.float32(0)
+        codes[whole * apart * GROUP + index] = code_of(number, inverse, zero)
+
+
+@compiled
+def code_of(number, inverse, zero):
+    """Rounded to the nearest: what is cut off to a whole number is not negative."""
+    code = np.int32(number * inverse + (zero + np.float32(0.5)))
+    return np.int8(np.uint8(min(max(code, np.int32(0)), np.int32(STEPS))))
 
 
 @compiled
@@ -415,29 +596,28 @@ def product(model, call, number, linear, panel, rows, inputs, tile, use, is_last
     Unless it `is_last`, the next panel is fetched meanwhile: its beginning behind this one's end, or all of it during
     the second block of rows where there is one.
     """
-    bytes_of_panel = linear.width * PANEL * (4 if model.kind == FP32 else 2 if model.kind == BF16 else 1)
-    weights = linear.weights + panel * bytes_of_panel
+    size_of_panel = bytes_of_panel(model.kind, linear.width)
+    weights = linear.weights + panel * size_of_panel
+    groups = groups_of(linear.width)
     columns = min(PANEL, linear.outputs - panel * PANEL)
     results = carray(floats(tile), MOST_ROWS * PANEL)
     for block in range(blocks_of(rows)):
         start = start_of(block, rows)
         size = start_of(block + 1, rows) - start
         address = inputs + 4 * start * linear.width
-        near, far = min(PREFETCH_BYTES, bytes_of_panel), weights
+        near, far = min(PREFETCH_BYTES, size_of_panel), weights
         if not is_last:
-            far = weights + bytes_of_panel
+            far = weights + size_of_panel
             if block == 1:
-                near = bytes_of_panel
+                near = size_of_panel
         if model.kind == BF16:
             multiply_bf16(size, weights, address, linear.width, tile, near, far)
         elif model.kind == FP32:
             multiply_fp32(size, weights, address, linear.width, tile, near, far)
         else:
-            multiply_int8(size, weights, address, linear.width, tile, near, far)
-            scales = carray(floats(linear.scales + 4 * panel * PANEL), PANEL)
-            for row in range(size):
-                for column in range(PANEL):
-                    results[row * PANEL + column] *= scales[column]
+            codes, spans = call.codes + start * groups * GROUP, call.spans + SPAN_BYTES * start
+            scales, totals = linear.scales + 4 * panel * PANEL, linear.totals + 4 * panel * PANEL
+            multiply_int8(size, weights, codes, groups, tile, near, far, spans, scales, totals)
         if linear.bias != 0:
             bias = carray(floats(linear.bias + 4 * panel * PANEL), PANEL)
             for row in range(size):
@@ -445,10 +625,11 @@ def product(model, call, number, linear, panel, rows, inputs, tile, use, is_last
                     results[row * PANEL + column] += bias[column]
         if use == TO_INPUTS:
             activate(model, results, size)
-            target = floats(call.wide_inputs + 4 * (start * linear.outputs + panel * PANEL * size))
-            for column in range(columns):
-                for row in range(size):
-                    target[column * size + row] = results[row * PANEL + column]
+            for row in range(size):
+                place, apart = place_of_input(model, start + row, rows, linear.outputs)
+                target = floats(call.wide_inputs + 4 * (place + panel * PANEL * apart))
+                for column in range(columns):
+                    target[column * apart] = results[row * PANEL + column]
         elif use == TO_CACHE:
             for row in range(size):
                 spread(model, call, number, start + row, panel * PANEL, columns, tile + 4 * row * PANEL)
@@ -514,7 +695,7 @@ def attend(model, call, number, row, head, rows, scratch):
         vectors = min(MOST_VECTORS, (model.head_stride - first) // LANES)
         add_scores(vectors, query + 4 * first, model.keys + start + 4 * first, stride, length, scratch)
     inverse = soften(scores, length, floats(model.epsilon)[1 + number])
-    place, apart = place_of(row, rows, model.n_embd)
+    place, apart = place_of_input(model, row, rows, model.n_embd)
     inputs = floats(call.inputs + 4 * (place + head * model.head_size * apart))
     mixed = scratch + 4 * model.n_ctx
     for first in range(0, model.head_stride, MOST_VECTORS * LANES):
@@ -604,6 +785,19 @@ def attention_phase(model, call, phase, number, rows, scratch):
 
 
 @compiled
+def quantise_phase(model, call, phase, source, rows, width):
+    """What is no product's inputs yet: a row is quantised when all of it is there. Nothing but for INT8."""
+    if model.kind != INT8:
+        return phase
+    row = take(call, phase)
+    while row < rows:
+        quantise(call, source, row, rows, width)
+        finish(call, phase)
+        row = take(call, phase)
+    return wait(call, phase, rows)
+
+
+@compiled
 def run(model, call, thread):
     """All phases of a step; each of the threads that take part calls this."""
     rows = call.rows
@@ -624,11 +818,13 @@ def run(model, call, thread):
         phase = product_phase(model, call, phase, number, linear, rows, inputs, scratch, TO_CACHE)
         phase = attention_phase(model, call, phase, number, rows, scratch)
         linear = linear_at(layer.attention_out)
+        phase = quantise_phase(model, call, phase, inputs, rows, linear.width)
         phase = product_phase(model, call, phase, number, linear, rows, inputs, scratch, TO_HIDDEN)
         phase = norm_phase(model, call, phase, rows, layer.norm_2, False)
         linear = linear_at(layer.feed_in)
         phase = product_phase(model, call, phase, number, linear, rows, inputs, scratch, TO_INPUTS)
         linear = linear_at(layer.feed_out)
+        phase = quantise_phase(model, call, phase, call.wide_inputs, rows, linear.width)
         phase = product_phase(model, call, phase, number, linear, rows, call.wide_inputs, scratch, TO_HIDDEN)
     rows = call.wanted_rows
     if rows > 0:
@@ -676,6 +872,8 @@ def step(model_table, call_table, thread):
         c[13],
         c[14],
         c[15],
+        c[16],
+        c[17],
     )
     run(model, call, thread)
 
