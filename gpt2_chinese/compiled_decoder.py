@@ -118,7 +118,10 @@ class Model(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Numbers and addresses of a step: what goes in, what comes out, and the memory it works in."""
+    """Numbers and addresses of a step: what goes in, what comes out, and the memory it works in.
+
+    For INT8 the rows of `inputs` and `wide_inputs` are filled up to whole vectors with zeros, which nobody overwrites.
+    """
 
     rows: int
     tokens: int
@@ -176,7 +179,7 @@ class CompiledDecoder:
         kind = KINDS[precision]
         n_embd, n_head = config.n_embd, config.n_head
         head_size = n_embd // n_head
-        head_stride = -(-head_size // LANES) * LANES
+        head_stride = filled_up(head_size)
         n_inner = config.n_inner or 4 * n_embd
 
         def kept(array: np.ndarray) -> int:
@@ -254,9 +257,9 @@ class CompiledDecoder:
                 wanted=self._wanted.ctypes.data,
                 wanted_rows=0,
                 hidden=kept(np.zeros((most, n_embd), dtype=np.float32)),
-                inputs=kept(np.zeros((most, n_embd), dtype=np.float32)),
-                wide_inputs=kept(np.zeros((most, n_inner), dtype=np.float32)),
-                codes=kept(np.zeros((most, -(-max(n_embd, n_inner) // 4) * 4), dtype=np.uint8)),
+                inputs=kept(np.zeros((most, filled_up(n_embd)), dtype=np.float32)),
+                wide_inputs=kept(np.zeros((most, filled_up(n_inner)), dtype=np.float32)),
+                codes=kept(np.zeros((most, filled_up(max(n_embd, n_inner))), dtype=np.uint8)),
                 spans=kept(np.zeros((most, len(Span._fields)), dtype=np.int32)),
                 queries=kept(np.zeros((most, n_head, head_stride), dtype=np.float32)),
                 logits=0,
@@ -446,12 +449,17 @@ def lazy_zeros(shape: Sequence[int]) -> np.ndarray:
     return np.frombuffer(memory, dtype=np.float32).reshape(shape)
 
 
+def filled_up(count: int) -> int:
+    """To whole vectors."""
+    return -(-count // LANES) * LANES
+
+
 def pack(weight: Tensor, kind: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A matrix (out, in) as panels, the factor of each output (1 but for INT8) and the sum of its packed weights.
 
     Panels are [inputs, PANEL]; for BF16 as [inputs, LANES, 2]: column i beside column LANES + i; for INT8 as
-    [inputs / 4, PANEL, 4]. The last one is filled up with zeros, and so are the inputs to a multiple of 4 for INT8,
-    the only kind whose sums (int32) are made.
+    [inputs / 4, PANEL, 4]. The last one is filled up with zeros, and so are the inputs to whole vectors for INT8, the
+    only kind whose sums (int32) are made.
     """
     outputs, inputs = weight.shape
     panels = -(-outputs // PANEL)
@@ -461,9 +469,10 @@ def pack(weight: Tensor, kind: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
         scales[:outputs] = (weight.abs().amax(dim=1).float() / 127).clamp_min(torch.finfo(torch.float32).tiny)
     dtype = {FP32: torch.float32, BF16: torch.bfloat16, INT8: torch.int8}[kind]
     group = 4 if kind == INT8 else 1
-    groups = -(-inputs // group)
+    width = filled_up(inputs) if kind == INT8 else inputs
+    groups = width // group
     # NumPy asks Linux for huge pages, PyTorch does not; with small ones reading is a third slower.
-    memory = np.zeros(panels * PANEL * groups * group * dtype.itemsize, dtype=np.uint8)
+    memory = np.zeros(panels * PANEL * width * dtype.itemsize, dtype=np.uint8)
     shape = (panels, groups, LANES, 2, group) if kind == BF16 else (panels, groups, 2, LANES, group)
     packed = torch.from_numpy(memory).view(dtype).view(shape)
     order = (0, 3, 2, 1, 4) if kind == BF16 else (0, 3, 1, 2, 4)
@@ -473,8 +482,8 @@ def pack(weight: Tensor, kind: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
         if kind == INT8:
             rows = (rows / scales[first * PANEL : last * PANEL, None][: len(rows)]).round()
             totals[first * PANEL :][: len(rows)] = rows.sum(dim=1, dtype=torch.int32)
-        if len(rows) % PANEL or inputs % group:
-            rows = F.pad(rows, (0, -inputs % group, 0, -len(rows) % PANEL))
+        if len(rows) % PANEL or width > inputs:
+            rows = F.pad(rows, (0, width - inputs, 0, -len(rows) % PANEL))
         packed[first:last] = rows.reshape(last - first, 2, LANES, groups, group).permute(order)
 
     if whole:

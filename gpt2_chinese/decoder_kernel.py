@@ -48,6 +48,7 @@ VECTOR, WORDS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT32, LANES)
 SHORTS, BYTES = ir.VectorType(INT16, 2 * LANES), ir.VectorType(BYTE, 4 * LANES)
 GROUP = 4  # inputs of an INT8 product that are multiplied at once: 4 bytes beside each other
 STEPS = 255  # between the least and the greatest input of a row
+EDGES = "min", "max"
 PREFETCH_BYTES = 4096  # ahead in the weights: the processor itself does not look behind the end of a page
 CACHE_LINE = 64
 SPINS = 2000  # looks at a counter, some tens of microseconds, before the processor is offered to others
@@ -60,8 +61,6 @@ SPAN_BYTES, ZERO_OFFSET = 4 * len(Span._fields), 4 * Span._fields.index("zero")
 compiled = njit(error_model="numpy", fastmath={"contract"})
 # Here sums may be taken in another order: one that the compiler chooses once, whatever the number of rows.
 summing = njit(error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
-# Here there is no NaN, or else the row is lost anyway; only so the compiler compares many numbers at once.
-comparing = njit(error_model="numpy", fastmath={"nnan", "nsz"})
 
 
 # What Python has no words for.
@@ -367,6 +366,63 @@ multiply_int8 = integer_multiplication(DOT_PRODUCT)
 
 
 @intrinsic
+def extent(_, numbers, vectors, least_and_greatest):
+    """The least and the greatest of so many vectors of float32 and 0, both to an address."""
+
+    def generate(context, builder, signature, arguments):
+        numbers, vectors, target = arguments
+        least, greatest = (_intrinsic(builder, f"llvm.{name}num.v{LANES}f32", VECTOR, VECTOR, VECTOR) for name in EDGES)
+
+        def body(numbers, low, high):
+            value = _load(builder, numbers, VECTOR)
+            low, high = builder.call(least, [value, low]), builder.call(greatest, [value, high])
+            return [builder.add(numbers, INT64(4 * LANES)), low, high]
+
+        zeros = [_constant(VECTOR, 0.0)] * 2
+        edges = _loop(builder, "extent", vectors, [numbers, *zeros], body)[1:]
+        for number, (name, edge) in enumerate(zip(EDGES, edges, strict=True)):
+            reduce = _intrinsic(builder, f"llvm.vector.reduce.f{name}.v{LANES}f32", FLOAT, VECTOR)
+            builder.store(builder.call(reduce, [edge]), _pointer(builder, target, FLOAT, 4 * number), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), generate
+
+
+@intrinsic
+def encode(_, numbers, vectors, inverse, zero, codes, apart):
+    """So many vectors of float32 times `inverse`, plus `zero`, rounded and cut to codes from 0 to 255.
+
+    GROUP codes stand beside each other at `codes`, the next ones `apart` bytes behind.
+    """
+
+    def generate(context, builder, signature, arguments):
+        numbers, vectors, inverse, zero, codes, apart = arguments
+        multiply_add = _intrinsic(builder, f"llvm.fmuladd.v{LANES}f32", VECTOR, VECTOR, VECTOR, VECTOR)
+        # Rounded to the nearest: what conversion cuts off is not negative.
+        factor, offset = _everywhere(builder, inverse), _everywhere(builder, builder.fadd(zero, FLOAT(0.5)))
+        lowest, highest = _constant(WORDS, 0), _constant(WORDS, STEPS)
+
+        def body(numbers, codes):
+            value = builder.call(multiply_add, [_load(builder, numbers, VECTOR), factor, offset])
+            value = builder.fptosi(value, WORDS)
+            value = builder.select(builder.icmp_signed("<", value, lowest), lowest, value)
+            value = builder.select(builder.icmp_signed(">", value, highest), highest, value)
+            value = builder.trunc(value, ir.VectorType(BYTE, LANES))
+            value = builder.bitcast(value, ir.VectorType(INT32, LANES // GROUP))
+            for number in range(LANES // GROUP):
+                group = builder.extract_element(value, INT32(number))
+                builder.store(group, _pointer(builder, codes, INT32), align=4)
+                codes = builder.add(codes, apart)
+            return [builder.add(numbers, INT64(4 * LANES)), codes]
+
+        _loop(builder, "encode", vectors, [numbers, codes], body)
+        return context.get_dummy_value()
+
+    arguments = types.int64, types.int64, types.float32, types.float32, types.int64, types.int64
+    return types.void(*arguments), generate
+
+
+@intrinsic
 def add_scores(_, vectors, query, keys, stride, length, scores):
     """Add to each of the float32 scores [length] the product of a query and a key, of so many vectors each.
 
@@ -473,15 +529,16 @@ def linear_at(address):
 
 
 @compiled
-def groups_of(width):
-    return (width + GROUP - 1) // GROUP
+def padded(width):
+    """Inputs of a row with the zeros that fill up its last vector, for INT8."""
+    return (width + LANES - 1) // LANES * LANES
 
 
 @compiled
 def bytes_of_panel(kind, width):
     """Of the memory that a panel of weights for so many inputs takes."""
     if kind == INT8:
-        return groups_of(width) * GROUP * PANEL
+        return padded(width) * PANEL
     return width * PANEL * (4 if kind == FP32 else 2)
 
 
@@ -541,52 +598,28 @@ def normalise(model, call, source, row, rows, norm):
 def place_of_input(model, row, rows, width):
     """Where the float inputs of a row begin, and how far apart they are: INT8 takes them by the row, to quantise."""
     if model.kind == INT8:
-        return row * width, 1
+        return row * padded(width), 1
     return place_of(row, rows, width)
-
-
-@comparing
-def extent(numbers, count):
-    """The least and the greatest of some numbers and 0."""
-    least = greatest = np.float32(0)
-    for index in range(count):
-        least = min(least, numbers[index])
-        greatest = max(greatest, numbers[index])
-    return least, greatest
 
 
 @compiled
 def quantise(call, source, row, rows, width):
     """A row of float32 [rows, width] as codes from 0 to 255 and the Span that they stand for, for the next product.
 
-    The code of 0 is a whole number, so 0 stays exact; zeros fill up the last group.
+    The code of 0 is a whole number, so 0 stays exact.
     """
-    numbers = carray(floats(source + 4 * row * width), width)
-    least, greatest = extent(numbers, width)
+    numbers, vectors = source + 4 * row * padded(width), padded(width) // LANES
+    span = call.spans + SPAN_BYTES * row
+    extent(numbers, vectors, span)
+    edges = floats(span)
+    least, greatest = edges[0], edges[1]
     scale = max((greatest - least) / np.float32(STEPS), np.float32(1e-30))
     inverse = np.float32(1) / scale
-    zero = np.float32(np.int32(np.float32(0.5) - least * inverse))
-    span = call.spans + SPAN_BYTES * row
+    zero = np.int32(np.float32(0.5) - least * inverse)
+    place, apart = place_of(row, rows, padded(width) // GROUP)
+    encode(numbers, vectors, inverse, np.float32(zero), call.codes + GROUP * place, GROUP * apart)
     floats(span)[0] = scale
     words(span + ZERO_OFFSET)[0] = np.uint32(zero)
-    padded = groups_of(width) * GROUP
-    place, apart = place_of(row, rows, padded // GROUP)
-    codes = bytes_(call.codes + GROUP * place)
-    whole = width // GROUP
-    for group in range(whole):
-        for index in range(GROUP):
-            codes[group * apart * GROUP + index] = code_of(numbers[group * GROUP + index], inverse, zero)
-    for index in range(padded - whole * GROUP):
-        place = whole * GROUP + index
-        number = numbers[place] if place < width else np.float32(0)
-        codes[whole * apart * GROUP + index] = code_of(number, inverse, zero)
-
-
-@compiled
-def code_of(number, inverse, zero):
-    """Rounded to the nearest: what is cut off to a whole number is not negative."""
-    code = np.int32(number * inverse + (zero + np.float32(0.5)))
-    return np.int8(np.uint8(min(max(code, np.int32(0)), np.int32(STEPS))))
 
 
 @compiled
@@ -598,7 +631,7 @@ def product(model, call, number, linear, panel, rows, inputs, tile, use, is_last
     """
     size_of_panel = bytes_of_panel(model.kind, linear.width)
     weights = linear.weights + panel * size_of_panel
-    groups = groups_of(linear.width)
+    groups = padded(linear.width) // GROUP
     columns = min(PANEL, linear.outputs - panel * PANEL)
     results = carray(floats(tile), MOST_ROWS * PANEL)
     for block in range(blocks_of(rows)):
