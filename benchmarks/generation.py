@@ -127,7 +127,7 @@ def convert_for_ctranslate2(model: GPT2LMHeadModel, folder: Path) -> Path:
 
 def our_engine(engine: Engine) -> Contender:
     # [CLS] would end a sample early; here all have the same length.
-    engine._banned[CLS_ID] = True
+    engine._banned = torch.cat([engine._banned, torch.tensor([CLS_ID], device=engine._banned.device)])
     prompt = Prompt("", tuple(prompt_ids()), 0)
 
     def generate(requests: int, samples: int, tokens: int) -> None:

@@ -161,9 +161,7 @@ class Engine:
         self.generated_tokens = 0
         """Tokens that were drawn so far, in all samples."""
         device, vocab_size = self.decoder.device, self.decoder.vocab_size
-        self._banned = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-        self._banned[list(NEVER_PRODUCED)] = True
-        self._banned[len(tokenizer) :] = True
+        self._banned = torch.tensor([*NEVER_PRODUCED, *range(len(tokenizer), vocab_size)], device=device)
         self._seen = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
         self._rows: list[_Sample] = []  # row i of the decoder holds sample i
         self._waiting: deque[Ticket] = deque()
@@ -403,7 +401,7 @@ class Engine:
         self._take_rows(ticket, min(free, len(ticket.seeds) - ticket.joined))
         for row in range(first, len(self._rows)):
             self.decoder.load(row, prefix)
-        self._advance(range(first, len(self._rows)), prefix.logits.expand(len(self._rows) - first, -1))
+        self._advance(range(first, len(self._rows)), prefix.logits.repeat(len(self._rows) - first, 1))
 
     def _take_rows(self, ticket: Ticket, count: int) -> None:
         """Give the next samples of the first waiting request their rows."""
@@ -436,11 +434,14 @@ class Engine:
         self._advance(range(len(self._rows)), logits)
 
     def _advance(self, rows: range, logits: Tensor) -> None:
-        """Draw the next token of these rows from their logits; those that have ended leave."""
+        """Draw the next token of these rows from their logits, which are spoilt; those that have ended leave."""
         samples = [self._rows[row] for row in rows]
+        reporting = [place for place, sample in enumerate(samples) if sample.ticket.logprobs is not None]
+        reported = logits[reporting]  # a copy, before some are banned
         tokens = self._draw(samples, self._seen[rows.start : rows.stop], logits)
         self._seen[list(rows), tokens] = True
-        logprobs = {rows[place]: report for place, report in self._logprobs(samples, tokens, logits).items()}
+        reports = self._logprobs([samples[place] for place in reporting], tokens[reporting], reported)
+        logprobs = {rows[place]: report for place, report in zip(reporting, reports, strict=True)}
         now = time.monotonic()
         for row, sample, token in reversed(list(zip(rows, samples, tokens.tolist(), strict=True))):
             ticket = sample.ticket
@@ -464,30 +465,29 @@ class Engine:
 
     def _logprobs(
         self, samples: Sequence[_Sample], tokens: Tensor, logits: Tensor
-    ) -> dict[int, tuple[float, dict[str, float]]]:
-        """For the places of the samples that want them: the drawn token's logprob, and the likeliest tokens'."""
-        reports = {}
-        for place, sample in enumerate(samples):
+    ) -> list[tuple[float, dict[str, float]]]:
+        """For each of these samples, which want them: the drawn token's logprob, and the likeliest tokens'."""
+        reports = []
+        for sample, token, scores in zip(samples, tokens.tolist(), logits, strict=True):
+            scores = torch.log_softmax(scores.double(), dim=-1)
             wanted = sample.ticket.logprobs
-            if wanted is None:
-                continue
-            scores = torch.log_softmax(logits[place].double(), dim=-1)
-            token = int(tokens[place])
+            assert wanted is not None
             best = scores.topk(min(wanted, len(self.tokenizer)))
             top = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if wanted else {}
             top.setdefault(token, float(scores[token]))
             names = {self.tokenizer.vocabulary[id_]: score for id_, score in top.items() if id_ < len(self.tokenizer)}
-            reports[place] = (top[token], names)
+            reports.append((top[token], names))
         return reports
 
     def _draw(self, samples: Sequence[_Sample], seen: Tensor, logits: Tensor) -> Tensor:
+        """One token for each sample; a copy of the logits only to ban some tokens would take as long as the draw."""
         device = logits.device
         settings = [sample.ticket.settings for sample in samples]
         if any(one.repetition_penalty != 1 for one in settings):
             penalty = torch.tensor([one.repetition_penalty for one in settings], device=device)
             logits = repetition_penalised(logits, seen, penalty)
         return draw(
-            logits.masked_fill(self._banned, -torch.inf),
+            logits.index_fill_(1, self._banned, -torch.inf),
             uniforms([s.ticket.seeds[s.number] for s in samples], [len(s.ids) for s in samples]).to(device),
             torch.tensor([one.temperature for one in settings], device=device),
             torch.tensor([min(one.top_k, logits.shape[1]) for one in settings], device=device),

@@ -16,8 +16,10 @@ MASK_64 = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
 """2^64 over the golden ratio: the step of the SplitMix64 generator."""
 
-# Of a row with top-k only so many of the greatest logits are looked at, unless top_k or ties at its edge need more.
+# Of a row with top-k, at most FEW, only top_k and SPARE more of the greatest logits are looked at, unless ties at its
+# edge need more; where rows differ, as many as the greatest top_k of them needs: a row's token is the same with more.
 FEW = 128
+SPARE = 8
 BLOCK = 16
 
 
@@ -120,12 +122,13 @@ def draw(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, to
     few = random & (top_k > 0) & (top_k < min(FEW, logits.shape[1]))
     ranked = random & ~few & ((top_k > 0) | has_top_p)
     plain = random & ~few & ~ranked
-    # A GPU waits here for the masks: three small transfers a step.
+    # A GPU waits here for the masks, and for the greatest top_k: four small transfers a step.
     if rows := (~random).nonzero().flatten().tolist():
         tokens[rows] = _rows(logits, rows).argmax(dim=-1)
     if rows := few.nonzero().flatten().tolist():
         # The temperature keeps the order, so only the candidates need it; what it makes equal is a tie, see below.
-        best, ids = _greatest(_rows(logits, rows), min(FEW, logits.shape[1]))
+        count = min(int(top_k[rows].max()) + SPARE, logits.shape[1])
+        best, ids = _greatest(_rows(logits, rows), count)
         best = tempered(best, temperature[rows])
         # topk promises no order among equal logits: first by id, then stably by logit.
         ids, by_id = ids.sort(dim=-1)
