@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
+import llvmlite.binding as llvm
+import numba
 import numpy as np
 import pytest
 import torch
 from tiny_model import endless_model, tiny_model, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2_chinese import compiled, compiled_decoder, engine
+from gpt2_chinese import compiled, compiled_decoder, decoder_kernel, engine
 from gpt2_chinese.checkpoint import load_model
-from gpt2_chinese.compiled_decoder import MOST_ROWS, PANEL, CompiledDecoder, fastest_decoder
+from gpt2_chinese.compiled_decoder import DOT_PRODUCTS, LANES, MOST_ROWS, PANEL, CompiledDecoder, fastest_decoder
 from gpt2_chinese.decoder import Decoder
 from gpt2_chinese.engine import Engine, Prompt, Settings
 from gpt2_chinese.vocabulary import CLS_ID, MASK_ID, PAD_ID, UNK_ID
@@ -38,11 +44,11 @@ def kept_weights(model: GPT2LMHeadModel, precision: str) -> GPT2LMHeadModel:
     """The model with its weights as the decoder keeps them; biases, norms and positions stay as they are."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() < 2 or "wpe" in name:
+            if parameter.dim() < 2 or "wpe" in name or precision == "fp32":
                 continue
             if precision == "bf16":
                 parameter.copy_(parameter.bfloat16())
-            elif precision == "int8":
+            else:
                 inputs = 1 if "wte" in name or "lm_head" in name else 0  # the others are stored as (in, out)
                 scale = parameter.abs().amax(dim=inputs, keepdim=True) / 127
                 parameter.copy_((parameter / scale).round() * scale)
@@ -67,21 +73,20 @@ def largest_difference(model: GPT2LMHeadModel, decoder: CompiledDecoder, texts: 
     return largest
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        {},
-        {"n_embd": 8, "n_head": 1, "n_layer": 1, "vocab_size": 7},
-        {"n_embd": 40, "n_head": 5, "vocab_size": 64},
-        {"n_embd": 128, "n_head": 1, "n_layer": 1},
-        {"n_embd": 160, "n_head": 2, "n_layer": 1},
-        {"n_embd": 33, "n_head": 3, "n_inner": 50},
-        {"n_embd": 60, "n_head": 4, "activation_function": "relu", "scale_attn_by_inverse_layer_idx": True},
-        {"tie_word_embeddings": False},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+SHAPES: list[dict] = [
+    {},
+    {"n_embd": 8, "n_head": 1, "n_layer": 1, "vocab_size": 7},
+    {"n_embd": 40, "n_head": 5, "vocab_size": 64},
+    {"n_embd": 128, "n_head": 1, "n_layer": 1},
+    {"n_embd": 160, "n_head": 2, "n_layer": 1},
+    {"n_embd": 33, "n_head": 3, "n_inner": 50},
+    {"n_embd": 60, "n_head": 4, "activation_function": "relu", "scale_attn_by_inverse_layer_idx": True},
+    {"tie_word_embeddings": False},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_any_shape_has_the_logits_of_transformers_with_the_same_weights(shape, precision):
     model = random_model(**shape)
     decoder = CompiledDecoder(model, rows=3, precision=precision)
@@ -89,6 +94,124 @@ def test_any_shape_has_the_logits_of_transformers_with_the_same_weights(shape, p
     vocab_size = model.config.vocab_size
     texts = [[source.randrange(vocab_size) for _ in range(length)] for length in (2, 9, 24)]
     assert largest_difference(kept_weights(model, precision), decoder, texts) < 1e-4
+
+
+# INT8: the inputs of the products are rounded too.
+
+
+def rounded_inputs(inputs: torch.Tensor) -> torch.Tensor:
+    """Each row as its 256 steps stand for it: of equal size, from the least of the row and 0 to the greatest."""
+    least = inputs.amin(dim=-1, keepdim=True).clamp_max(0)
+    scale = (inputs.amax(dim=-1, keepdim=True).clamp_min(0) - least) / 255
+    zero = (0.5 - least / scale).floor()
+    return scale * ((inputs / scale + (zero + 0.5)).floor().clamp(0, 255) - zero)
+
+
+def with_rounded_inputs(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """The model with 8-bit weights, whose products round their inputs: INT8's arithmetic in floats."""
+    for name, module in kept_weights(model, "int8").named_modules():
+        if name.endswith(("c_attn", "c_proj", "c_fc", "lm_head")):
+            module.register_forward_pre_hook(lambda _, arguments: (rounded_inputs(arguments[0]),))
+    return model
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_int8_of_any_shape_has_the_logits_of_transformers_with_inputs_rounded_alike(shape):
+    model = random_model(**shape)
+    decoder = CompiledDecoder(model, rows=3, precision="int8")
+    vocab_size = model.config.vocab_size
+    tokens = torch.arange(min(vocab_size, 100))[:, None]
+    logits = torch.stack([decoder.prefill(ids).logits for ids in tokens.tolist()])
+    with torch.inference_mode():
+        exact = model(tokens).logits[:, 0]
+        apart = (logits - with_rounded_inputs(model)(tokens).logits[:, 0]).abs().amax(dim=1)
+    # A number at the edge between two steps may be rounded to either; most tokens have none.
+    assert float((apart < 1e-4).float().mean()) > 0.8
+    rounding = (logits - exact).abs().amax(dim=1)
+    assert float(apart.max()) < float(rounding.max())
+    source = random.Random(5)
+    texts = [[source.randrange(vocab_size) for _ in range(length)] for length in (2, 9, 24)]
+    assert largest_difference(model, decoder, texts) < 2 * float(rounding.max())
+
+
+def test_int8_is_near_fp32():
+    model = random_model(n_embd=128, n_layer=3, n_positions=64)
+    ids = [number * 7 % 203 for number in range(60)]
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids])).logits[0]
+    decoder = CompiledDecoder(model, rows=1, precision="int8")
+    logits = torch.stack([decoder.prefill(ids[:length]).logits for length in range(1, 61)])
+    assert float((logits - expected).square().mean().sqrt() / expected.std()) < 0.05
+    assert float((logits.argmax(dim=1) == expected.argmax(dim=1)).float().mean()) > 0.9
+
+
+@pytest.mark.parametrize("name", DOT_PRODUCTS)
+def test_every_instruction_gives_exact_sums_of_integers(name, monkeypatch):
+    features = llvm.get_host_cpu_features()
+    needed = {"vpdpbusd": {16: "avx512vnni", 8: "avxvnni"}, "vpmaddwd": {16: "avx512bw", 8: "avx2", 4: "sse2"}}
+    if name in needed and not features.get(needed[name].get(LANES, "")):
+        pytest.skip("this processor has no such instruction")
+    rows, groups = 2, 37
+    monkeypatch.setattr(decoder_kernel, "MOST_ROWS", rows)  # the compiler takes its time for each number of rows
+    multiply = decoder_kernel.integer_multiplication(name)
+
+    @numba.njit
+    def call(*arguments):
+        multiply(*arguments)
+
+    source = np.random.default_rng(3)
+    weights = source.integers(-127, 128, (groups, PANEL, 4), dtype=np.int8)
+    codes = source.integers(0, 256, (groups, rows, 4), dtype=np.uint8)
+    # The greatest of all, in the halves of the panel with either sign: 16 bits would not hold two of their products.
+    weights[:9, ::3], weights[:9, 1::3], codes[:9] = 127, -127, 255
+    spans = np.zeros(rows, dtype=[("scale", np.float32), ("zero", np.int32)])
+    spans["scale"], spans["zero"] = (0.25, 3.0), (200, 7)
+    scales = source.random(PANEL).astype(np.float32)
+    totals = weights.sum(axis=(0, 2), dtype=np.int32)
+    results = np.zeros((rows, PANEL), dtype=np.float32)
+    arrays = [array.ctypes.data for array in (weights, codes, results, spans, scales, totals)]
+    call(rows, arrays[0], arrays[1], groups, arrays[2], 64, arrays[0], *arrays[3:])
+    steps = codes.astype(np.int64) - spans["zero"][None, :, None]
+    exact = np.einsum("grk,gck->rc", steps, weights.astype(np.int64))
+    assert np.abs(exact).max() > 2**15
+    assert np.array_equal(results, exact.astype(np.float32) * (spans["scale"][:, None] * scales))
+
+
+@pytest.mark.slow
+def test_a_processor_without_the_instruction_has_the_same_integers(tmp_path):
+    """In a process of its own that is told of a processor without AVX-512; it compiles for that."""
+    script = """
+import sys
+import llvmlite.binding as llvm
+features = llvm.get_host_cpu_features()
+for name in list(features):
+    if name.startswith("avx512") or name in ("avxvnni", "evex512"):
+        features[name] = False
+llvm.get_host_cpu_features = lambda: features
+llvm.get_host_cpu_name = lambda: "haswell"
+import test_decoder as tests
+from gpt2_chinese import compiled_decoder
+assert compiled_decoder.DOT_PRODUCT == "vpmaddwd" and compiled_decoder.LANES == 8
+tests.test_int8_of_any_shape_has_the_logits_of_transformers_with_inputs_rounded_alike({})
+tests.test_a_row_has_the_same_bits_alone_in_any_crowd_and_by_any_number_of_threads("int8")
+"""
+    if not llvm.get_host_cpu_features().get("avx2"):
+        pytest.skip("this processor has no AVX2")
+    here = Path(__file__).parent
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    environment["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent.parent)])
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_code_for_another_processor_is_not_taken(monkeypatch):
+    """A processor with fewer instructions needs code of its own: the name of the file says for whom it is."""
+    name = compiled.code_name(compiled_decoder.KERNEL, compiled_decoder.SOURCES)
+    features = llvm.get_host_cpu_features()
+    features["avx512vnni"] = not features.get("avx512vnni")
+    monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: features)
+    assert compiled.code_name(compiled_decoder.KERNEL, compiled_decoder.SOURCES) != name
 
 
 def test_reference_checkpoint_gives_the_reference_logits(reference):

@@ -118,7 +118,7 @@ def test_a_banned_token_is_not_drawn_at_the_ends_of_the_interval():
 
 
 def test_ties_that_reach_past_the_candidates_are_all_kept():
-    """topk of the greatest 128 sees only a part of 300 equal logits; the reference keeps all of them."""
+    """topk of the greatest few sees only a part of 300 equal logits; the reference keeps all of them."""
     logits = torch.zeros(1, 300)
     logits[0, 200] = 1.0
     grid = (np.arange(3000) + 0.5) / 3000
