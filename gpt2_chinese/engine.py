@@ -116,8 +116,8 @@ class Engine:
         tokenizer: with as many tokens as the model has, or fewer: ids behind its vocabulary are never produced.
         rows: sequences decoded at once. GPT-2 small with n_ctx 1024 takes up to 75 MB for each in float32.
         max_waiting: sequences that may wait for a row.
-        precision: on the CPU, how the compiled decoder keeps the weights: fp32, bf16 or int8; "auto" is bf16. None
-            takes PyTorch and the model's dtype, as a GPU does.
+        precision: on the CPU, how the compiled decoder keeps the weights: fp32, bf16 or int8, which multiplies integers
+            too; "auto" is bf16. None takes PyTorch and the model's dtype, as a GPU does.
         wait: where the compiled decoder must be compiled first, wait for it; else begin with PyTorch in float32 and
             switch when it is there (`at_full_speed`).
 
