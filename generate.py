@@ -37,7 +37,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--precision",
         choices=PRECISIONS,
         default="auto",
-        help="how a CPU keeps the weights: fp32 is exact, bf16 (auto) is twice as fast, int8 faster still, less exact",
+        help="how a CPU keeps the weights: fp32 is exact, bf16 (auto) is twice as fast, int8 faster still, less exact; "
+        "a GPU computes in fp32 (auto) or bf16",
     )
     # what to write
     parser.add_argument("--prefix", help="the text to complete; without it the script asks")

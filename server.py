@@ -95,7 +95,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--precision",
         choices=PRECISIONS,
         default="auto",
-        help="of the weights on a CPU: fp32 is exact, bf16 half as large, int8 a quarter; auto is bf16 (%(default)s)",
+        help="of the weights on a CPU: fp32 is exact, bf16 half as large, int8 a quarter; auto is bf16 (%(default)s); "
+        "a GPU computes in fp32 (auto) or bf16",
     )
     # where to listen and to whom
     parser.add_argument("--host", default="127.0.0.1", help="address; 0.0.0.0 is every one (%(default)s)")
