@@ -38,7 +38,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=PRECISIONS,
         default="auto",
         help="how a CPU keeps the weights: fp32 is exact, bf16 (auto) twice as fast for few texts; int8 also "
-        "multiplies integers, is twice as fast again and less exact",
+        "multiplies integers, is twice as fast again and less exact; a GPU computes in fp32 (auto) or bf16",
     )
     # what to write
     parser.add_argument("--prefix", help="the text to complete; without it the script asks")

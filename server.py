@@ -96,7 +96,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=PRECISIONS,
         default="auto",
         help="of the weights on a CPU: fp32 is exact, bf16 half as large, int8 a quarter and twice as fast as bf16, "
-        "for it multiplies integers, but less exact; auto is bf16 (%(default)s)",
+        "for it multiplies integers, but less exact; auto is bf16 (%(default)s); a GPU computes in fp32 (auto) or bf16",
     )
     # where to listen and to whom
     parser.add_argument("--host", default="127.0.0.1", help="address; 0.0.0.0 is every one (%(default)s)")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gpt2_chinese.tokenizer import TextJoiner, Tokenizer
 
 PRECISIONS = ("auto", "fp32", "bf16", "int8")
-"""How a CPU may keep the weights; "auto" is bf16."""
+"""How a CPU may keep the weights; "auto" is bf16. On a GPU "auto" is the model's own precision, int8 is not there."""
 
 SETTING_LIMITS: dict[str, tuple[float, float]] = {
     "temperature": (0, 10),

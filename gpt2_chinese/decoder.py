@@ -43,20 +43,25 @@ class Decoder:
     batch is filled up to a multiple of `padding` rows, found by trying which sizes give the same products here.
     """
 
-    def __init__(self, model: Any, rows: int) -> None:
-        """Take the weights of `model` (a transformers GPT2LMHeadModel) in its dtype and on its device.
+    tried = 1
+    """Batches of each size that are tried for that."""
+
+    def __init__(self, model: Any, rows: int, dtype: torch.dtype | None = None) -> None:
+        """Take the weights of `model` (a transformers GPT2LMHeadModel) on its device, in `dtype` or else in its own.
 
         Raises:
             ValueError: the model has cross-attention, or weights that are not finite.
         """
         check_model(model)
+        dtype = dtype or model.lm_head.weight.dtype
         config = model.config
         body = model.transformer
-        self.token_embedding = body.wte.weight.detach()
-        self.position_embedding = body.wpe.weight.detach()
-        self.head = model.lm_head.weight.detach()
-        self.norm = _pair(body.ln_f)
-        self.layers = [_layer(block) for block in body.h]
+        self.token_embedding = body.wte.weight.detach().to(dtype)
+        self.position_embedding = body.wpe.weight.detach().to(dtype)
+        tied = body.wte.weight.data_ptr() == model.lm_head.weight.data_ptr()
+        self.head = self.token_embedding if tied else model.lm_head.weight.detach().to(dtype)
+        self.norm = _pair(body.ln_f, dtype)
+        self.layers = [_layer(block, dtype) for block in body.h]
         self.activation = _activation(config.activation_function, body)
         self.epsilon = config.layer_norm_epsilon
         # Positions behind n_ctx, where there are any, were never trained.
@@ -67,7 +72,11 @@ class Decoder:
         self.device = self.head.device
         self.dtype = self.head.dtype
         self.rows = rows
-        shape = (rows, self.n_head, self.n_ctx, self.head_size)
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """Make the buffers of the rows, and find out how far a batch is filled up."""
+        shape = (self.rows, self.n_head, self.n_ctx, self.head_size)
         self.keys = [self._buffer(shape) for _ in self.layers]
         self.values = [self._buffer(shape) for _ in self.layers]
         self.padding = self._find_padding()
@@ -101,8 +110,9 @@ class Decoder:
                 inputs = torch.randn(most, weight.shape[1], generator=generator).to(self.device, self.dtype)
                 whole = F.linear(inputs, weight, bias)
                 if not all(
-                    torch.equal(F.linear(inputs[:size].clone(), weight, bias), whole[:size])
+                    torch.equal(F.linear(part.clone(), weight, bias), expected)
                     for size in range(padding, most, padding)
+                    for part, expected in list(zip(inputs.split(size), whole.split(size), strict=True))[: self.tried]
                 ):
                     break
             else:
@@ -197,7 +207,7 @@ class Decoder:
         return F.layer_norm(hidden, hidden.shape[-1:], *weight_and_bias, self.epsilon)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(self._norm(hidden, self.norm), self.head).float()
+        return F.linear(self._norm(hidden, self.norm), self.head)[:, : self.vocab_size].float()
 
 
 def _runs(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -216,23 +226,24 @@ def _runs(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
     return runs
 
 
-def _pair(module: Any) -> tuple[Tensor, Tensor]:
-    return module.weight.detach(), module.bias.detach()
+def _pair(module: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return module.weight.detach().to(dtype), module.bias.detach().to(dtype)
 
 
-def _transposed(module: Any) -> tuple[Tensor, Tensor]:
+def _transposed(module: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A Conv1D's weight as F.linear wants it: (out, in), contiguous."""
-    return module.weight.detach().t().contiguous(), module.bias.detach()
+    weight, bias = _pair(module, dtype)
+    return weight.t().contiguous(), bias
 
 
-def _layer(block: Any) -> _Layer:
+def _layer(block: Any, dtype: torch.dtype) -> _Layer:
     return _Layer(
-        norm_1=_pair(block.ln_1),
-        attention_in=_transposed(block.attn.c_attn),
-        attention_out=_transposed(block.attn.c_proj),
-        norm_2=_pair(block.ln_2),
-        feed_in=_transposed(block.mlp.c_fc),
-        feed_out=_transposed(block.mlp.c_proj),
+        norm_1=_pair(block.ln_1, dtype),
+        attention_in=_transposed(block.attn.c_attn, dtype),
+        attention_out=_transposed(block.attn.c_proj, dtype),
+        norm_2=_pair(block.ln_2, dtype),
+        feed_in=_transposed(block.mlp.c_fc, dtype),
+        feed_out=_transposed(block.mlp.c_proj, dtype),
         scale=block.attn.scaling,
     )
 

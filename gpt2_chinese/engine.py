@@ -33,6 +33,8 @@ from gpt2_chinese.completion import (
     TokenLogprob,
 )
 from gpt2_chinese.decoder import Decoder, Prefix
+from gpt2_chinese.graph_decoder import decoder_on_gpu
+from gpt2_chinese.precision import to_device
 from gpt2_chinese.sampling import draw, repetition_penalised, row_seed, uniforms
 from gpt2_chinese.tokenizer import Tokenizer
 from gpt2_chinese.vocabulary import CLS_ID, MASK_ID, PAD_ID, UNK_ID
@@ -117,7 +119,8 @@ class Engine:
         rows: sequences decoded at once. GPT-2 small with n_ctx 1024 takes up to 75 MB for each in float32.
         max_waiting: sequences that may wait for a row.
         precision: on the CPU, how the compiled decoder keeps the weights: fp32, bf16 or int8, which multiplies integers
-            too; "auto" is bf16. None takes PyTorch and the model's dtype, as a GPU does.
+            too; "auto" is bf16. None takes PyTorch and the model's dtype. A GPU computes in fp32 or bf16 where one of
+            them is given, else in the model's dtype.
         wait: where the compiled decoder must be compiled first, wait for it; else begin with PyTorch in float32 and
             switch when it is there (`at_full_speed`).
 
@@ -139,7 +142,9 @@ class Engine:
         self.tokenizer = tokenizer
         self.decoder: Decoder | CompiledDecoder
         self._next_decoder: Future[Decoder | CompiledDecoder] | None = None
-        if precision is None or model.device.type != "cpu":
+        if model.device.type == "cuda":
+            self.decoder = decoder_on_gpu(model, rows, precision)
+        elif precision is None or model.device.type != "cpu":
             self.decoder = Decoder(model, rows)
         elif wait or is_at_hand():
             self.decoder = fastest_decoder(model, rows, precision)
@@ -389,8 +394,9 @@ class Engine:
         for (row, prompt), count in zip(prompts, samples, strict=True):
             for other in range(row + 1, row + count):
                 self.decoder.copy_row(row, other, len(prompt))
-        counts = torch.tensor(samples, device=logits.device)
-        self._advance(range(first, len(self._rows)), logits.repeat_interleave(counts, dim=0))
+        places = [place for place, count in enumerate(samples) for _ in range(count)]
+        places_there = to_device(torch.tensor(places), logits.device)
+        self._advance(range(first, len(self._rows)), logits.index_select(0, places_there))
 
     def _join_in_parts(self, ticket: Ticket, free: int) -> None:
         """Let so many samples of a request join as there are rows; its prefill is kept for the others."""
@@ -439,7 +445,7 @@ class Engine:
         reporting = [place for place, sample in enumerate(samples) if sample.ticket.logprobs is not None]
         reported = logits[reporting]  # a copy, before some are banned
         tokens = self._draw(samples, self._seen[rows.start : rows.stop], logits)
-        self._seen[list(rows), tokens] = True
+        self._seen[rows.start : rows.stop].scatter_(1, to_device(tokens[:, None], self._seen.device), True)
         reports = self._logprobs([samples[place] for place in reporting], tokens[reporting], reported)
         logprobs = {rows[place]: report for place, report in zip(reporting, reports, strict=True)}
         now = time.monotonic()
@@ -481,17 +487,16 @@ class Engine:
 
     def _draw(self, samples: Sequence[_Sample], seen: Tensor, logits: Tensor) -> Tensor:
         """One token for each sample; a copy of the logits only to ban some tokens would take as long as the draw."""
-        device = logits.device
         settings = [sample.ticket.settings for sample in samples]
         if any(one.repetition_penalty != 1 for one in settings):
-            penalty = torch.tensor([one.repetition_penalty for one in settings], device=device)
-            logits = repetition_penalised(logits, seen, penalty)
+            penalty = torch.tensor([one.repetition_penalty for one in settings])
+            logits = repetition_penalised(logits, seen, to_device(penalty, logits.device))
         return draw(
             logits.index_fill_(1, self._banned, -torch.inf),
-            uniforms([s.ticket.seeds[s.number] for s in samples], [len(s.ids) for s in samples]).to(device),
-            torch.tensor([one.temperature for one in settings], device=device),
-            torch.tensor([min(one.top_k, logits.shape[1]) for one in settings], device=device),
-            torch.tensor([one.top_p for one in settings], device=device),
+            uniforms([s.ticket.seeds[s.number] for s in samples], [len(s.ids) for s in samples]),
+            torch.tensor([one.temperature for one in settings]),
+            torch.tensor([min(one.top_k, logits.shape[1]) for one in settings]),
+            torch.tensor([one.top_p for one in settings]),
         )
 
     def _leave(self, row: int, reason: str) -> None:

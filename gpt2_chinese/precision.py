@@ -64,6 +64,14 @@ def has_bf16(device: torch.device) -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor of the CPU on a device; a GPU gets it in its turn, and nothing waits for what it is still at."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    # From pinned memory only; torch keeps that memory until the copy is done.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def load_apex() -> ModuleType:
     """Import `apex.amp`.
 

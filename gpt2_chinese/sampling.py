@@ -6,18 +6,21 @@ and random number only, never on the rows beside it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from gpt2_chinese.precision import to_device
 
 MASK_64 = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
 """2^64 over the golden ratio: the step of the SplitMix64 generator."""
 
 # Of a row with top-k, at most FEW, only top_k and SPARE more of the greatest logits are looked at, unless ties at its
-# edge need more; where rows differ, as many as the greatest top_k of them needs: a row's token is the same with more.
+# edge need more.
 FEW = 128
 SPARE = 8
 BLOCK = 16
@@ -106,51 +109,77 @@ def draw(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, to
     the order of the vocabulary where neither top-k nor top-p is on), and the first is taken whose cumulative
     probability is above the number.
 
+    The settings and numbers are on the CPU, wherever the logits are: which rows go which way is decided there, and all
+    that a GPU is waited for is its tokens, once.
+
     Args:
-        logits: [B, V]; -inf for what must not be drawn.
+        logits: [B, V], on any device; -inf for what must not be drawn.
         uniform: [B] in (0, 1), see `uniforms`.
         temperature: [B], 0 or more.
         top_k: [B] integers; 0 is off.
         top_p: [B]; 0 and everything from 1 on is off.
 
     Returns:
-        Token ids [B], int64.
+        Token ids [B], int64, on the CPU.
     """
     random = temperature > 0
-    tokens = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
     has_top_p = (top_p > 0) & (top_p < 1)
     few = random & (top_k > 0) & (top_k < min(FEW, logits.shape[1]))
     ranked = random & ~few & ((top_k > 0) | has_top_p)
     plain = random & ~few & ~ranked
-    # A GPU waits here for the masks, and for the greatest top_k: four small transfers a step.
-    if rows := (~random).nonzero().flatten().tolist():
-        tokens[rows] = _rows(logits, rows).argmax(dim=-1)
-    if rows := few.nonzero().flatten().tolist():
-        # The temperature keeps the order, so only the candidates need it; what it makes equal is a tie, see below.
-        count = min(int(top_k[rows].max()) + SPARE, logits.shape[1])
-        best, ids = _greatest(_rows(logits, rows), count)
-        best = tempered(best, temperature[rows])
-        # topk promises no order among equal logits: first by id, then stably by logit.
-        ids, by_id = ids.sort(dim=-1)
-        best, by_logit = best.gather(1, by_id).sort(dim=-1, descending=True, stable=True)
-        _, weights = surviving(best, top_k[rows], top_p[rows])
-        tokens[rows] = _pick(weights, uniform[rows], ids.gather(1, by_logit))
-        # Ties at top-k's edge that reach the last candidate may go on behind it: such rows are ranked whole.
-        edge = best.gather(1, top_k[rows][:, None] - 1)[:, 0]
-        ranked[rows] = (best[:, -1] == edge) & edge.isfinite()
-    if rows := ranked.nonzero().flatten().tolist():
-        best, ids = tempered(logits[rows], temperature[rows]).sort(dim=-1, descending=True, stable=True)
-        _, weights = surviving(best, top_k[rows], top_p[rows])
-        tokens[rows] = _pick(weights, uniform[rows], ids)
-    if rows := plain.nonzero().flatten().tolist():
-        weights = tempered(logits[rows], temperature[rows]).double().exp()
-        tokens[rows] = _pick(weights, uniform[rows], None)
+
+    def drawn(way: Callable[..., Tensor], rows: list[int]) -> Tensor:
+        settings = (to_device(part[rows], logits.device) for part in (uniform, temperature, top_k, top_p))
+        return way(_rows(logits, rows), *settings)
+
+    ways: list[tuple[Tensor, Callable[..., Tensor]]]
+    # Where rows differ, as many candidates as the greatest top_k needs: a row's token is the same with more.
+    count = min(int((top_k * few).max()) + SPARE, logits.shape[1])
+    of_few = partial(_draw_of_few, count=count)
+    ways = [(~random, _draw_greatest), (few, of_few), (ranked, _draw_of_ranked), (plain, _draw_of_all)]
+    groups = [(rows, drawn(way, rows)) for mask, way in ways if (rows := mask.nonzero().flatten().tolist())]
+    tokens = torch.empty(len(logits), dtype=torch.int64)
+    # A GPU is waited for here.
+    tokens[[row for rows, _ in groups for row in rows]] = torch.cat([part for _, part in groups]).cpu()
+    if rows := (tokens < 0).nonzero().flatten().tolist():
+        tokens[rows] = drawn(_draw_of_ranked, rows).cpu()
     return tokens
+
+
+def _draw_greatest(logits: Tensor, *_: Tensor) -> Tensor:
+    return logits.argmax(dim=-1)
+
+
+def _draw_of_few(
+    logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, *, count: int
+) -> Tensor:
+    """Draw with top-k from the `count` greatest; -1 where they may not hold all that top-k keeps."""
+    # The temperature keeps the order, so only the candidates need it; what it makes equal is a tie, see below.
+    best, ids = _greatest(logits, count)
+    best = tempered(best, temperature)
+    # topk promises no order among equal logits: first by id, then stably by logit.
+    ids, by_id = ids.sort(dim=-1)
+    best, by_logit = best.gather(1, by_id).sort(dim=-1, descending=True, stable=True)
+    _, weights = surviving(best, top_k, top_p)
+    tokens = _pick(weights, uniform, ids.gather(1, by_logit))
+    # Ties at top-k's edge that reach the last candidate may go on behind it: such rows are ranked whole.
+    edge = best.gather(1, top_k[:, None] - 1)[:, 0]
+    return tokens.masked_fill((best[:, -1] == edge) & edge.isfinite(), -1)
+
+
+def _draw_of_ranked(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    best, ids = tempered(logits, temperature).sort(dim=-1, descending=True, stable=True)
+    _, weights = surviving(best, top_k, top_p)
+    return _pick(weights, uniform, ids)
+
+
+def _draw_of_all(logits: Tensor, uniform: Tensor, temperature: Tensor, *_: Tensor) -> Tensor:
+    return _pick(tempered(logits, temperature).double().exp(), uniform, None)
 
 
 def _rows(logits: Tensor, rows: list[int]) -> Tensor:
     """Some rows; no copy where they are all."""
-    return logits if len(rows) == len(logits) else logits[rows]
+    return logits if len(rows) == len(logits) else logits.index_select(0, to_device(torch.tensor(rows), logits.device))
 
 
 def _greatest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:

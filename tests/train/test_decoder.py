@@ -385,14 +385,6 @@ def test_a_closed_decoder_leaves_no_thread():
     assert threading.active_count() == before
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_decodes_as_transformers_does():
-    model = random_model().cuda()
-    texts = [[2, 9, 8, 7], [2, 60, 61, 62, 63, 64, 65]]
-    assert largest_difference(model, Decoder(model, rows=2), texts) < 1e-2
-
-
 @pytest.mark.parametrize("kind", [Decoder, CompiledDecoder])
 def test_prompts_that_join_together_get_what_each_gets_alone(kind):
     model = random_model()

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from recorded_graph import RecordedGraph
 from tiny_model import endless_model, favour, tiny_model, tiny_tokenizer
 from transformers import RepetitionPenaltyLogitsProcessor
 
@@ -20,16 +21,23 @@ from gpt2_chinese.checkpoint import load_model
 from gpt2_chinese.completion import Continuation, EngineFull, EngineStopped, Prompt, Settings
 from gpt2_chinese.decoder import Decoder
 from gpt2_chinese.engine import Engine, choose_device, continuation
+from gpt2_chinese.graph_decoder import GraphDecoder
 from gpt2_chinese.vocabulary import CLS_ID, MASK_ID, PAD_ID, UNK_ID
 
 GREEDY = Settings(temperature=0)
 WAIT = 60
 
 
-@pytest.fixture(scope="module")
-def engine():
-    with Engine(tiny_model(), tiny_tokenizer(), rows=8) as engine:
+@pytest.fixture(scope="module", params=["step by step", "as a graph"])
+def engine(request):
+    engine = Engine(tiny_model(), tiny_tokenizer(), rows=8)
+    if request.param == "as a graph":
+        engine.decoder = GraphDecoder(tiny_model(), rows=8)
+        engine.decoder.capture = RecordedGraph
+    with engine:
         yield engine
+    if request.param == "as a graph":
+        assert engine.decoder.capture and engine.decoder._graphs, "a capture has failed"
 
 
 def random_prompts(count: int, longest: int) -> list[Prompt]:

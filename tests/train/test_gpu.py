@@ -1,18 +1,28 @@
-"""On a GPU: fp16, bf16, compiled, checkpoints. Skipped where there is none; `pytest -m gpu` runs nothing else."""
+"""On a GPU: fp16, bf16, compiled, checkpoints, decoding. Skipped where there is none; `pytest -m gpu` runs these."""
 
 from __future__ import annotations
 
 import os
+import random
 import signal
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from small_run import assert_same_weights, scalars, weights, write_documents, write_shape
+from tiny_model import endless_model, save_tiny_model, tiny_model, tiny_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2_chinese.checkpoint import load_model
+from gpt2_chinese.checkpoint import load_model, load_weights
+from gpt2_chinese.completion import Prompt, Settings
+from gpt2_chinese.decoder import Decoder
+from gpt2_chinese.engine import Engine, choose_device
+from gpt2_chinese.graph_decoder import GraphDecoder
+from gpt2_chinese.sampling import draw, row_seed, uniforms
 from gpt2_chinese.training_state import checkpoints_in
+from gpt2_chinese.vocabulary import CLS_ID, MASK_ID, PAD_ID, UNK_ID
 
 pytestmark = [
     pytest.mark.gpu,
@@ -137,3 +147,180 @@ def test_two_gpus_equal_one(train):
     run(train, "one", "--precision", "fp32")
     run(train, "two", "--precision", "fp32", device="0,1")
     np.testing.assert_allclose(losses("two"), losses("one"), rtol=1e-4)
+
+
+# Decoding.
+
+WAIT = 600
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+GREEDY = Settings(temperature=0)
+
+
+def wide_model(n_positions: int = 300) -> GPT2LMHeadModel:
+    """Heads of 64 as in GPT-2, which the fused kernels take, an odd vocabulary, and several sizes of keys."""
+    torch.manual_seed(5)
+    shape = {"vocab_size": 1005, "n_positions": n_positions, "n_embd": 256, "n_layer": 3, "n_head": 4}
+    config = GPT2Config(bos_token_id=MASK_ID, eos_token_id=CLS_ID, **shape)
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model.cuda()
+
+
+def random_texts(count: int, longest: int) -> list[list[int]]:
+    source = random.Random(1)
+    return [[source.randrange(1005) for _ in range(source.randint(1, longest))] for _ in range(count)]
+
+
+def load(decoder: Decoder, texts: list[list[int]]) -> list[int]:
+    with torch.inference_mode():
+        for row, ids in enumerate(texts):
+            decoder.load(row, decoder.prefill(ids))
+    return [len(ids) for ids in texts]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_graph_gives_the_bits_of_its_step_and_the_numbers_of_the_plain_one(dtype, capsys):
+    model = wide_model()
+    graphs, steps, exact = (GraphDecoder(model, 12, kind) for kind in (dtype, dtype, torch.float32))
+    steps.capture = exact.capture = None
+    plain = Decoder(model, 12, dtype)
+    source = random.Random(2)
+    for _ in range(30):
+        texts = random_texts(12, 299)[: source.randint(1, 12)]
+        source.shuffle(texts)
+        lengths = load(graphs, texts)
+        for decoder in (steps, exact, plain):
+            load(decoder, texts)
+        tokens = [source.randrange(1005) for _ in texts]
+        logits = graphs.step(tokens, lengths)
+        assert torch.equal(logits, steps.step(tokens, lengths))
+        expected = exact.step(tokens, lengths)
+        tolerance = (1e-4 if dtype == torch.float32 else 0.1) * float(expected.abs().max())
+        assert (logits - expected).abs().max() < tolerance
+        assert (plain.step(tokens, lengths) - expected).abs().max() < tolerance
+    print("sizes:", *graphs.sizes, "padding:", graphs.padding)
+    assert len(graphs._graphs) > 1 and graphs.capture is not None
+    assert "without a CUDA graph" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_on_a_gpu_has_the_same_bits_alone_and_in_any_crowd(dtype):
+    model = wide_model()
+    crowd, lonely = (GraphDecoder(model, 32, dtype) for _ in range(2))
+    texts = random_texts(32, 299)
+    lengths = load(crowd, texts)
+    alone = []
+    for row, ids in enumerate(texts):
+        load(lonely, [ids])
+        alone.append(lonely.step([row], [len(ids)])[0])
+    for count in range(1, 33):
+        together = crowd.step(list(range(count)), lengths[:count])
+        assert torch.equal(together, torch.stack(alone[:count])), count
+
+
+def test_greedy_on_a_gpu_is_that_of_transformers():
+    model = tiny_model().cuda()
+    source = random.Random(3)
+    prompts = [
+        Prompt("", (MASK_ID, *(source.randrange(5, 200) for _ in range(source.randrange(16)))), 0) for _ in range(40)
+    ]
+    with Engine(model, tiny_tokenizer(), rows=16) as engine:
+        tickets = [engine.submit(prompt, samples=1, length=15, settings=GREEDY) for prompt in prompts]
+        ours = [list(ticket.future.result(WAIT)[0].ids) for ticket in tickets]
+        assert isinstance(engine.decoder, GraphDecoder) and engine.decoder._graphs and engine.decoder.capture
+    for prompt, ids in zip(prompts, ours, strict=True):
+        inputs = torch.tensor([prompt.ids], device="cuda")
+        expected = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=15,
+            do_sample=False,
+            suppress_tokens=[MASK_ID, PAD_ID, UNK_ID],
+        )[0, len(prompt.ids) :].tolist()
+        assert ids == (expected[: expected.index(CLS_ID)] if CLS_ID in expected else expected)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_seed_on_a_gpu_gives_the_same_alone_in_a_crowd_and_streamed(precision):
+    model = endless_model(n_ctx=100).cuda()
+    model = model.half() if precision == "fp16" else model
+    source = random.Random(1)
+    with Engine(model, tiny_tokenizer(), rows=8, precision="auto" if precision == "fp16" else precision) as engine:
+
+        def submit(seed: int, on_piece=None):
+            settings = Settings(
+                [0, 0.7, 1.5][seed % 3], [0, 30][seed % 2], [0, 0.8][seed % 5 == 0], [1, 1.2][seed % 4 == 0]
+            )
+            prompt = engine.prompt(contexts[seed], lengths[seed])
+            return engine.submit(
+                prompt, samples=2, length=lengths[seed], settings=settings, seed=seed, on_piece=on_piece, logprobs=2
+            )
+
+        lengths = [source.randint(1, 150) for _ in range(12)]
+        contexts = ["一丁" * (seed % 7) for seed in range(12)]
+        alone = [submit(seed).future.result(WAIT) for seed in range(12)]
+        streamed: list[list] = [[] for _ in range(12)]
+        tickets = [submit(seed, streamed[seed].append) for seed in range(12)]
+        assert [ticket.future.result(WAIT) for ticket in tickets] == alone
+        for seed, (pieces, completions) in enumerate(zip(streamed, alone, strict=True)):
+            for number, completion in enumerate(completions):
+                assert (
+                    "".join(piece.text for piece in pieces if piece.sample == number)
+                    == completion.text[len(contexts[seed]) :]
+                )
+
+
+def test_tokens_drawn_on_a_gpu_are_those_of_the_cpu_and_are_waited_for_once():
+    logits = torch.randn(24, 5005, generator=torch.Generator().manual_seed(0)).mul(3).round(decimals=1)
+    numbers = uniforms([row_seed(3, row) for row in range(24)], range(24))
+    temperature = torch.tensor([0.0, 0.7, 1.0] * 8)
+    top_k, top_p = torch.tensor([0, 30, 200, 5] * 6), torch.tensor([0.0, 0.0, 0.9] * 8)
+    expected = draw(logits, numbers, temperature, top_k, top_p)
+    there = logits.cuda()
+    assert draw(there, numbers, temperature, top_k, top_p).tolist() == expected.tolist()
+    decoder = GraphDecoder(wide_model(), 4)
+    lengths = load(decoder, random_texts(4, 50))
+    decoder.step([1, 2, 3, 4], lengths)  # captures
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            row_logits = decoder.step([1, 2, 3, 4], lengths)
+            assert not waits
+            draw(row_logits, numbers[:4], temperature[:4], torch.full((4,), 30), torch.zeros(4))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([one for one in waits if "synchroniz" in str(one.message)]) == 1
+
+
+def test_what_cuda_does_not_capture_is_decoded_without_a_graph(capsys):
+    model = wide_model()
+    decoder, after = GraphDecoder(model, 4), GraphDecoder(model, 4)
+    activation = decoder.activation
+    decoder.activation = lambda hidden: activation(hidden) * int(torch.ones(1, device="cuda"))
+    texts = random_texts(4, 100)
+    lengths = load(decoder, texts)
+    stream = torch.cuda.current_stream()
+    logits = [decoder.step([token] * 4, lengths) for token in range(3)]
+    assert torch.cuda.current_stream() == stream
+    assert decoder.capture is None and not decoder._graphs
+    assert capsys.readouterr().err.count("without a CUDA graph") == 1
+    # The allocator is as it was: memory can be given back, and others can capture.
+    torch.cuda.empty_cache()
+    load(after, texts)
+    for token in range(3):
+        assert torch.equal(after.step([token] * 4, lengths), logits[token])
+    assert after._graphs and after.capture is not None
+
+
+def test_a_model_folder_is_decoded_on_the_last_gpu(tmp_path):
+    device = choose_device(str(torch.cuda.device_count() - 1))
+    folder = save_tiny_model(tmp_path / "model")
+    with Engine(*load_weights(folder, device=device), rows=3, precision="bf16") as engine:
+        texts = engine.complete("一丁", samples=3, length=20, seed=4)
+        assert engine.complete("一丁", samples=2, length=20, seed=4) == texts[:2]
+        assert engine.decoder.device == device and engine.decoder.dtype == torch.bfloat16
+        assert isinstance(engine.decoder, GraphDecoder) and engine.decoder.capture
