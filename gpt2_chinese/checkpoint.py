@@ -4,7 +4,7 @@
 |---|---|
 | `config.json` | the shape, as transformers writes it, with `n_ctx` |
 | `model.safetensors` | the weights; `lm_head.weight` is `transformer.wte.weight` and is not stored twice |
-| `generation_config.json` | `[MASK]` begins a document, `[CLS]` ends it, `[PAD]` fills up |
+| `generation_config.json` | `[MASK]` begins a document, `[CLS]` ends it, `[PAD]` fills up; what is never produced |
 | `vocab.txt`, `tokenizer_config.json` | the vocabulary and how text is cut |
 | `tokenization_gpt2_chinese.py`, `tokenizer.py`, … | the tokenizer's code, for transformers' AutoTokenizer |
 | `manifest.json` | the vocabulary's SHA-256, `compat`, and facts about the training |
@@ -31,7 +31,15 @@ from safetensors.torch import load_file, save_file
 
 from gpt2_chinese.artifacts import read_json, sha256_of, write_json
 from gpt2_chinese.tokenizer import Tokenizer
-from gpt2_chinese.vocabulary import CLS_ID, MASK_ID, PAD_ID, SPECIAL_TOKENS, read_vocabulary, write_vocabulary
+from gpt2_chinese.vocabulary import (
+    CLS_ID,
+    MASK_ID,
+    NEVER_PRODUCED,
+    PAD_ID,
+    SPECIAL_TOKENS,
+    read_vocabulary,
+    write_vocabulary,
+)
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -168,6 +176,7 @@ def save_model(
                 "bos_token_id": MASK_ID,
                 "eos_token_id": CLS_ID,
                 "pad_token_id": PAD_ID,
+                "suppress_tokens": list(NEVER_PRODUCED),
                 "transformers_version": saved["transformers_version"],
             },
         )

@@ -37,10 +37,9 @@ from gpt2_chinese.graph_decoder import decoder_on_gpu
 from gpt2_chinese.precision import to_device
 from gpt2_chinese.sampling import draw, repetition_penalised, row_seed, uniforms
 from gpt2_chinese.tokenizer import Tokenizer
-from gpt2_chinese.vocabulary import CLS_ID, MASK_ID, PAD_ID, UNK_ID
+from gpt2_chinese.vocabulary import CLS_ID, MASK_ID, NEVER_PRODUCED
 
 LOGGER = logging.getLogger(__name__)
-NEVER_PRODUCED = (MASK_ID, PAD_ID, UNK_ID)
 JOINING_TOKENS = 512
 """Tokens of prompts that are prefilled between two steps; more would let the running texts stand still."""
 

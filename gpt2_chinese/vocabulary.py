@@ -13,6 +13,8 @@ from .artifacts import replacing
 SPECIAL_TOKENS = ("[SEP]", "[CLS]", "[MASK]", "[PAD]", "[UNK]")
 SEP_ID, CLS_ID, MASK_ID, PAD_ID, UNK_ID = range(5)
 """A line break, the end of a document, its beginning, padding, and what the vocabulary cannot spell."""
+NEVER_PRODUCED = (MASK_ID, PAD_ID, UNK_ID)
+"""They mean nothing in a completion; every decoder leaves them out."""
 
 
 def read_vocabulary(path: str | Path) -> list[str]:

@@ -91,6 +91,7 @@ def test_transformers_loads_the_folder_without_a_missing_or_surplus_weight(folde
     assert torch.equal(logits(loaded), logits(model))
     generation = loaded.generation_config
     assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (2, 1, 3)
+    assert generation.suppress_tokens == [2, 3, 4]
 
 
 def test_the_folder_has_what_other_programs_look_for(folder):
