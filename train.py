@@ -41,6 +41,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from gpt2_chinese.artifacts import exclusive, sha256_of
 from gpt2_chinese.checkpoint import check_replaceable, find_config, load_model, read_config, save_model
 from gpt2_chinese.command_line import print_settings, run_script
+from gpt2_chinese.embedding_init import begin_at_cooccurrences
 from gpt2_chinese.estimates import flops_per_token, learns_by_heart, memory_advice, memory_estimate, peak_flops
 from gpt2_chinese.evaluation import Documents, complete, evaluate
 from gpt2_chinese.metrics import Metrics
@@ -98,6 +99,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--pretrained_model",
         default="",
         help="model folder to go on from, ours or GPT2-Chinese's (default: a new model)",
+    )
+    parser.add_argument(
+        "--embedding_init",
+        choices=["normal", "cooccurrence"],
+        default="normal",
+        help="where a new model's embedding begins: at random numbers as the other weights, or at vectors of which "
+        "tokens stand beside which in the corpus, from where it learns faster (default: %(default)s)",
     )
     # what is written
     parser.add_argument("--output_dir", default="model/", help="folder of the model folders (default: %(default)s)")
@@ -403,7 +411,7 @@ class Run:
         """What a run that goes on must share with the one before, named as a user would."""
         args = self.args
         flags = ("batch_size", "gradient_accumulation", "epochs", "lr", "schedule", "decay_fraction", "optimizer")
-        flags += ("muon_lr", "max_grad_norm", "seed", "val_fraction", "pretrained_model")
+        flags += ("embedding_init", "muon_lr", "max_grad_norm", "seed", "val_fraction", "pretrained_model")
         shape = {key: value for key, value in vars(self.config).items() if key.startswith("n_") or "pdrop" in key}
         return {
             "the corpus (SHA-256)": self.corpus.sha256,
@@ -461,6 +469,11 @@ def prepare(args: argparse.Namespace, world_size: int, say: Callable[[str], None
     output = Path(args.output_dir)
     for name in [FINAL_MODEL, *(epoch_name(epoch) for epoch in range(args.epochs))]:
         check_replaceable(output / name)
+    if args.pretrained_model and args.embedding_init != "normal":
+        raise ValueError(
+            f"--embedding_init {args.embedding_init} is for new models, and --pretrained_model {args.pretrained_model} "
+            "has an embedding; leave one of them out"
+        )
     source = Path(args.pretrained_model or args.model_config)
     config_file = find_config(source) if args.pretrained_model else source
     n_ctx = read_config(config_file).n_ctx
@@ -619,6 +632,9 @@ def train_rank(
     args, n_ctx, total_steps = run.args, run.config.n_ctx, run.total_steps
     output, tokens = Path(args.output_dir), run.corpus.tokens
     checkpoints = output / CHECKPOINTS
+    if args.embedding_init == "cooccurrence" and rank == 0 and resume is None:  # the others get their weights from it
+        counted = begin_at_cooccurrences(model, tokens, seed=args.seed)
+        print(f"embedding  begins at what stands beside what in {counted:,} tokens")
     torch.manual_seed(args.seed + rank)  # every rank drops out other neurons
 
     # 1) model, optimizer, precision

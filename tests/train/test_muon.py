@@ -13,11 +13,29 @@ from torch import nn
 from gpt2_chinese.muon import Muon, orthogonalised
 
 
+def with_singular_values(values: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    left, right = (torch.linalg.qr(torch.randn(size, shape[0], generator=generator)).Q for size in shape)
+    return left * values @ right.T
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 32), (5, 7), (32, 40)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.28), (torch.bfloat16, 0.5)])
+def test_singular_values_from_a_fortieth_of_the_greatest_come_near_one(shape, dtype, tolerance):
+    """The row and column spaces stay: what comes out is U f(S) V^T for the matrix U S V^T."""
+    values = torch.logspace(0, -1.6, shape[0])
+    for scale in (1e-8, 1.0, 1e8):
+        matrix = with_singular_values(values * scale, shape)
+        result = orthogonalised(matrix[None], dtype)[0].float()
+        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+        inside = left.T @ result @ right.T
+        assert (inside.diagonal() - 1).abs().max() < tolerance
+        assert (inside - torch.diag(inside.diagonal())).abs().max() < (1e-3 if dtype == torch.float32 else 0.2)
+
+
 @pytest.mark.parametrize("shape", [(8, 8), (8, 32), (5, 7)])
-def test_orthogonalised_matrices_have_singular_values_near_one(shape):
+def test_matrices_are_orthogonalised_together_as_alone(shape):
     matrices = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(orthogonalised(matrices, torch.float32))
-    assert values.max() < 1.3 and values.min() > 0.3
     alone = torch.cat([orthogonalised(matrix[None], torch.float32) for matrix in matrices])
     torch.testing.assert_close(orthogonalised(matrices, torch.float32), alone, rtol=1e-4, atol=1e-5)
 
@@ -56,10 +74,17 @@ def test_steps_are_torch_s_on_the_matrices_and_adamw_s_on_the_rest():
         adamw.step()
     for parameter, three in fused:
         parameter.data = torch.cat([part.data for part in three], dim=1)
-    for (name, mine), other in zip(model.named_parameters(), reference.parameters(), strict=True):
-        # torch orthogonalises in bfloat16, which is good for two digits of a step of about 0.2 * 3e-2.
-        tolerance = 2e-3 if ".h." in name and mine.ndim == 2 else 1e-6
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=tolerance, msg=name)
+    begun = tiny_model()
+    for (name, mine), other, old in zip(
+        model.named_parameters(), reference.parameters(), begun.parameters(), strict=True
+    ):
+        if ".h." in name and mine.ndim == 2:
+            # torch has other polynomials, so what both take for orthogonal differs, by up to 0.3 of a singular value.
+            moved, expected = (mine - old).flatten(), (other - old).flatten()
+            assert torch.cosine_similarity(moved, expected, dim=0) > 0.97, name
+            assert 0.9 < moved.norm() / expected.norm() < 1.25, name
+        else:
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
