@@ -323,11 +323,11 @@ async def handle_v1_completions(request: web.Request) -> web.StreamResponse:
             begun: set[tuple[int, int]] = set()
 
             def of_piece(place: int, piece: Piece) -> bytes:
-                text = piece.text
+                text, logprobs = piece.text, asking.echoed(place, piece.logprobs, begun=(place, piece.sample) in begun)
                 if wish.echo and (place, piece.sample) not in begun:
                     text = asking.prompts[place].context + text
                 begun.add((place, piece.sample))
-                chunk = choice(place, piece.sample, text, piece.logprobs, piece.finish_reason)
+                chunk = choice(place, piece.sample, text, logprobs, piece.finish_reason)
                 return event({**head, "choices": [chunk], **no_usage})
 
             def end(completions: list[list[Completion]]) -> bytes:
@@ -340,7 +340,8 @@ async def handle_v1_completions(request: web.Request) -> web.StreamResponse:
     for place, (prompt, group) in enumerate(zip(asking.prompts, completions, strict=True)):
         for sample, completion in enumerate(group):
             text = completion.text if wish.echo else completion.text[len(prompt.context) :]
-            choices.append(choice(place, sample, text, completion.logprobs, completion.finish_reason))
+            logprobs = asking.echoed(place, completion.logprobs)
+            choices.append(choice(place, sample, text, logprobs, completion.finish_reason))
     response = json_response({**head, "choices": choices, "usage": v1_usage(asking.prompts, completions)})
     response.headers.update(headers_of(asking))
     return response

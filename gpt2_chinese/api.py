@@ -51,6 +51,7 @@ class Wish:
     stream: bool = False
     logprobs: int | None = None
     echo: bool = False
+    scored: bool = False
     include_usage: bool = False
     model: str | None = None
 
@@ -145,11 +146,16 @@ def v1_fields(limits: Limits, vocab_size: int) -> dict[str, Schema]:
             ],
             "description": "a text, texts, a list of token ids or lists of token ids",
         },
-        "max_tokens": _whole(min(V1_DEFAULT_LENGTH, limits.length), 1, limits.length, "tokens of a completion"),
+        "max_tokens": _whole(
+            min(V1_DEFAULT_LENGTH, limits.length),
+            0,
+            limits.length,
+            "tokens of a completion; 0 with echo and logprobs says how likely the prompt's own are",
+        ),
         "n": _whole(1, 1, limits.samples, "completions of each prompt"),
         "best_of": _whole(None, 1, limits.samples, "must be n where it is given"),
         **_sampling(0, 1.0),
-        "echo": _flag("put the prompt before the completion; not together with logprobs"),
+        "echo": _flag("put the prompt before the completion, and its tokens before the completion's in logprobs"),
         "logprobs": _whole(None, 0, MOST_LOGPROBS, "report the tokens' logprobs and so many likeliest tokens"),
         "stream_options": {
             "type": ["object", "null"],
@@ -242,8 +248,10 @@ def parse_v1(body: bytes, limits: Limits, vocab_size: int) -> Wish:
     contexts = _prompts(fields["prompt"], limits.prompts, vocab_size)
     if fields["best_of"] not in (None, fields["n"]):
         raise Refusal(400, "unsupported", f"best_of must be n, which is {fields['n']}; leave it out", "best_of")
-    if fields["echo"] and fields["logprobs"] is not None:
-        raise Refusal(400, "unsupported", "echo and logprobs do not go together; leave one out", "echo")
+    scored = bool(fields["echo"]) and fields["logprobs"] is not None
+    if fields["max_tokens"] == 0 and not scored:
+        message = "max_tokens 0 leaves nothing to answer; take 1 or more, or echo and logprobs too"
+        raise Refusal(400, "out_of_range", message, "max_tokens")
     settings = _settings(fields)
     if settings.top_p < SMALLEST_TOP_P:
         settings = Settings(settings.temperature, settings.top_k, SMALLEST_TOP_P, settings.repetition_penalty)
@@ -257,6 +265,7 @@ def parse_v1(body: bytes, limits: Limits, vocab_size: int) -> Wish:
         stream=fields["stream"],
         logprobs=fields["logprobs"],
         echo=fields["echo"],
+        scored=scored,
         include_usage=_include_usage(fields["stream_options"]),
         model=fields["model"],
     )
@@ -409,8 +418,8 @@ def openapi(limits: Limits, vocab_size: int, *, needs_key: bool) -> dict[str, An
     error = _object(error=_object(message=text, type=text, param={"type": ["string", "null"]}, code=text))
     logprobs = _object(
         tokens={"type": "array", "items": text},
-        token_logprobs={"type": "array", "items": {"type": "number"}},
-        top_logprobs={"type": ["array", "null"], "items": {"type": "object"}},
+        token_logprobs={"type": "array", "items": {"type": ["number", "null"]}},
+        top_logprobs={"type": ["array", "null"], "items": {"type": ["object", "null"]}},
         text_offset={"type": "array", "items": whole},
     )
     choice = _object(

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -299,6 +299,15 @@ class CompiledDecoder:
             wanted = [stop - start - 1] if stop == length else []
             self._run(ids[start:stop], [self.rows] * (stop - start), range(start, stop), wanted, logits)
         return Prefix(self.keys[:, -1, :, :length].copy(), self.values[:, -1, :, :length].copy(), logits[0], length)
+
+    def prompt_logits(self, ids: Sequence[int]) -> Iterator[Tensor]:
+        """The logits behind every token of a prompt, in parts [tokens, V]; the buffers of the rows are not touched."""
+        for start in range(0, len(ids), PREFILL_ROWS):
+            part = ids[start : start + PREFILL_ROWS]
+            logits = torch.empty(len(part), self.vocab_size)
+            places = range(len(part))
+            self._run(part, [self.rows] * len(part), range(start, start + len(part)), places, logits)
+            yield logits
 
     def prefill_rows(self, prompts: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
         """Run prompts into the buffers of rows, given as (row, ids), all together; give their logits [prompts, V]."""

@@ -40,25 +40,28 @@ class Settings:
 class Prompt:
     """A context as the model gets it: `[MASK]` (the beginning of a document) and its ids, at most n_ctx of them.
 
-    `cut` counts the tokens that were cut from the left because the context is longer than the model's.
+    `cut` counts the tokens that were cut from the left because the context is longer than the model's; `implied` those
+    at the beginning of `ids` that the caller has not given: 1 for a `[MASK]` that was put there, else 0.
     """
 
     context: str
     ids: tuple[int, ...]
     cut: int
+    implied: int = 0
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token of a continuation, as the vocabulary has it, and how likely the model held it to be.
+    """A token of a continuation or a context, as the vocabulary has it, and how likely the model held it to be.
 
     `logprob` is the log-softmax of the raw logits, before any setting; `top` has the likeliest tokens and this one.
-    `offset` counts the characters of the continuation before it.
+    Both are None for a token that nothing stands before. `offset` counts the characters of the continuation, or of the
+    context, before it.
     """
 
     token: str
-    logprob: float
-    top: dict[str, float]
+    logprob: float | None
+    top: dict[str, float] | None
     offset: int
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 PADDINGS = (1, 2, 4, 8, 16)
+PROMPT_LOGITS = 64  # rows of logits at a time where all of a prompt's are wanted
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,21 @@ class Decoder:
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int]) -> Prefix:
         """Run one prompt of 1 to `n_ctx` tokens; the buffers of the rows are not touched."""
+        hidden, keys, values = self._read(ids)
+        return Prefix(keys, values, self._logits(hidden[-1:])[0], len(ids))
+
+    @torch.inference_mode()
+    def prompt_logits(self, ids: Sequence[int]) -> Iterator[Tensor]:
+        """The logits behind every token of a prompt, in parts [tokens, V]; the buffers of the rows are not touched."""
+        hidden, _, _ = self._read(ids)
+        for part in hidden.split(PROMPT_LOGITS):
+            yield self._logits(part)
+
+    def _read(self, ids: Sequence[int]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The hidden states [N, n_embd] of a prompt, and each layer's keys and values."""
         assert 1 <= len(ids) <= self.n_ctx
-        keys, values = [], []
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
 
         def attention(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
@@ -134,8 +148,7 @@ class Decoder:
 
         tokens = torch.tensor(ids, device=self.device)
         hidden = self.token_embedding[tokens] + self.position_embedding[: len(ids)]
-        hidden = self._blocks(hidden, attention)
-        return Prefix(keys, values, self._logits(hidden[-1:])[0], len(ids))
+        return self._blocks(hidden, attention), keys, values
 
     def close(self) -> None:
         """Nothing to end; CompiledDecoder has threads."""

@@ -7,6 +7,7 @@ seed only: alone or in a crowd, the text is the same.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import secrets
 import threading
@@ -36,7 +37,7 @@ from gpt2_chinese.decoder import Decoder, Prefix
 from gpt2_chinese.graph_decoder import decoder_on_gpu
 from gpt2_chinese.precision import to_device
 from gpt2_chinese.sampling import draw, repetition_penalised, row_seed, uniforms
-from gpt2_chinese.tokenizer import Tokenizer
+from gpt2_chinese.tokenizer import TextJoiner, Tokenizer
 from gpt2_chinese.vocabulary import CLS_ID, MASK_ID, NEVER_PRODUCED
 
 LOGGER = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ class Ticket:
     stop: tuple[str, ...]
     logprobs: int | None
     on_piece: Callable[[Piece], None] | None
+    scored: bool = False
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     future: Future[list[Completion]] = field(default_factory=Future)
     cancelled: bool = False
     cancelled_samples: set[int] = field(default_factory=set)
@@ -223,7 +226,7 @@ class Engine:
                 f"character {error.start + 1} is half of a surrogate pair (U+{ord(context[error.start]):04X}), "
                 "not a character; send the text as UTF-8"
             ) from None
-        return self._fitted(context, [MASK_ID, *self.tokenizer.encode(context)], length)
+        return self._fitted(context, [MASK_ID, *self.tokenizer.encode(context)], length, implied=1)
 
     def prompt_of_ids(self, ids: Sequence[int], length: int) -> Prompt:
         """The same for a context that is given as ids, at least one; `[MASK]` is put before them where it is not there.
@@ -231,12 +234,12 @@ class Engine:
         Raises:
             ValueError: an id is not in the vocabulary.
         """
-        context = self.tokenizer.decode(ids)
-        return self._fitted(context, [MASK_ID, *ids] if ids[0] != MASK_ID else list(ids), length)
+        implied = [] if ids[0] == MASK_ID else [MASK_ID]
+        return self._fitted(self.tokenizer.decode(ids), [*implied, *ids], length, implied=len(implied))
 
-    def _fitted(self, context: str, ids: list[int], length: int) -> Prompt:
+    def _fitted(self, context: str, ids: list[int], length: int, *, implied: int) -> Prompt:
         if len(ids) <= self.n_ctx:
-            return Prompt(context, tuple(ids), 0)
+            return Prompt(context, tuple(ids), 0, implied)
         kept = max(self.n_ctx - length, self.n_ctx // 2, 1)
         return Prompt(context, tuple(ids[-kept:]), len(ids) - kept)
 
@@ -250,6 +253,7 @@ class Engine:
         seed: int | None = None,
         stop: Sequence[str] = (),
         logprobs: int | None = None,
+        scored: bool = False,
         on_piece: Callable[[Piece], None] | None = None,
     ) -> Ticket:
         """Queue a request and return at once.
@@ -257,19 +261,22 @@ class Engine:
         Args:
             prompt: from `prompt()`, or of ids alone.
             samples: how many completions, at least 1.
-            length: tokens a completion has at most, at least 1.
+            length: tokens a completion has at most, at least 1; 0 is possible with `scored`.
             settings: how tokens are drawn.
             seed: 64 bits; the same seed gives the same texts. None takes a random one.
             stop: the first of these strings in a continuation ends it, and is cut off.
             logprobs: how many alternatives of each token are wanted, 0 to MOST_LOGPROBS; None reports no logprobs.
+            scored: report the prompt's own tokens too, as `prompt_logprobs` of the ticket, there before any piece.
             on_piece: called in the model's thread with each piece of text; must be quick and not raise.
 
         Raises:
             EngineFull: too many sequences wait.
             EngineStopped: the engine is closed, or its thread has died.
         """
-        if samples < 1 or length < 1:
+        if samples < 1 or length < (0 if scored else 1):
             raise ValueError(f"samples and length must be 1 or more, they are {samples} and {length}")
+        if scored and logprobs is None:
+            raise ValueError("a prompt is scored where logprobs are wanted; say how many")
         if not all(stop):
             raise ValueError("a stop string must not be empty")
         if logprobs is not None and not 0 <= logprobs <= MOST_LOGPROBS:
@@ -279,7 +286,7 @@ class Engine:
         if seed is None:
             seed = secrets.randbits(63)
         seeds = [row_seed(seed, number) for number in range(samples)]
-        ticket = Ticket(prompt, length, settings or Settings(), seeds, tuple(stop), logprobs, on_piece)
+        ticket = Ticket(prompt, length, settings or Settings(), seeds, tuple(stop), logprobs, on_piece, scored)
         # From here on only the engine ends it: asyncio would cancel the future of a client that has gone.
         ticket.future.set_running_or_notify_cancel()
         with self._changed:
@@ -375,6 +382,11 @@ class Engine:
         tokens = 0
         while self._waiting and (free := self.decoder.rows - len(self._rows)):
             ticket = self._waiting[0]
+            if ticket.scored and ticket.prompt_logprobs is None:
+                ticket.prompt_logprobs = self._score(ticket.prompt, ticket.logprobs or 0)
+            if ticket.length == 0:
+                self._end_unsampled(ticket)
+                continue
             tokens += len(ticket.prompt.ids)
             if ticket.prefix is not None or len(ticket.seeds) > free:
                 if not prompts:
@@ -407,6 +419,35 @@ class Engine:
         for row in range(first, len(self._rows)):
             self.decoder.load(row, prefix)
         self._advance(range(first, len(self._rows)), prefix.logits.repeat(len(self._rows) - first, 1))
+
+    def _end_unsampled(self, ticket: Ticket) -> None:
+        """End a request at the head of the queue that wants no tokens."""
+        with self._changed:
+            self._waiting.popleft()
+            ticket.joined = len(ticket.seeds)
+        for number in range(len(ticket.seeds)):
+            self._finish(self._sample(ticket, number), "length")
+
+    def _score(self, prompt: Prompt, wanted: int) -> tuple[TokenLogprob, ...]:
+        """How likely the model holds each token of a prompt to be, of those that the caller has given."""
+        before = 0
+        reports: list[tuple[float | None, dict[str, float] | None]] = [] if prompt.implied else [(None, None)]
+        for logits in self.decoder.prompt_logits(prompt.ids[:-1]) if len(prompt.ids) > 1 else ():
+            following = prompt.ids[before + 1 : before + 1 + len(logits)]
+            reports += self._reports([wanted] * len(following), following, logits)
+            before += len(following)
+        self.prompt_tokens += before
+        ids = prompt.ids[prompt.implied :]
+        joiner = TextJoiner(compat=self.tokenizer.compat)
+        tokens = [self.tokenizer.vocabulary[id_] for id_ in ids]
+        lengths = [len(joiner.push(token)) for token in tokens]
+        # Counted from the end: what was cut from the left stands in the context too.
+        begin = len(prompt.context) - sum(lengths)
+        offsets = [max(0, place) for place in itertools.accumulate(lengths, initial=begin)]
+        return tuple(
+            TokenLogprob(token, *report, offset)
+            for token, report, offset in zip(tokens, reports, offsets, strict=False)
+        )
 
     def _take_rows(self, ticket: Ticket, count: int) -> None:
         """Give the next samples of the first waiting request their rows."""
@@ -441,11 +482,12 @@ class Engine:
     def _advance(self, rows: range, logits: Tensor) -> None:
         """Draw the next token of these rows from their logits, which are spoilt; those that have ended leave."""
         samples = [self._rows[row] for row in rows]
-        reporting = [place for place, sample in enumerate(samples) if sample.ticket.logprobs is not None]
+        wanted = {place: count for place, one in enumerate(samples) if (count := one.ticket.logprobs) is not None}
+        reporting = list(wanted)
         reported = logits[reporting]  # a copy, before some are banned
         tokens = self._draw(samples, self._seen[rows.start : rows.stop], logits)
         self._seen[rows.start : rows.stop].scatter_(1, to_device(tokens[:, None], self._seen.device), True)
-        reports = self._logprobs([samples[place] for place in reporting], tokens[reporting], reported)
+        reports = self._reports(list(wanted.values()), tokens[reporting].tolist(), reported)
         logprobs = {rows[place]: report for place, report in zip(reporting, reports, strict=True)}
         now = time.monotonic()
         for row, sample, token in reversed(list(zip(rows, samples, tokens.tolist(), strict=True))):
@@ -468,17 +510,15 @@ class Engine:
             elif len(sample.ids) == ticket.length:
                 self._leave(row, "length")
 
-    def _logprobs(
-        self, samples: Sequence[_Sample], tokens: Tensor, logits: Tensor
+    def _reports(
+        self, wanted: Sequence[int], tokens: Sequence[int], logits: Tensor
     ) -> list[tuple[float, dict[str, float]]]:
-        """For each of these samples, which want them: the drawn token's logprob, and the likeliest tokens'."""
+        """For each row: the logprob of its token, and those of its likeliest tokens, so many as are wanted."""
         reports = []
-        for sample, token, scores in zip(samples, tokens.tolist(), logits, strict=True):
+        for count, token, scores in zip(wanted, tokens, logits, strict=True):
             scores = torch.log_softmax(scores.double(), dim=-1)
-            wanted = sample.ticket.logprobs
-            assert wanted is not None
-            best = scores.topk(min(wanted, len(self.tokenizer)))
-            top = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if wanted else {}
+            best = scores.topk(min(count, len(self.tokenizer)))
+            top = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if count else {}
             top.setdefault(token, float(scores[token]))
             names = {self.tokenizer.vocabulary[id_]: score for id_, score in top.items() if id_ < len(self.tokenizer)}
             reports.append((top[token], names))

@@ -9,12 +9,12 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gpt2_chinese.api import Limits, Refusal, Wish
-from gpt2_chinese.completion import Completion, EngineFull, Piece, Prompt
+from gpt2_chinese.completion import Completion, EngineFull, Piece, Prompt, TokenLogprob
 from gpt2_chinese.prometheus import Metrics
 
 if TYPE_CHECKING:  # the port answers before torch is imported
@@ -147,6 +147,20 @@ class Asked:
         """Tokens of the longest context that did not fit the model."""
         return max(prompt.cut for prompt in self.prompts)
 
+    def echoed(
+        self, place: int, logprobs: tuple[TokenLogprob, ...], *, begun: bool = False
+    ) -> tuple[TokenLogprob, ...]:
+        """Logprobs of a completion of a context, as they stand behind the context's own where it is scored.
+
+        Args:
+            begun: the context's own have been given already.
+        """
+        if not self.wish.scored:
+            return logprobs
+        moved = len(self.prompts[place].context)
+        own = () if begun else self.tickets[place].prompt_logprobs or ()
+        return (*own, *(replace(one, offset=one.offset + moved) for one in logprobs))
+
 
 @asynccontextmanager
 async def asked(service: Service, wish: Wish) -> AsyncIterator[Asked]:
@@ -179,6 +193,7 @@ async def asked(service: Service, wish: Wish) -> AsyncIterator[Asked]:
                     seed=wish.seed,
                     stop=wish.stop,
                     logprobs=wish.logprobs,
+                    scored=wish.scored,
                     on_piece=None if arrivals is None else partial(arrivals.put, place),
                 )
                 result.tickets.append(ticket)

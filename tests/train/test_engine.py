@@ -6,6 +6,7 @@ import json
 import random
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from tiny_model import endless_model, favour, tiny_model, tiny_tokenizer
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from gpt2_chinese.checkpoint import load_model
+from gpt2_chinese.compiled_decoder import CompiledDecoder
 from gpt2_chinese.completion import Continuation, EngineFull, EngineStopped, Prompt, Settings
 from gpt2_chinese.decoder import Decoder
 from gpt2_chinese.engine import Engine, choose_device, continuation
@@ -405,10 +407,49 @@ def test_logprobs_are_those_of_the_raw_logits(engine):
                 assert completion.text[2:][one.offset :].startswith(one.token.replace("[SEP]", "\n").strip("#"))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_prompt_is_scored_as_transformers_would(compiled):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    with Engine(model, tokenizer, rows=4, precision="fp32" if compiled else None) as decoding:
+        assert isinstance(decoding.decoder, CompiledDecoder) == compiled
+        given = tokenizer.encode("一丁七\n乐")
+        cases = [
+            (decoding.prompt("一丁七\n乐", 0), 1),
+            (decoding.prompt_of_ids([MASK_ID, *given], 0), 0),
+            (decoding.prompt("一", 0), 1),
+            (decoding.prompt("一丁七" * 50, 4), 0),
+        ]
+        for prompt, implied in cases:
+            assert prompt.implied == implied
+            with torch.inference_mode():
+                scores = torch.log_softmax(model(torch.tensor([prompt.ids])).logits[0].double(), dim=-1)
+            for length in (0, 4):
+                ticket = decoding.submit(prompt, samples=2, length=length, seed=1, logprobs=2, scored=True)
+                completions = ticket.future.result(WAIT)
+                assert all(len(completion.ids) <= length for completion in completions)
+                assert length or {completion.finish_reason for completion in completions} == {"length"}
+                scored = ticket.prompt_logprobs
+                assert [one.token for one in scored] == [tokenizer.vocabulary[id_] for id_ in prompt.ids[implied:]]
+                for place, one in enumerate(scored, start=implied):
+                    if place == 0:
+                        assert one.logprob is None and one.top is None
+                        continue
+                    row, id_ = scores[place - 1], prompt.ids[place]
+                    assert one.logprob == pytest.approx(float(row[id_]), abs=1e-4)
+                    likeliest = {tokenizer.vocabulary[best] for best in row.topk(2).indices.tolist()}
+                    assert set(one.top) == likeliest | {one.token} and one.top[one.token] == one.logprob
+                    text = {"[SEP]": "\n", "[MASK]": ""}.get(one.token, one.token)
+                    assert prompt.context[one.offset :].startswith(text)
+        alone = decoding.submit(cases[0][0], samples=1, length=9, seed=1).future.result(WAIT)
+        both = decoding.submit(cases[0][0], samples=1, length=9, seed=1, logprobs=0, scored=True).future.result(WAIT)
+        assert both[0].text == alone[0].text
+
+
 def test_ids_as_a_prompt_are_completed_like_their_text(engine):
     ids = engine.tokenizer.encode("一丁七")
     prompt = engine.prompt("一丁七", 5)
-    assert engine.prompt_of_ids(ids, 5) == prompt == engine.prompt_of_ids([MASK_ID, *ids], 5)
+    assert engine.prompt_of_ids(ids, 5) == prompt
+    assert engine.prompt_of_ids([MASK_ID, *ids], 5) == replace(prompt, implied=0)
     assert engine.prompt_of_ids(ids * 50, 10).cut > 0
     for wrong in (-1, len(engine.tokenizer)):
         with pytest.raises(ValueError, match=f"id {wrong} is not in the vocabulary"):

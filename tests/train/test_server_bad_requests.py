@@ -182,7 +182,8 @@ V1_BAD_BODIES = [
             ("best_of", 2),
         ]
     ),
-    (f'{{{PROMPT}, "echo": true, "logprobs": 1}}', "unsupported", "echo"),
+    (f'{{{PROMPT}, "max_tokens": 0, "echo": true}}', "out_of_range", "max_tokens"),
+    (f'{{{PROMPT}, "max_tokens": 0, "logprobs": 1}}', "out_of_range", "max_tokens"),
     (f'{{{PROMPT}, "logit_bias": []}}', "wrong_type", "logit_bias"),
     (f'{{{PROMPT}, "messages": []}}', "unknown_field", "messages"),
     (f'{{{PROMPT}, "maxlength": 5}}', "unknown_field", "maxlength"),
@@ -206,6 +207,7 @@ V1_BAD_BODIES = [
         (f'{{{PROMPT}, "{name}": {value}}}', "out_of_range", name)
         for name, value in [
             ("max_tokens", 0),
+            ("max_tokens", -1),
             ("max_tokens", 1025),
             ("n", 0),
             ("n", 33),

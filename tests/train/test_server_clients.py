@@ -111,6 +111,35 @@ def test_logprobs_name_tokens_and_the_likeliest():
     with_openai(test)
 
 
+def test_echo_with_logprobs_scores_the_prompt():
+    def test(client):
+        wish = dict(model="tiny", prompt=["一丁七", "七"], n=2, seed=3, max_tokens=4, echo=True, logprobs=1)
+        answer = client.completions.create(**wish)
+        only = client.completions.create(**wish | {"max_tokens": 0})
+        for choice, scored in zip(answer.choices, only.choices, strict=True):
+            prompt = "一丁七" if choice.index < 2 else "七"
+            assert scored.text == prompt and choice.text.startswith(prompt) and scored.finish_reason == "length"
+            assert scored.logprobs.tokens == list(prompt) and scored.logprobs.text_offset == list(range(len(prompt)))
+            assert choice.logprobs.tokens[: len(prompt)] == list(prompt)
+            assert choice.logprobs.token_logprobs[: len(prompt)] == scored.logprobs.token_logprobs
+            assert all(logprob < 0 for logprob in choice.logprobs.token_logprobs)
+            for token, offset in zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True):
+                assert choice.text[offset:].startswith(token.replace("[SEP]", "\n").strip("#"))
+        assert only.usage.completion_tokens == 0
+        parts: dict[int, list] = {0: [], 1: [], 2: [], 3: []}
+        for chunk in client.completions.create(**wish, stream=True):
+            parts[chunk.choices[0].index].append(chunk.choices[0])
+        for choice in answer.choices:
+            own = parts[choice.index]
+            assert "".join(part.text for part in own) == choice.text
+            assert sum((part.logprobs.tokens for part in own), []) == choice.logprobs.tokens
+            assert sum((part.logprobs.text_offset for part in own), []) == choice.logprobs.text_offset
+        ids = client.completions.create(**wish | {"prompt": [2, 5, 6], "max_tokens": 0}).choices[0].logprobs
+        assert ids.tokens[0] == "[MASK]" and ids.token_logprobs[0] is None and len(ids.tokens) == 3
+
+    with_openai(test)
+
+
 def test_stop_strings_end_a_text_before_them():
     def test(client):
         whole = client.completions.create(model="tiny", prompt="一", seed=2, max_tokens=30).choices[0]
@@ -136,7 +165,7 @@ def test_models_and_errors_are_those_that_the_client_knows():
             ({"n": 2, "best_of": 3}, "best_of"),
             ({"presence_penalty": 1}, "presence_penalty"),
             ({"suffix": "。"}, "suffix"),
-            ({"echo": True, "logprobs": 2}, "echo"),
+            ({"echo": True, "max_tokens": 0}, "max_tokens"),
             ({"extra_body": {"min_p": 0.1}}, "min_p"),
         ]:
             with pytest.raises(openai.BadRequestError) as raised:
@@ -193,7 +222,8 @@ def test_schemathesis_finds_no_answer_that_the_description_does_not_have(mode, c
         if not isinstance(body, dict):
             return False
         n = body.get("n") or 1
-        return body.get("best_of") not in (None, n) or bool(body.get("echo") and body.get("logprobs") is not None)
+        scored = bool(body.get("echo")) and body.get("logprobs") is not None
+        return body.get("best_of") not in (None, n) or (body.get("max_tokens") == 0 and not scored)
 
     async def test(client):
         async with client.get("/openapi.json") as response:
