@@ -390,6 +390,7 @@ async def handle_health(request: web.Request) -> web.Response:
         "device": service.device,
         "running": engine.running if engine else 0,
         "waiting": engine.waiting if engine else 0,
+        "full_speed": engine is not None and engine.at_full_speed,
         "n_ctx": engine.n_ctx if engine else None,
         "maxlength": service.limits.length,
         "samples": service.limits.samples,
@@ -403,6 +404,7 @@ async def handle_metrics(request: web.Request) -> web.Response:
     engine = service.engine
     gauges = {
         "ready": int(service.status == "ready"),
+        "full_speed": int(engine is not None and engine.at_full_speed),
         "running_sequences": engine.running if engine else 0,
         "waiting_sequences": engine.waiting if engine else 0,
         "admitted_requests": service.admitted,

@@ -443,6 +443,7 @@ def openapi(limits: Limits, vocab_size: int, *, needs_key: bool) -> dict[str, An
         device={"type": ["string", "null"]},
         running=whole,
         waiting=whole,
+        full_speed={"type": "boolean"},
         n_ctx={"type": ["integer", "null"]},
         maxlength=whole,
         samples=whole,

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import urllib.request
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -347,6 +348,27 @@ def test_the_port_answers_while_the_model_loads(server):
             assert response.status == 200
 
     served(test, load=load, wait=False)
+
+
+def test_full_speed_is_said_when_the_compiled_decoder_has_taken_over(server):
+    engine = Engine(tiny_model(), tiny_tokenizer(), rows=8)
+    compiling: Future = Future()
+    engine._next_decoder = compiling
+
+    async def facts(client):
+        async with client.get("/metrics") as response:
+            text = await response.text()
+        async with client.get("/health") as response:
+            return (await response.json())["full_speed"], 'gpt2_full_speed{model="tiny",device="cpu"} 1' in text
+
+    async def test(client):
+        assert await facts(client) == (False, False)
+        await check_good(client)
+        compiling.set_result(engine.decoder)
+        await check_good(client)
+        assert await facts(client) == (True, True)
+
+    served(test, engine=engine)
 
 
 def test_a_model_that_cannot_be_loaded_is_dead_and_said_so(server):
