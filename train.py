@@ -38,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from gpt2_chinese.allocator import keep_freed_memory
 from gpt2_chinese.artifacts import exclusive, sha256_of
 from gpt2_chinese.checkpoint import check_replaceable, find_config, load_model, read_config, save_model
 from gpt2_chinese.command_line import print_settings, run_script
@@ -636,6 +637,8 @@ def train_rank(
         counted = begin_at_cooccurrences(model, tokens, seed=args.seed)
         print(f"embedding  begins at what stands beside what in {counted:,} tokens")
     torch.manual_seed(args.seed + rank)  # every rank drops out other neurons
+    if device.type == "cpu":
+        keep_freed_memory()
 
     # 1) model, optimizer, precision
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -80,6 +80,10 @@ def test_a_model_gets_it_in_its_head_too_and_other_random_numbers_stay():
     assert torch.equal(torch.get_rng_state(), state)
     assert model.lm_head.weight is model.transformer.wte.weight
     assert not torch.equal(model.transformer.wte.weight[5:9], before[5:9])
+    # Without an opinion, the model holds no token for much likelier than another, not even the one before.
+    with torch.no_grad():
+        likely = model(torch.tensor([[5, 6, 7]])).logits.softmax(dim=-1)
+    assert likely.max() < 3 / likely.shape[-1]
 
 
 def test_a_run_begins_there_alone_and_with_two_ranks(train, capfd):
