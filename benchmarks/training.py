@@ -450,7 +450,13 @@ def time_to_loss(args: argparse.Namespace) -> None:
         )
     goal = min(goals)
     reached, whole = run_ours(args, goal)
-    print(f"ours: {goal:.4f} after {reached:.0f} s of {whole:.0f}, {args.minutes * 60 / reached:.1f} times as fast")
+    if math.isinf(reached):
+        print(f"ours: {goal:.4f} not reached in {whole:.0f} s", flush=True)
+        return
+    print(
+        f"ours: {goal:.4f} after {reached:.0f} s of {whole:.0f}, {args.minutes * 60 / reached:.1f} times as fast",
+        flush=True,
+    )
     for lr in map(float, args.trainer_lrs.split(",") if args.trainer_lrs else []):
         history = run_recipe("Trainer", args, lr, args.minutes * 60, args.trainer_updates or int(updates))
         seconds = next((point[0] for point in history if point[2] <= goal), math.inf)
