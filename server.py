@@ -23,8 +23,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,7 @@ from aiohttp import web
 from gpt2_chinese.api import (
     DEFAULT_LENGTH,
     DEFAULT_SAMPLES,
+    MOST_TOKENS,
     Limits,
     Refusal,
     openapi,
@@ -43,9 +46,11 @@ from gpt2_chinese.api import (
 from gpt2_chinese.command_line import run_script
 from gpt2_chinese.completion import PRECISIONS, Completion, EngineStopped, Piece, Prompt, TokenLogprob
 from gpt2_chinese.connections import error_body, listen, serving, url_of
+from gpt2_chinese.prometheus import Exposition
 from gpt2_chinese.service import (
     WARM_UP,
     Asked,
+    ServedModel,
     Service,
     asked,
     completions_of,
@@ -83,9 +88,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Serve completions of a trained model over HTTP.")
     limits = Limits()
     # the model
-    parser.add_argument("--model_path", default="model/final_model", help="model folder (%(default)s)")
+    parser.add_argument(
+        "--model_path",
+        action="append",
+        help="model folder (model/final_model); given several times, requests choose with their field model",
+    )
     parser.add_argument("--vocab_file", help="vocabulary of a model folder that has none, such as GPT2-Chinese's")
-    parser.add_argument("--model_name", help="its name in /v1/models and on the page (the folder's name)")
+    parser.add_argument(
+        "--model_name",
+        action="append",
+        help="its name in /v1/models and on the page (the folder's name); once for each --model_path, in their order",
+    )
     parser.add_argument(
         "--device",
         default="auto",
@@ -127,7 +140,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # given to the processes of several devices
     parser.add_argument("--listen_fd", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--ready_fd", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.model_path = args.model_path or ["model/final_model"]
+    return args
 
 
 def check(args: argparse.Namespace) -> None:
@@ -149,6 +164,26 @@ def check(args: argparse.Namespace) -> None:
         if not getattr(args, flag) > 0:
             raise ValueError(f"--{flag} must be above 0 seconds, it is {getattr(args, flag)}")
     origins(args.cors_origins)
+    model_names(args)
+
+
+def model_names(args: argparse.Namespace) -> list[str]:
+    """What each of the models is called.
+
+    Raises:
+        ValueError: there is not one name for each model, or two are called the same.
+    """
+    folders = [Path(folder).resolve().name for folder in args.model_path]
+    names: list[str] = args.model_name or folders
+    if len(names) != len(folders):
+        raise ValueError(
+            f"--model_name is given {len(names)} times and --model_path {len(folders)} times; give one name for each"
+        )
+    for name, count in Counter(names).items():
+        if not name or count > 1:
+            what = f"{count} models are called {name}" if name else "a model has no name"
+            raise ValueError(f"{what}; give each --model_path a --model_name of its own")
+    return names
 
 
 def read_keys(args: argparse.Namespace) -> tuple[bytes, ...]:
@@ -250,7 +285,7 @@ async def answer_as_events(
             if data := b"".join(of_piece(place, piece) for place, piece in arrived if piece is not None):
                 await write(data)
         completions = [ticket.future.result() for ticket in asked.tickets]
-        observe(service, asked, completions)
+        observe(asked, completions)
         await write(end(completions))
     except (Refusal, EngineStopped) as error:
         refusal = error if isinstance(error, Refusal) else stopped()
@@ -291,7 +326,7 @@ async def handle_generate(request: web.Request) -> web.StreamResponse:
                 return event({"tokens": tokens_of(completions), "seconds": seconds}, "done")
 
             return await answer_as_events(request, asking, "maxlength", of_piece, end)
-        completions = await completions_of(service, asking, "maxlength")
+        completions = await completions_of(service.limits, asking, "maxlength")
     response = json_response([completion.text for completion in completions[0]])
     response.headers.update(headers_of(asking) | {TOKENS_HEADER: str(tokens_of(completions))})
     return response
@@ -301,16 +336,13 @@ async def handle_v1_completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/completions: as clients of OpenAI's API expect it."""
     service = request.app[SERVICE]
     body = await read_body(request, service.limits)
-    vocab_size = len(service.ready_engine().tokenizer)
-    wish = parse_v1(body, service.limits, vocab_size)
-    if wish.model not in (None, service.name):
-        raise Refusal(404, "model_not_found", f"there is no such model; this server has {service.name}", "model")
+    wish = parse_v1(body, service.limits, lambda name: service.model(name).vocab_size)
     async with asked(service, wish) as asking:
         head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": service.name,
+            "model": asking.model.name,
         }
 
         def choice(place: int, sample: int, text: str, logprobs: Sequence[TokenLogprob], reason: str | None) -> Any:
@@ -335,7 +367,7 @@ async def handle_v1_completions(request: web.Request) -> web.StreamResponse:
                 return (event(usage) if wish.include_usage else b"") + b"data: [DONE]\n\n"
 
             return await answer_as_events(request, asking, "max_tokens", of_piece, end)
-        completions = await completions_of(service, asking, "max_tokens")
+        completions = await completions_of(service.limits, asking, "max_tokens")
     choices = []
     for place, (prompt, group) in enumerate(zip(asking.prompts, completions, strict=True)):
         for sample, completion in enumerate(group):
@@ -363,35 +395,45 @@ def v1_usage(prompts: Sequence[Prompt], completions: Sequence[Sequence[Completio
     return {"prompt_tokens": prompt_tokens, "completion_tokens": drawn, "total_tokens": prompt_tokens + drawn}
 
 
-def v1_model(service: Service) -> dict[str, Any]:
-    return {"id": service.name, "object": "model", "created": service.started, "owned_by": "gpt2-chinese"}
+def v1_model(service: Service, model: ServedModel) -> dict[str, Any]:
+    return {"id": model.name, "object": "model", "created": service.started, "owned_by": "gpt2-chinese"}
 
 
 async def handle_v1_models(request: web.Request) -> web.Response:
     """GET /v1/models."""
-    return json_response({"object": "list", "data": [v1_model(request.app[SERVICE])]})
+    service = request.app[SERVICE]
+    return json_response({"object": "list", "data": [v1_model(service, model) for model in service.models]})
 
 
 async def handle_v1_model(request: web.Request) -> web.Response:
     """GET /v1/models/{model}."""
     service = request.app[SERVICE]
-    if request.match_info["model"] != service.name:
-        raise Refusal(404, "model_not_found", f"there is no such model; this server has {service.name}", "model")
-    return json_response(v1_model(service))
+    return json_response(v1_model(service, service.model(request.match_info["model"])))
 
 
 async def handle_health(request: web.Request) -> web.Response:
     """GET /health: 200 while requests are taken, 503 otherwise."""
     service = request.app[SERVICE]
-    engine = service.engine
+    models = [
+        {
+            "model": model.name,
+            "status": model.status,
+            "running": model.running,
+            "waiting": model.waiting,
+            "full_speed": model.at_full_speed,
+            "n_ctx": model.engine.n_ctx if model.engine else None,
+        }
+        for model in service.models
+    ]
     facts = {
         "status": service.status,
-        "model": service.name,
+        "model": models[0]["model"],
         "device": service.device,
-        "running": engine.running if engine else 0,
-        "waiting": engine.waiting if engine else 0,
-        "full_speed": engine is not None and engine.at_full_speed,
-        "n_ctx": engine.n_ctx if engine else None,
+        "running": sum(model.running for model in service.models),
+        "waiting": sum(model.waiting for model in service.models),
+        "full_speed": all(model.at_full_speed for model in service.models),
+        "n_ctx": models[0]["n_ctx"],
+        "models": models,
         "maxlength": service.limits.length,
         "samples": service.limits.samples,
     }
@@ -401,28 +443,30 @@ async def handle_health(request: web.Request) -> web.Response:
 async def handle_metrics(request: web.Request) -> web.Response:
     """GET /metrics: Prometheus' text format."""
     service = request.app[SERVICE]
-    engine = service.engine
-    gauges = {
-        "ready": int(service.status == "ready"),
-        "full_speed": int(engine is not None and engine.at_full_speed),
-        "running_sequences": engine.running if engine else 0,
-        "waiting_sequences": engine.waiting if engine else 0,
-        "admitted_requests": service.admitted,
-        "tasks": len(asyncio.all_tasks()),
-    }
-    counters = {
-        "prompt_tokens_total": engine.prompt_tokens if engine else 0,
-        "generated_tokens_total": engine.generated_tokens if engine else 0,
-    }
-    labels = {"model": service.name, "device": service.device or ""}
-    text = service.metrics.render(labels, gauges, counters)
-    return web.Response(text=text, content_type="text/plain", charset="utf-8")
+    device = service.device or ""
+    page = Exposition()
+    page.add("admitted_requests", "gauge", service.admitted, device=device)
+    page.add("tasks", "gauge", len(asyncio.all_tasks()), device=device)
+    for (route, status), count in sorted(service.requests.items()):
+        page.add("http_requests_total", "counter", count, device=device, route=route, status=status)
+    for model in service.models:
+        labels = {"model": model.name, "device": device}
+        page.add("ready", "gauge", int(model.status == "ready" and not service.draining), **labels)
+        page.add("full_speed", "gauge", int(model.at_full_speed), **labels)
+        page.add("running_sequences", "gauge", model.running, **labels)
+        page.add("waiting_sequences", "gauge", model.waiting, **labels)
+        engine = model.engine
+        page.add("prompt_tokens_total", "counter", engine.prompt_tokens if engine else 0, **labels)
+        page.add("generated_tokens_total", "counter", engine.generated_tokens if engine else 0, **labels)
+        page.add_histogram("time_to_first_token_seconds", model.timings.first_token, **labels)
+        page.add_histogram("time_per_token_seconds", model.timings.per_token, **labels)
+    return web.Response(text=str(page), content_type="text/plain", charset="utf-8")
 
 
 async def handle_openapi(request: web.Request) -> web.Response:
     """GET /openapi.json."""
     service = request.app[SERVICE]
-    vocab_size = len(service.engine.tokenizer) if service.engine else 2**31
+    vocab_size = max(model.vocab_size or MOST_TOKENS for model in service.models)
     return json_response(openapi(service.limits, vocab_size, needs_key=bool(service.keys)))
 
 
@@ -454,9 +498,9 @@ async def answer_and_count(request: web.Request, handler: Handler) -> web.Stream
     try:
         response = await handler(request)
     except asyncio.CancelledError:
-        service.metrics.requests[route, 499] += 1  # the client has gone
+        service.requests[route, 499] += 1  # the client has gone
         raise
-    service.metrics.requests[route, response.status] += 1
+    service.requests[route, response.status] += 1
     if service.draining:
         response.force_close()
     if request.transport is not None:
@@ -587,10 +631,10 @@ def greeting(url: str) -> str:
 
 async def tell_full_speed(service: Service, begin: float) -> None:
     """Say when the compiled decoder has taken over; until then, the first time on a machine, PyTorch decodes."""
-    assert service.engine is not None
-    while not service.engine.at_full_speed:
-        await asyncio.sleep(0.2)
-    print(f"{service.name} is at full speed, {time.monotonic() - begin:.1f} s after the port", flush=True)
+    for model in service.models:
+        while not model.at_full_speed:
+            await asyncio.sleep(0.2)
+        print(f"{model.name} is at full speed, {time.monotonic() - begin:.1f} s after the port", flush=True)
 
 
 async def serve(
@@ -624,10 +668,9 @@ async def serve(
         await asyncio.wait([settling, stopping], return_when=asyncio.FIRST_COMPLETED)
         settling.cancel()
         if service.status == "ready":
-            print(
-                f"{service.name} is ready on {service.device}, {time.monotonic() - begin:.1f} s after the port",
-                flush=True,
-            )
+            seconds = time.monotonic() - begin
+            for model in service.models:
+                print(f"{model.name} is ready on {service.device}, {seconds:.1f} s after the port", flush=True)
             full_speed = asyncio.create_task(tell_full_speed(service, begin))
             if ready_fd is None:
                 print(greeting(url_of(sock)), flush=True)
@@ -715,13 +758,13 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         connections=args.max_connections,
     )
 
-    def load() -> Engine:
+    def load(folder: str) -> Engine:
         from gpt2_chinese.checkpoint import load_weights
         from gpt2_chinese.engine import Engine, choose_device
 
         device = choose_device(args.device)
         service.device = str(device)
-        model, tokenizer = load_weights(args.model_path, device=device, vocab_file=args.vocab_file)
+        model, tokenizer = load_weights(folder, device=device, vocab_file=args.vocab_file)
         return Engine(
             model,
             tokenizer,
@@ -733,15 +776,18 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
     with listen(args.host, args.port) if args.listen_fd is None else socket.socket(fileno=args.listen_fd) as sock:
         if args.listen_fd is None:
-            print(f"listening on {url_of(sock)}, loading {args.model_path}", flush=True)
+            print(f"listening on {url_of(sock)}, loading {', '.join(args.model_path)}", flush=True)
         if len(devices) > 1:
             return run_for_each_device(sys.argv[1:] if argv is None else argv, devices, sock)
-        name = args.model_name or Path(args.model_path).resolve().name
-        service = Service(load, name, limits, keys)
+        models = [
+            ServedModel(name, partial(load, folder))
+            for name, folder in zip(model_names(args), args.model_path, strict=True)
+        ]
+        service = Service(models, limits, keys)
         asyncio.run(serve(service, sock, origins(args.cors_origins), ready_fd=args.ready_fd))
     if service.error is not None:
         raise service.error
-    if args.listen_fd is not None and service.engine is not None and service.engine.error is not None:
+    if args.listen_fd is not None and any(model.engine and model.engine.error for model in models):
         return 1
     print("stopped", flush=True)
     if not service.settled.is_set():

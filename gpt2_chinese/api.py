@@ -6,6 +6,7 @@ Nothing but a Wish or a Refusal comes out of a request's bytes.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NoReturn
@@ -17,6 +18,9 @@ DEFAULT_SAMPLES = 5
 V1_DEFAULT_LENGTH = 16
 MOST_STOPS = 4
 LONGEST_STOP = 256
+
+MOST_TOKENS = 2**31
+"""More than any vocabulary has; stands for one that is not known yet."""
 
 SMALLEST_TOP_P = 1e-6
 """Leaves the likeliest token only. In /v1/completions top_p 0 means that; in the engine 0 is off."""
@@ -40,7 +44,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Wish:
-    """A request that has been checked: `samples` completions of each context, a text or a list of ids."""
+    """A request that has been checked: `samples` completions of each context, a text or a list of ids.
+
+    `model` is the name that was asked for, None where none was.
+    """
 
     contexts: tuple[str | tuple[int, ...], ...]
     length: int
@@ -119,6 +126,12 @@ def _sampling(top_k: int, top_p: float) -> dict[str, Schema]:
     }
 
 
+_MODEL: Schema = {
+    "type": ["string", "null"],
+    "description": "the model's name, as GET /v1/models has it; the first one where it is not given",
+}
+
+
 @cache
 def generate_fields(limits: Limits) -> dict[str, Schema]:
     """The fields of POST /generate and POST /, as JSON schemas."""
@@ -127,16 +140,17 @@ def generate_fields(limits: Limits) -> dict[str, Schema]:
         "context": {"type": "string", "description": "the text to go on with"},
         "maxlength": _whole(length, 1, limits.length, "tokens of a completion"),
         "samples": _whole(samples, 1, limits.samples, "completions"),
+        "model": _MODEL,
         **_sampling(Settings().top_k, Settings().top_p),
     }
 
 
 @cache
-def v1_fields(limits: Limits, vocab_size: int) -> dict[str, Schema]:
-    """The fields of POST /v1/completions, as JSON schemas."""
+def v1_fields(limits: Limits, vocab_size: int = MOST_TOKENS) -> dict[str, Schema]:
+    """The fields of POST /v1/completions, as JSON schemas; `vocab_size` is the largest of the models."""
     ids = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": vocab_size - 1}}
     return {
-        "model": {"type": ["string", "null"], "description": "the model's name, as GET /v1/models has it"},
+        "model": _MODEL,
         "prompt": {
             "anyOf": [
                 {"type": "string"},
@@ -233,16 +247,22 @@ def parse_generate(body: bytes, limits: Limits) -> Wish:
         seed=fields["seed"],
         stop=_stop(fields["stop"]),
         stream=fields["stream"],
+        model=fields["model"],
     )
 
 
-def parse_v1(body: bytes, limits: Limits, vocab_size: int) -> Wish:
+def parse_v1(body: bytes, limits: Limits, vocab_size_of: Callable[[str | None], int | None]) -> Wish:
     """Check a request of /v1/completions.
+
+    Args:
+        vocab_size_of: the number of tokens of the model of a name, or of the one for those who name none; None while
+            it is not known. It raises a Refusal for a name that is none.
 
     Raises:
         Refusal: the first thing that is wrong, with the parameter's name.
     """
-    fields = _known(parse_json_object(body, '{"prompt": "你好"}'), v1_fields(limits, vocab_size))
+    fields = _known(parse_json_object(body, '{"prompt": "你好"}'), v1_fields(limits))
+    vocab_size = vocab_size_of(fields["model"]) or MOST_TOKENS
     if fields["prompt"] is None:
         raise Refusal(400, "missing_field", 'prompt is missing; send JSON such as {"prompt": "你好"}', "prompt")
     contexts = _prompts(fields["prompt"], limits.prompts, vocab_size)
@@ -437,6 +457,14 @@ def openapi(limits: Limits, vocab_size: int, *, needs_key: bool) -> dict[str, An
         usage=_object(prompt_tokens=whole, completion_tokens=whole, total_tokens=whole),
     )
     model = _object(id=text, object={"const": "model"}, created=whole, owned_by=text)
+    of_model = _object(
+        model=text,
+        status={"enum": ["loading", "ready", "dead"]},
+        running=whole,
+        waiting=whole,
+        full_speed={"type": "boolean"},
+        n_ctx={"type": ["integer", "null"]},
+    )
     health = _object(
         status={"enum": ["loading", "ready", "draining", "dead"]},
         model=text,
@@ -445,6 +473,7 @@ def openapi(limits: Limits, vocab_size: int, *, needs_key: bool) -> dict[str, An
         waiting=whole,
         full_speed={"type": "boolean"},
         n_ctx={"type": ["integer", "null"]},
+        models={"type": "array", "items": of_model},
         maxlength=whole,
         samples=whole,
     )
@@ -468,6 +497,7 @@ def openapi(limits: Limits, vocab_size: int, *, needs_key: bool) -> dict[str, An
         "complete a text",
         answer({"type": "array", "items": text}, "application/json", "text/event-stream"),
         *posted,
+        404,
         body=body(generate_fields(limits), "context"),
     )
     document = {
@@ -490,7 +520,7 @@ def openapi(limits: Limits, vocab_size: int, *, needs_key: bool) -> dict[str, An
             },
             "/v1/models": {
                 "get": operation(
-                    "the model", answer(_object(object={"const": "list"}, data={"type": "array", "items": model}))
+                    "the models", answer(_object(object={"const": "list"}, data={"type": "array", "items": model}))
                 )
             },
             "/v1/models/{model}": {

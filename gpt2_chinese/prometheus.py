@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
@@ -22,20 +21,11 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
-    def lines(self, name: str, labels: str) -> Iterator[str]:
-        total = 0
-        for bound, count in zip((*self.bounds, "+Inf"), self.counts, strict=True):
-            total += count
-            yield f'{name}_bucket{{{labels},le="{bound}"}} {total}'
-        yield f"{name}_sum{{{labels}}} {self.sum}"
-        yield f"{name}_count{{{labels}}} {total}"
 
-
-class Metrics:
-    """Requests by route and status, and how long tokens took."""
+class Timings:
+    """How long the tokens of one model took."""
 
     def __init__(self) -> None:
-        self.requests: Counter[tuple[str, int]] = Counter()
         self.first_token = Histogram(SECONDS)
         self.per_token = Histogram(TOKEN_SECONDS)
 
@@ -45,22 +35,43 @@ class Metrics:
         if longest > 1:
             self.per_token.observe((ended - first_token_at) / (longest - 1))
 
-    def render(self, labels: Mapping[str, str], gauges: Mapping[str, float], counters: Mapping[str, int]) -> str:
-        """The whole text; every line carries `labels`."""
-        common = ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items())
-        lines = []
-        for kind, values in (("gauge", gauges), ("counter", counters)):
-            for name, value in values.items():
-                lines += [f"# TYPE gpt2_{name} {kind}", f"gpt2_{name}{{{common}}} {value}"]
-        lines.append("# TYPE gpt2_http_requests_total counter")
-        for (route, status), count in sorted(self.requests.items()):
-            lines.append(f'gpt2_http_requests_total{{{common},route="{_escaped(route)}",status="{status}"}} {count}')
-        for name, histogram in (
-            ("time_to_first_token_seconds", self.first_token),
-            ("time_per_token_seconds", self.per_token),
-        ):
-            lines += [f"# TYPE gpt2_{name} histogram", *histogram.lines(f"gpt2_{name}", common)]
-        return "\n".join(lines) + "\n"
+
+class Exposition:
+    """The text of a scrape: the samples of a metric stand together, whoever adds them in whatever order.
+
+    Example:
+        >>> page = Exposition()
+        >>> page.add("ready", "gauge", 1, model="a")
+        >>> str(page)
+        '# TYPE gpt2_ready gauge\\ngpt2_ready{model="a"} 1\\n'
+    """
+
+    def __init__(self) -> None:
+        self._metrics: dict[str, list[str]] = {}
+
+    def add(self, name: str, kind: str, value: float, **labels: object) -> None:
+        """A sample of a gauge or a counter."""
+        self._lines(name, kind).append(_sample(name, value, labels.items()))
+
+    def add_histogram(self, name: str, histogram: Histogram, **labels: object) -> None:
+        lines = self._lines(name, "histogram")
+        total = 0
+        for bound, count in zip((*histogram.bounds, "+Inf"), histogram.counts, strict=True):
+            total += count
+            lines.append(_sample(f"{name}_bucket", total, [*labels.items(), ("le", bound)]))
+        lines.append(_sample(f"{name}_sum", histogram.sum, labels.items()))
+        lines.append(_sample(f"{name}_count", total, labels.items()))
+
+    def __str__(self) -> str:
+        return "".join(f"{line}\n" for lines in self._metrics.values() for line in lines)
+
+    def _lines(self, name: str, kind: str) -> list[str]:
+        return self._metrics.setdefault(name, [f"# TYPE gpt2_{name} {kind}"])
+
+
+def _sample(name: str, value: float, labels: Iterable[tuple[str, object]]) -> str:
+    listed = ",".join(f'{label}="{_escaped(str(text))}"' for label, text in labels)
+    return f"gpt2_{name}{{{listed}}} {value}"
 
 
 def _escaped(value: str) -> str:

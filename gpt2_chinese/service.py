@@ -1,107 +1,175 @@
-"""The model as the handlers of server.py see it: its state, and requests on their way into the engine and back."""
+"""The models as the handlers of server.py see them: their states, and requests on their way there and back."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gpt2_chinese.api import Limits, Refusal, Wish
 from gpt2_chinese.completion import Completion, EngineFull, Piece, Prompt, TokenLogprob
-from gpt2_chinese.prometheus import Metrics
+from gpt2_chinese.prometheus import Timings
 
 if TYPE_CHECKING:  # the port answers before torch is imported
     from gpt2_chinese.engine import Engine, Ticket
 
 WARM_UP = "你好"
+STOPPED = "the model has stopped; the server must be started again"
 
 
-@dataclass
-class Service:
-    """What the handlers share: the model in its states, and counts.
+@dataclass(eq=False)
+class ServedModel:
+    """A model in its states; `load` gives an engine that has not started, in a thread of its own."""
 
-    `load` gives an engine that has not started; it runs in a thread of its own while the port answers already.
-    """
-
-    load: Callable[[], Engine]
     name: str
-    limits: Limits
-    keys: tuple[bytes, ...] = ()
-    device: str | None = None
+    load: Callable[[], Engine]
     engine: Engine | None = None
     error: BaseException | None = None
-    draining: bool = False
-    settled: asyncio.Event = field(default_factory=asyncio.Event)
-    """The model is ready or has failed to load."""
-    admitted: int = 0
-    """Requests that will be finished before the server stops."""
     arriving: int = 0
     """Sequences of requests that are being tokenized: they will wait for the engine in a moment."""
-    metrics: Metrics = field(default_factory=Metrics)
-    started: int = field(default_factory=lambda: int(time.time()))
+    timings: Timings = field(default_factory=Timings)
     tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizing"))
 
     @property
     def status(self) -> str:
         if self.error is not None or (self.engine is not None and not self.engine.alive):
             return "dead"
-        return "draining" if self.draining else "loading" if self.engine is None else "ready"
+        return "loading" if self.engine is None else "ready"
 
-    async def prompt(self, context: str | tuple[int, ...], length: int) -> Prompt:
-        """The ids of a context, in a thread of their own: a long text takes its time."""
-        engine = self.ready_engine()
-        make: Callable[[Any, int], Prompt] = engine.prompt if isinstance(context, str) else engine.prompt_of_ids
-        return await asyncio.get_running_loop().run_in_executor(self.tokenizing, make, context, length)
+    @property
+    def running(self) -> int:
+        """Sequences being decoded."""
+        return self.engine.running if self.engine else 0
 
-    def ready_engine(self) -> Engine:
-        """Raise a Refusal unless requests are taken."""
-        if self.status == "ready" and self.engine is not None:
-            return self.engine
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait for a row."""
+        return self.engine.waiting if self.engine else 0
+
+    @property
+    def at_full_speed(self) -> bool:
+        return self.engine is not None and self.engine.at_full_speed
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Tokens of its vocabulary; None while it is being loaded."""
+        return len(self.engine.tokenizer) if self.engine else None
+
+    async def prompts(self, contexts: Sequence[str | tuple[int, ...]], length: int) -> list[Prompt]:
+        """The ids of contexts, in a thread of their own: a long text takes its time."""
+        engine = self.engine
+        assert engine is not None
+
+        def make() -> list[Prompt]:
+            return [
+                engine.prompt(context, length) if isinstance(context, str) else engine.prompt_of_ids(context, length)
+                for context in contexts
+            ]
+
+        return await asyncio.get_running_loop().run_in_executor(self.tokenizing, make)
+
+
+@dataclass
+class Service:
+    """What the handlers share: the models, of which the first answers who names none, and the limits of them all."""
+
+    models: Sequence[ServedModel]
+    limits: Limits
+    keys: tuple[bytes, ...] = ()
+    device: str | None = None
+    draining: bool = False
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
+    """Every model is ready, or one has failed to load."""
+    admitted: int = 0
+    """Requests that will be finished before the server stops."""
+    requests: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """Answers by route and status."""
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.by_name = {model.name: model for model in self.models}
+
+    @property
+    def status(self) -> str:
+        """What the worst of the models is, or "draining"."""
+        states = {model.status for model in self.models}
+        if "dead" in states:
+            return "dead"
+        return "draining" if self.draining else "loading" if "loading" in states else "ready"
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why a model could not be loaded."""
+        return next((model.error for model in self.models if model.error is not None), None)
+
+    def model(self, name: str | None) -> ServedModel:
+        """The model of a name, or the first.
+
+        Raises:
+            Refusal: there is none of that name.
+        """
+        if name is None:
+            return self.models[0]
+        if name not in self.by_name:
+            there = ", ".join(self.by_name)
+            raise Refusal(404, "model_not_found", f"there is no such model; this server has {there}", "model")
+        return self.by_name[name]
+
+    def ready_engine(self, model: ServedModel) -> Engine:
+        """Raise a Refusal unless requests for a model are taken."""
+        status = "draining" if self.draining and model.status != "dead" else model.status
+        if status == "ready" and model.engine is not None:
+            return model.engine
         messages = {
             "loading": "the model is being loaded; try again in a few seconds",
             "draining": "the server is shutting down",
-            "dead": "the model has stopped; the server must be started again",
+            "dead": STOPPED,
         }
-        code = "engine_stopped" if self.status == "dead" else self.status
-        raise Refusal(503, code, messages[self.status])
+        raise Refusal(503, "engine_stopped" if status == "dead" else status, messages[status])
 
 
 @asynccontextmanager
 async def running(service: Service) -> AsyncIterator[None]:
-    """Load the model while requests are answered with "loading" already; stop it at the end."""
+    """Load the models while requests are answered with "loading" already; stop them at the end."""
     loop = asyncio.get_running_loop()
 
-    def load() -> None:
+    def load(model: ServedModel) -> None:
         engine: Engine | None = None
         error: BaseException | None = None
         try:
-            engine = service.load()
+            engine = model.load()
             engine.__enter__()
             # The first use loads the segmenter's model and compiles: before the first client, not for it.
-            prompt = service.tokenizing.submit(engine.prompt, WARM_UP, 1).result()
+            prompt = model.tokenizing.submit(engine.prompt, WARM_UP, 1).result()
             engine.submit(prompt, samples=1, length=2, seed=0).future.result()
         except BaseException as fault:
             error = fault
         with suppress(RuntimeError):  # the server has stopped meanwhile
-            loop.call_soon_threadsafe(settle, engine, error)
+            loop.call_soon_threadsafe(settle, model, engine, error)
 
-    def settle(engine: Engine | None, error: BaseException | None) -> None:
-        service.engine, service.error = engine, error
-        service.settled.set()
+    def settle(model: ServedModel, engine: Engine | None, error: BaseException | None) -> None:
+        model.engine, model.error = engine, error
+        if error is not None or all(model.status != "loading" for model in service.models):
+            service.settled.set()
+
+    def load_all() -> None:
+        for model in service.models:
+            load(model)
 
     # A daemon, so that a server that is stopped while it loads need not wait for the end of it.
-    threading.Thread(target=load, name="loading", daemon=True).start()
+    threading.Thread(target=load_all, name="loading", daemon=True).start()
     yield
-    service.tokenizing.shutdown(wait=False, cancel_futures=True)
-    if service.engine is not None:
-        await asyncio.to_thread(service.engine.close)
+    for model in service.models:
+        model.tokenizing.shutdown(wait=False, cancel_futures=True)
+        if model.engine is not None:
+            await asyncio.to_thread(model.engine.close)
 
 
 class Arrivals:
@@ -133,8 +201,9 @@ class Arrivals:
 
 @dataclass
 class Asked:
-    """A wish in the engine: a prompt and a ticket for each context, what arrives, and when its time is over."""
+    """A wish in a model's engine: a prompt and a ticket for each context, what arrives, and when its time is over."""
 
+    model: ServedModel
     wish: Wish
     prompts: list[Prompt]
     tickets: list[Ticket]
@@ -169,21 +238,22 @@ async def asked(service: Service, wish: Wish) -> AsyncIterator[Asked]:
     Raises:
         Refusal: no requests are taken, or too many sequences wait.
     """
-    engine = service.ready_engine()
+    model = service.model(wish.model)
+    engine = service.ready_engine(model)
     arrived = time.monotonic()
     arrivals = Arrivals() if wish.stream else None
-    result = Asked(wish, [], [], arrivals, arrived, arrived + service.limits.request_seconds)
+    result = Asked(model, wish, [], [], arrivals, arrived, arrived + service.limits.request_seconds)
     service.admitted += 1
     try:
         try:
             # A request that will be refused need not be tokenized first.
             sequences = wish.samples * len(wish.contexts)
-            engine.check_room(sequences + service.arriving)
-            service.arriving += sequences
+            engine.check_room(sequences + model.arriving)
+            model.arriving += sequences
             try:
-                result.prompts = [await service.prompt(context, wish.length) for context in wish.contexts]
+                result.prompts = await model.prompts(wish.contexts, wish.length)
             finally:
-                service.arriving -= sequences
+                model.arriving -= sequences
             for place, prompt in enumerate(result.prompts):
                 ticket = engine.submit(
                     prompt,
@@ -213,7 +283,7 @@ def out_of_time(limits: Limits, length: str) -> Refusal:
     return Refusal(504, "timeout", message)
 
 
-async def completions_of(service: Service, asked: Asked, length: str) -> list[list[Completion]]:
+async def completions_of(limits: Limits, asked: Asked, length: str) -> list[list[Completion]]:
     """Wait for all completions, in the order of the prompts; `length` is the name of the field."""
     completions = []
     for ticket in asked.tickets:
@@ -221,16 +291,16 @@ async def completions_of(service: Service, asked: Asked, length: str) -> list[li
         try:
             completions.append(await asyncio.wait_for(asyncio.wrap_future(ticket.future), left))
         except asyncio.TimeoutError:
-            raise out_of_time(service.limits, length) from None
-    observe(service, asked, completions)
+            raise out_of_time(limits, length) from None
+    observe(asked, completions)
     return completions
 
 
-def observe(service: Service, asked: Asked, completions: Sequence[Sequence[Completion]]) -> None:
+def observe(asked: Asked, completions: Sequence[Sequence[Completion]]) -> None:
     first = [ticket.first_token_at for ticket in asked.tickets if ticket.first_token_at is not None]
     longest = max(len(completion.ids) for group in completions for completion in group)
     if first:
-        service.metrics.observe_completion(asked.arrived, min(first), time.monotonic(), longest)
+        asked.model.timings.observe_completion(asked.arrived, min(first), time.monotonic(), longest)
 
 
 def tokens_of(completions: Sequence[Sequence[Completion]]) -> int:
@@ -238,4 +308,4 @@ def tokens_of(completions: Sequence[Sequence[Completion]]) -> int:
 
 
 def stopped() -> Refusal:
-    return Refusal(503, "engine_stopped", "the model has stopped; the server must be started again")
+    return Refusal(503, "engine_stopped", STOPPED)

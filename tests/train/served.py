@@ -40,19 +40,25 @@ def served(
     *,
     engine: Engine | None = None,
     load: Callable[[], Engine] | None = None,
+    others: dict[str, Engine] | None = None,
     keys: tuple[bytes, ...] = (),
     cors: tuple[str, ...] = ("*",),
     wait: bool = True,
     send_buffer: int | None = None,
     **limits: Any,
 ) -> Any:
-    """Run `test(client)` against a server of its own; without `wait`, while the model is still being loaded."""
+    """Run `test(client)` against a server of its own; without `wait`, while the model is still being loaded.
+
+    The model is called "tiny"; `others` are served beside it, by their names.
+    """
     server = sys.modules["server"]
 
     async def run() -> Any:
         made = engine or (None if load else Engine(tiny_model(), tiny_tokenizer(), rows=8))
         bounds = Limits(**limits)
-        service = server.Service(load or (lambda: made), "tiny", bounds, keys, "cpu")
+        loads = {"tiny": load or (lambda: made)} | {name: lambda one=one: one for name, one in (others or {}).items()}
+        models = [server.ServedModel(name, one) for name, one in loads.items()]
+        service = server.Service(models, bounds, keys, "cpu")
         sock = listen("127.0.0.1", 0)
         if send_buffer is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)

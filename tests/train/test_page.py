@@ -39,6 +39,7 @@ def with_page(test, **settings):
         async with browser_tab() as tab:
             await tab.open(client.url)
             await tab.until("document.querySelector('#state').dataset.state === 'ready'")
+            assert await tab.js("document.querySelector('#which').hidden"), "there is one model only"
             await test(tab, client)
             assert tab.faults == []
             assert all(url.startswith((client.url, "data:")) for url in tab.requests), "loaded from elsewhere"
@@ -328,6 +329,29 @@ def test_a_key_is_asked_for_and_kept():
         await tab.until(FRESH)
 
     with_page(test, keys=(b"secret",))
+
+
+def test_one_chooses_among_several_models(server):
+    models = [{"model": name, "status": "ready"} for name in ("小", "大")]
+
+    async def test(tab, scripted):
+        assert await tab.js("!document.querySelector('#which').hidden")
+        await tab.type("一")
+        await tab.until(FRESH)
+        assert scripted.asked[-1]["model"] == "小"
+        await tab.js(
+            "(() => { const which = document.querySelector('#which'); which.value = '大';"
+            "which.dispatchEvent(new Event('change')); })()"
+        )
+        await tab.until("document.title.includes('大')")
+        await tab.until(FRESH)
+        while scripted.asked[-1]["model"] != "大":
+            await asyncio.sleep(0.02)
+        models[1]["status"] = "dead"
+        await tab.js("poll()")
+        await tab.until("document.querySelector('#state').dataset.state === 'dead'")
+
+    with_scripted(server, at_once, test, models=models, model="小")
 
 
 def test_on_a_phone_nothing_is_cut_off_and_in_the_dark_it_is_dark(server, tmp_path):

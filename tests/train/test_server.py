@@ -302,7 +302,7 @@ def test_metrics_count_requests_tokens_and_times(server):
         for line in text.splitlines():
             if not line.startswith("#"):
                 name, _, value = line.rpartition(" ")
-                values[name.replace('model="tiny",device="cpu"', "")] = float(value)
+                values[name.replace('model="tiny",device="cpu"', "").replace('device="cpu"', "")] = float(value)
         for route, status, count in [
             ("/generate", 200, 1),
             ("/generate", 400, 1),
@@ -319,6 +319,53 @@ def test_metrics_count_requests_tokens_and_times(server):
         assert 0 < values["gpt2_time_to_first_token_seconds_sum{}"] < 10
 
     served(test)
+
+
+# Several models.
+
+
+def test_requests_choose_among_several_models(server):
+    endless = Engine(endless_model(), tiny_tokenizer(), rows=8)
+
+    async def test(client):
+        async with client.get("/v1/models") as response:
+            assert [model["id"] for model in (await response.json())["data"]] == ["tiny", "endless"]
+        async with client.get("/v1/models/endless") as response:
+            assert (await response.json())["id"] == "endless"
+        asked = {"context": "一丁", "maxlength": 20, "samples": 1, "seed": 7}
+        answers = {}
+        for name in (None, "tiny", "endless"):
+            async with client.post("/generate", json=asked | {"model": name}) as response:
+                assert response.status == 200
+                answers[name] = (await response.json())[0]
+        assert answers[None] == answers["tiny"] != answers["endless"]
+        async with client.post("/generate", json=asked | {"model": "other"}) as response:
+            error = await check_error(response, 404, "model_not_found", "model")
+            assert "tiny, endless" in error["message"]
+        async with client.get("/metrics") as response:
+            lines = (await response.text()).splitlines()
+        for name, count in (("tiny", 2), ("endless", 1)):
+            assert f'gpt2_time_to_first_token_seconds_count{{model="{name}",device="cpu"}} {count}' in lines
+        kinds = [line for line in lines if line.startswith("#")]
+        assert len(kinds) == len(set(kinds)), "a metric's samples must stand together"
+
+    served(test, others={"endless": endless})
+
+
+def test_a_model_that_dies_leaves_the_others_working_and_health_says_which(server):
+    endless = Engine(endless_model(), tiny_tokenizer(), rows=8)
+
+    async def test(client):
+        endless.close()
+        async with client.post("/generate", json=GOOD | {"model": "endless"}) as response:
+            await check_error(response, 503, "engine_stopped")
+        await check_good(client)
+        async with client.get("/health") as response:
+            facts = await response.json()
+        assert response.status == 503 and facts["status"] == "dead"
+        assert {model["model"]: model["status"] for model in facts["models"]} == {"tiny": "ready", "endless": "dead"}
+
+    served(test, others={"endless": endless})
 
 
 # Loading.
@@ -588,6 +635,15 @@ def test_no_model_folder_and_one_without_weights_are_clear(server, tmp_path):
         (["--max_samples", "0"], "--max_samples must be 1 or more"),
         (["--body_timeout", "0"], "--body_timeout must be above 0"),
         (["--request_timeout", "nan"], "--request_timeout must be above 0"),
+        (
+            ["--model_path", "a/m", "--model_path", "b/m"],
+            "2 models are called m; give each --model_path",
+        ),
+        (
+            ["--model_path", "a", "--model_path", "b", "--model_name", "x"],
+            "--model_name is given 1 times and",
+        ),
+        (["--model_name", ""], "a model has no name"),
     ],
 )
 def test_a_wrong_flag_is_named(server, flags, message):

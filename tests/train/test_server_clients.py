@@ -189,6 +189,23 @@ def test_too_much_and_too_slow_raise_what_the_client_knows():
     with_openai(test, engine=Engine(endless_model(), tiny_tokenizer(), rows=8), length=1_000_000, request_seconds=0.3)
 
 
+def test_a_client_chooses_among_several_models():
+    def test(client):
+        assert [model.id for model in client.models.list()] == ["tiny", "endless"]
+        texts = {}
+        for name in ("tiny", "endless"):
+            answer = client.completions.create(model=name, prompt="一丁", max_tokens=12, seed=3)
+            assert answer.model == name
+            texts[name] = answer.choices[0].text
+            chunks = client.completions.create(model=name, prompt="一丁", max_tokens=12, seed=3, stream=True)
+            assert "".join(chunk.choices[0].text for chunk in chunks) == texts[name]
+        assert texts["tiny"] != texts["endless"]
+        with pytest.raises(openai.NotFoundError, match="this server has tiny, endless"):
+            client.completions.create(model="large", prompt="一丁")
+
+    with_openai(test, others={"endless": Engine(endless_model(), tiny_tokenizer(), rows=8)})
+
+
 # The description.
 
 
@@ -228,9 +245,9 @@ def test_schemathesis_finds_no_answer_that_the_description_does_not_have(mode, c
     async def test(client):
         async with client.get("/openapi.json") as response:
             document = await response.json()
-        document["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"][
-            "properties"
-        ]["model"] = {"enum": ["tiny", None]}
+        for path in ("/generate", "/", "/v1/completions"):
+            body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+            body["properties"]["model"] = {"enum": ["tiny", None]}
         schema = schemathesis.openapi.from_dict(document)
         schema.config.update(base_url=client.url)
         chosen, positive = schemathesis.GenerationMode(mode), schemathesis.GenerationMode.POSITIVE
