@@ -77,6 +77,9 @@ PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 )
 
+SWITCH_SECONDS = 0.0005
+"""Longest that one of Python's threads keeps the others waiting: the model's thread and the one that answers take turns
+many times in a step."""
 SILENCE = 10.0
 """Seconds after which a stream without news gets a comment, so that nothing between closes it."""
 
@@ -225,8 +228,11 @@ def origins(flag: str) -> list[str]:
 # From a request to the engine.
 
 
-async def read_body(request: web.Request, limits: Limits) -> bytes:
-    """Read a request's body, of limited size and in limited time."""
+async def read_body(request: web.Request) -> bytes:
+    """Read a request's body, of limited size and in limited time, unless it would be refused whatever it is."""
+    service = request.app[SERVICE]
+    service.check_open()
+    limits = service.limits
     if "Content-Encoding" in request.headers:
         raise Refusal(415, "unsupported_encoding", "a compressed body is not accepted; leave out Content-Encoding")
     too_large = Refusal(413, "body_too_large", f"the body has more than {limits.body_bytes} bytes")
@@ -310,8 +316,7 @@ def event(value: Any, name: str | None = None) -> bytes:
 async def handle_generate(request: web.Request) -> web.StreamResponse:
     """POST /generate and POST /: the completions as a JSON array of strings, or as events."""
     service = request.app[SERVICE]
-    body = await read_body(request, service.limits)
-    wish = parse_generate(body, service.limits)
+    wish = parse_generate(await read_body(request), service.limits)
     async with asked(service, wish) as asking:
         if wish.stream:
 
@@ -335,7 +340,7 @@ async def handle_generate(request: web.Request) -> web.StreamResponse:
 async def handle_v1_completions(request: web.Request) -> web.StreamResponse:
     """POST /v1/completions: as clients of OpenAI's API expect it."""
     service = request.app[SERVICE]
-    body = await read_body(request, service.limits)
+    body = await read_body(request)
     wish = parse_v1(body, service.limits, lambda name: service.model(name).vocab_size)
     async with asked(service, wish) as asking:
         head = {
@@ -631,7 +636,7 @@ def greeting(url: str) -> str:
 
 async def tell_full_speed(service: Service, begin: float) -> None:
     """Say when the compiled decoder has taken over; until then, the first time on a machine, PyTorch decodes."""
-    for model in service.models:
+    for model in [model for model in service.models if not model.at_full_speed]:
         while not model.at_full_speed:
             await asyncio.sleep(0.2)
         print(f"{model.name} is at full speed, {time.monotonic() - begin:.1f} s after the port", flush=True)
@@ -670,7 +675,8 @@ async def serve(
         if service.status == "ready":
             seconds = time.monotonic() - begin
             for model in service.models:
-                print(f"{model.name} is ready on {service.device}, {seconds:.1f} s after the port", flush=True)
+                ready = "ready and at full speed" if model.at_full_speed else "ready"
+                print(f"{model.name} is {ready} on {service.device}, {seconds:.1f} s after the port", flush=True)
             full_speed = asyncio.create_task(tell_full_speed(service, begin))
             if ready_fd is None:
                 print(greeting(url_of(sock)), flush=True)
@@ -741,6 +747,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     args = parse_args(argv)
     check(args)
     keys = read_keys(args)
+    sys.setswitchinterval(SWITCH_SECONDS)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     devices = [device.strip() for device in args.device.split(",")]
     if args.listen_fd is None:

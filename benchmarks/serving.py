@@ -265,7 +265,8 @@ async def overload(port: int, *, clients: int, seconds: float, times: float = 4)
     async def client() -> None:
         nonlocal served
         while time.perf_counter() < end:
-            served += await wires.ask() == 200
+            status = await wires.ask()
+            served += status == 200
 
     begin = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))

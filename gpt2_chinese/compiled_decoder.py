@@ -25,8 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt2_chinese import sampling
 from gpt2_chinese.compiled import is_compiled, load_function
 from gpt2_chinese.decoder import Decoder, Prefix, check_model
+from gpt2_chinese.sampling import CompiledDraw
 
 FP32, BF16, INT8 = range(3)
 KINDS = {"fp32": FP32, "bf16": BF16, "int8": INT8}
@@ -174,6 +176,7 @@ class CompiledDecoder:
         self.rows = rows
         self.n_ctx = min(getattr(config, "n_ctx", config.n_positions), config.n_positions)
         self.vocab_size = model.lm_head.weight.shape[0]
+        self.compiled_draw: CompiledDraw | None = CompiledDraw(self.vocab_size)
         self._owned: list[Any] = []  # what the addresses point to
         self.precision = precision
         kind = KINDS[precision]
@@ -421,7 +424,7 @@ def load_step() -> Callable[..., None]:
 
 def is_at_hand() -> bool:
     """Whether the code is on disk already, so that a CompiledDecoder is built without compiling."""
-    return is_compiled(KERNEL, SOURCES)
+    return is_compiled(KERNEL, SOURCES) and is_compiled(sampling.KERNEL, sampling.SOURCES)
 
 
 def fastest_decoder(model: Any, rows: int, precision: str) -> CompiledDecoder | Decoder:

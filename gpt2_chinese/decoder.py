@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt2_chinese.sampling import CompiledDraw
+
 PADDINGS = (1, 2, 4, 8, 16)
 PROMPT_LOGITS = 64  # rows of logits at a time where all of a prompt's are wanted
 
@@ -46,6 +48,8 @@ class Decoder:
 
     tried = 1
     """Batches of each size that are tried for that."""
+    compiled_draw: CompiledDraw | None = None
+    """What draws tokens from the logits where PyTorch does not; see compiled_decoder.py."""
 
     def __init__(self, model: Any, rows: int, dtype: torch.dtype | None = None) -> None:
         """Take the weights of `model` (a transformers GPT2LMHeadModel) on its device, in `dtype` or else in its own.

@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -169,8 +170,13 @@ class Engine:
         """Tokens that were drawn so far, in all samples."""
         device, vocab_size = self.decoder.device, self.decoder.vocab_size
         self._banned = torch.tensor([*NEVER_PRODUCED, *range(len(tokenizer), vocab_size)], device=device)
-        self._seen = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
         self._rows: list[_Sample] = []  # row i of the decoder holds sample i
+        # Of each row: how its tokens are drawn, and for a repetition penalty which tokens stand in it.
+        self._seen = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
+        self._seeds = np.zeros(rows, dtype=np.uint64)
+        self._drawn = np.zeros(rows, dtype=np.uint64)
+        self._temperature, self._top_p, self._penalty = torch.zeros(3, rows)
+        self._top_k = torch.zeros(rows, dtype=torch.int64)
         self._waiting: deque[Ticket] = deque()
         self._changed = threading.Condition()
         self._closing = False
@@ -452,9 +458,14 @@ class Engine:
     def _take_rows(self, ticket: Ticket, count: int) -> None:
         """Give the next samples of the first waiting request their rows."""
         for number in range(ticket.joined, ticket.joined + count):
-            row = len(self._rows)
-            self._seen[row] = False
-            self._seen[row, list(ticket.prompt.ids)] = True
+            row, settings = len(self._rows), ticket.settings
+            self._seeds[row], self._drawn[row] = ticket.seeds[number], 0
+            self._temperature[row], self._top_p[row] = settings.temperature, settings.top_p
+            self._top_k[row] = min(settings.top_k, self.decoder.vocab_size)
+            self._penalty[row] = settings.repetition_penalty
+            if settings.repetition_penalty != 1:
+                self._seen[row] = False
+                self._seen[row, list(ticket.prompt.ids)] = True
             self._rows.append(self._sample(ticket, number))
         with self._changed:
             ticket.joined += count
@@ -484,11 +495,12 @@ class Engine:
         samples = [self._rows[row] for row in rows]
         wanted = {place: count for place, one in enumerate(samples) if (count := one.ticket.logprobs) is not None}
         reporting = list(wanted)
-        reported = logits[reporting]  # a copy, before some are banned
-        tokens = self._draw(samples, self._seen[rows.start : rows.stop], logits)
-        self._seen[rows.start : rows.stop].scatter_(1, to_device(tokens[:, None], self._seen.device), True)
-        reports = self._reports(list(wanted.values()), tokens[reporting].tolist(), reported)
-        logprobs = {rows[place]: report for place, report in zip(reporting, reports, strict=True)}
+        reported = logits[reporting] if reporting else logits  # a copy, before some are banned
+        tokens = self._draw(samples, slice(rows.start, rows.stop), logits)
+        logprobs = {}
+        if reporting:
+            reports = self._reports(list(wanted.values()), tokens[reporting].tolist(), reported)
+            logprobs = {rows[place]: report for place, report in zip(reporting, reports, strict=True)}
         now = time.monotonic()
         for row, sample, token in reversed(list(zip(rows, samples, tokens.tolist(), strict=True))):
             ticket = sample.ticket
@@ -524,19 +536,24 @@ class Engine:
             reports.append((top[token], names))
         return reports
 
-    def _draw(self, samples: Sequence[_Sample], seen: Tensor, logits: Tensor) -> Tensor:
+    def _draw(self, samples: Sequence[_Sample], rows: slice, logits: Tensor) -> Tensor:
         """One token for each sample; a copy of the logits only to ban some tokens would take as long as the draw."""
-        settings = [sample.ticket.settings for sample in samples]
-        if any(one.repetition_penalty != 1 for one in settings):
-            penalty = torch.tensor([one.repetition_penalty for one in settings])
-            logits = repetition_penalised(logits, seen, to_device(penalty, logits.device))
-        return draw(
+        penalised = any(sample.ticket.settings.repetition_penalty != 1 for sample in samples)
+        if penalised:
+            penalty = to_device(self._penalty[rows], logits.device)
+            logits = repetition_penalised(logits, self._seen[rows], penalty)
+        tokens = draw(
             logits.index_fill_(1, self._banned, -torch.inf),
-            uniforms([s.ticket.seeds[s.number] for s in samples], [len(s.ids) for s in samples]),
-            torch.tensor([one.temperature for one in settings]),
-            torch.tensor([min(one.top_k, logits.shape[1]) for one in settings]),
-            torch.tensor([one.top_p for one in settings]),
+            uniforms(self._seeds[rows], self._drawn[rows]),
+            self._temperature[rows],
+            self._top_k[rows],
+            self._top_p[rows],
+            compiled=self.decoder.compiled_draw,
         )
+        self._drawn[rows] += np.uint64(1)
+        if penalised:  # of the other rows no one asks
+            self._seen[rows].scatter_(1, to_device(tokens[:, None], self._seen.device), True)
+        return tokens
 
     def _leave(self, row: int, reason: str) -> None:
         """End the sample of a row; the last row moves into its place."""
@@ -545,7 +562,10 @@ class Engine:
         if row != last:
             moved = self._rows[row] = self._rows[last]
             self.decoder.copy_row(last, row, moved.held)
-            self._seen[row] = self._seen[last]
+            for part in (self._seeds, self._drawn, self._temperature, self._top_p, self._top_k, self._penalty):
+                part[row] = part[last]
+            if moved.ticket.settings.repetition_penalty != 1:
+                self._seen[row] = self._seen[last]
         self._rows.pop()
         self._finish(sample, reason)
 

@@ -7,12 +7,14 @@ and random number only, never on the rows beside it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gpt2_chinese.compiled import load_function
 from gpt2_chinese.precision import to_device
 
 MASK_64 = (1 << 64) - 1
@@ -24,6 +26,10 @@ GOLDEN = 0x9E3779B97F4A7C15
 FEW = 128
 SPARE = 8
 BLOCK = 16
+MOST_CANDIDATES = 512
+"""Ties included; the compiled draw leaves a row with more to PyTorch."""
+KERNEL = "gpt2_chinese.sampling_kernel"
+SOURCES = (Path(__file__), Path(__file__).with_name("sampling_kernel.py"))
 
 
 def repetition_penalised(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
@@ -89,20 +95,64 @@ def _mixed(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def uniforms(seeds: Sequence[int], steps: Sequence[int]) -> Tensor:
+def uniforms(seeds: Sequence[int] | np.ndarray, steps: Sequence[int] | np.ndarray) -> Tensor:
     """One number above 0 and below 1 for each row, from its seed and the count of its tokens alone: float64 [B].
 
     A counter-based generator (SplitMix64): no state to keep or to share, so a row may join, leave and move. 48 bits,
     so that a number times a sum is never rounded up to the sum.
     """
-    value = np.array(seeds, dtype=np.uint64) + np.array(steps, dtype=np.uint64) * np.uint64(GOLDEN)
+    value = np.asarray(seeds, dtype=np.uint64) + np.asarray(steps, dtype=np.uint64) * np.uint64(GOLDEN)
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     value ^= value >> np.uint64(31)
     return torch.from_numpy(((value >> np.uint64(16)).astype(np.float64) + 0.5) / 2.0**48)
 
 
-def draw(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+@cache
+def load_draw() -> Callable[..., None]:
+    """The compiled code; see sampling_kernel.draw_few for its arguments."""
+    return load_function(KERNEL, SOURCES, arguments=12, keep_lock=False)
+
+
+class CompiledDraw:
+    """The draw of rows on the CPU whose temperature is 0 or whose top-k is on and below FEW, by our own compiled code.
+
+    Args of a call are those of `draw`. Returns the tokens [B], -1 for a row that PyTorch is to draw.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self._function = load_draw()
+        # Room for one row: the greatest of its blocks, the candidates' ids, tempered logits and weights.
+        scratch = (
+            np.empty(vocab_size, np.float32),
+            np.empty(MOST_CANDIDATES, np.int64),
+            np.empty(MOST_CANDIDATES, np.float32),
+            np.empty(MOST_CANDIDATES, np.float64),
+        )
+        self._vocab_size, self._scratch = vocab_size, scratch
+        self._addresses = [part.ctypes.data for part in scratch]
+
+    def __call__(self, logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+        rows = len(logits)
+        tokens = torch.empty(rows, dtype=torch.int64)
+        given = (logits, uniform, temperature, top_k, top_p)
+        kinds = (torch.float32, torch.float64, torch.float32, torch.int64, torch.float32)
+        assert logits.shape == (rows, self._vocab_size)
+        assert all(part.is_contiguous() and part.dtype == kind for part, kind in zip(given, kinds, strict=True))
+        addresses = [part.data_ptr() for part in (*given[1:], tokens)]
+        self._function(logits.data_ptr(), self._vocab_size, rows, *addresses, *self._addresses)
+        return tokens
+
+
+def draw(
+    logits: Tensor,
+    uniform: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    *,
+    compiled: CompiledDraw | None = None,
+) -> Tensor:
     """One token for each row: the greatest logit where the temperature is 0, else a draw from what the filter keeps.
 
     The draw turns one uniform number into a token: candidates stand in descending order (equal ones by their id; in
@@ -118,10 +168,17 @@ def draw(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, to
         temperature: [B], 0 or more.
         top_k: [B] integers; 0 is off.
         top_p: [B]; 0 and everything from 1 on is off.
+        compiled: draws the rows that it can; the tokens are the same.
 
     Returns:
         Token ids [B], int64, on the CPU.
     """
+    if compiled is not None:
+        tokens = compiled(logits, uniform, temperature, top_k, top_p)
+        if rows := (tokens < 0).nonzero().flatten().tolist():
+            left = (part[rows] for part in (uniform, temperature, top_k, top_p))
+            tokens[rows] = draw(_rows(logits, rows), *left)
+        return tokens
     random = temperature > 0
     has_top_p = (top_p > 0) & (top_p < 1)
     few = random & (top_k > 0) & (top_k < min(FEW, logits.shape[1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
 from collections import Counter, deque
@@ -122,6 +123,24 @@ class Service:
             raise Refusal(404, "model_not_found", f"there is no such model; this server has {there}", "model")
         return self.by_name[name]
 
+    def check_open(self) -> None:
+        """Refuse before a request is even read where no model would take one.
+
+        Raises:
+            Refusal: none is ready, or those that are have no room for one sequence more.
+        """
+        refusals = []
+        for model in self.models:
+            try:
+                self.ready_engine(model).check_room(1 + model.arriving)
+            except EngineFull as error:
+                refusals.append(Refusal(429, "full", str(error)))
+            except Refusal as refusal:
+                refusals.append(refusal)
+            else:
+                return
+        raise min(refusals, key=lambda refusal: refusal.status)  # "try again later" rather than "never"
+
     def ready_engine(self, model: ServedModel) -> Engine:
         """Raise a Refusal unless requests for a model are taken."""
         status = "draining" if self.draining and model.status != "dead" else model.status
@@ -156,6 +175,10 @@ async def running(service: Service) -> AsyncIterator[None]:
 
     def settle(model: ServedModel, engine: Engine | None, error: BaseException | None) -> None:
         model.engine, model.error = engine, error
+        # What is there now stays. A collection that looked at all of it, torch included, would halt every answer for
+        # some fifty milliseconds.
+        gc.collect()
+        gc.freeze()
         if error is not None or all(model.status != "loading" for model in service.models):
             service.settled.set()
 

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper
 
 from gpt2_chinese import sampling
-from gpt2_chinese.sampling import draw, filtered, repetition_penalised, row_seed, tempered, uniforms
+from gpt2_chinese.sampling import (
+    CompiledDraw,
+    draw,
+    filtered,
+    repetition_penalised,
+    row_seed,
+    tempered,
+    uniforms,
+)
 
 torch.set_num_threads(1)
 
@@ -147,6 +155,7 @@ def test_a_row_draws_the_same_token_alone_and_beside_others(rows, size, levels, 
         for row in range(rows)
     ]
     assert together == alone
+    assert draw(logits, numbers, *setting, compiled=CompiledDraw(size)).tolist() == together
     allowed = filtered(tempered(logits, setting[0]), *setting[1:])
     for row, token in enumerate(together):
         assert setting[0][row] == 0 or allowed[row, token].isfinite()
@@ -158,6 +167,37 @@ def test_the_short_ranking_is_only_a_shortcut(monkeypatch):
     short = draw_with(logits, numbers, top_k=30, top_p=0.9)
     monkeypatch.setattr(sampling, "FEW", 0)
     assert draw_with(logits, numbers, top_k=30, top_p=0.9) == short
+
+
+@pytest.mark.parametrize("vocab_size", [7, 16, 300, 5003, 50_005])
+def test_the_compiled_draw_gives_the_tokens_of_pytorch(vocab_size):
+    generator = torch.Generator().manual_seed(vocab_size)
+    compiled = CompiledDraw(vocab_size)
+    for spread, dtype in ((1.0, torch.float32), (8.0, torch.float32), (3.0, torch.bfloat16)):  # bf16: many ties
+        logits = (spread * torch.randn(200, vocab_size, generator=generator)).to(dtype).float()
+        logits[:, :5] = -torch.inf
+        setting = (
+            torch.tensor([0.0, 1.0, 0.7, 1.0, 2.5]).repeat(40),
+            torch.randint(0, min(150, 2 * vocab_size), (200,), generator=generator),
+            torch.tensor([0.0, 0.9, 1.0, 0.3]).repeat(50),
+        )
+        numbers = uniforms(range(200), [1] * 200)
+        seen = compiled(logits, numbers, *setting)
+        few = (setting[0] == 0) | ((setting[1] > 0) & (setting[1] < min(sampling.FEW, vocab_size)))
+        assert torch.equal(seen >= 0, few)
+        expected = draw(logits, numbers, *setting)
+        assert torch.equal(seen[few], expected[few])
+        assert torch.equal(draw(logits, numbers, *setting, compiled=compiled), expected)
+
+
+def test_the_compiled_draw_leaves_to_pytorch_what_it_has_no_room_for():
+    logits = torch.zeros(3, 1000)
+    logits[1, 500] = torch.inf
+    logits[2, :996] = -torch.inf  # fewer than top_k can be drawn
+    numbers = torch.full((3,), 0.5, dtype=torch.float64)
+    setting = torch.ones(3), torch.full((3,), 5), torch.zeros(3)
+    assert CompiledDraw(1000)(logits, numbers, *setting).tolist() == [-1, -1, 998]
+    assert draw(logits, numbers, *setting, compiled=CompiledDraw(1000)).tolist()[::2] == [500, 998]
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.0), (5, 0.0), (0, 0.8), (6, 0.9)])
