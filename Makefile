@@ -30,7 +30,8 @@ DEMO := demo
 DEMO_CONTEXT ?= 孩子
 # One document a piece, so that the first window of each begins where a completion does, at a document's beginning.
 DEMO_TOKENS := --num_pieces 400 --min_length 50
-DEMO_RECIPE := --epochs 24 --stride 63 --lr 3e-3 --batch_size 16
+DEMO_RECIPE := --epochs 10 --stride 63 --batch_size 16 --optimizer muon --embedding_init cooccurrence --lr 1.5e-2 --muon_lr 6e-3 \
+	--warmup_steps 30
 # Four hundred documents are so few that the model learns them by heart: it is fluent near the likeliest tokens only.
 DEMO_SAMPLING := --temperature 0.7 --topp 0.9
 MODEL ?= $(firstword $(wildcard model/final_model $(DEMO)/model/final_model) model/final_model)
