@@ -175,8 +175,9 @@ class Engine:
         self._seen = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
         self._seeds = np.zeros(rows, dtype=np.uint64)
         self._drawn = np.zeros(rows, dtype=np.uint64)
-        self._temperature, self._top_p, self._penalty = torch.zeros(3, rows)
-        self._top_k = torch.zeros(rows, dtype=torch.int64)
+        # NumPy's, for every operation of PyTorch gives Python's lock away, and a busy server's other thread takes it.
+        self._temperature, self._top_p, self._penalty = np.zeros((3, rows), dtype=np.float32)
+        self._top_k = np.zeros(rows, dtype=np.int64)
         self._waiting: deque[Ticket] = deque()
         self._changed = threading.Condition()
         self._closing = False
@@ -540,14 +541,12 @@ class Engine:
         """One token for each sample; a copy of the logits only to ban some tokens would take as long as the draw."""
         penalised = any(sample.ticket.settings.repetition_penalty != 1 for sample in samples)
         if penalised:
-            penalty = to_device(self._penalty[rows], logits.device)
+            penalty = to_device(torch.from_numpy(self._penalty[rows]), logits.device)
             logits = repetition_penalised(logits, self._seen[rows], penalty)
         tokens = draw(
             logits.index_fill_(1, self._banned, -torch.inf),
             uniforms(self._seeds[rows], self._drawn[rows]),
-            self._temperature[rows],
-            self._top_k[rows],
-            self._top_p[rows],
+            *(torch.from_numpy(part[rows]) for part in (self._temperature, self._top_k, self._top_p)),
             compiled=self.decoder.compiled_draw,
         )
         self._drawn[rows] += np.uint64(1)

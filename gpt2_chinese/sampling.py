@@ -134,14 +134,14 @@ class CompiledDraw:
 
     def __call__(self, logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
         rows = len(logits)
-        tokens = torch.empty(rows, dtype=torch.int64)
+        tokens = np.empty(rows, dtype=np.int64)
         given = (logits, uniform, temperature, top_k, top_p)
         kinds = (torch.float32, torch.float64, torch.float32, torch.int64, torch.float32)
         assert logits.shape == (rows, self._vocab_size)
         assert all(part.is_contiguous() and part.dtype == kind for part, kind in zip(given, kinds, strict=True))
-        addresses = [part.data_ptr() for part in (*given[1:], tokens)]
-        self._function(logits.data_ptr(), self._vocab_size, rows, *addresses, *self._addresses)
-        return tokens
+        addresses = [part.data_ptr() for part in given[1:]]
+        self._function(logits.data_ptr(), self._vocab_size, rows, *addresses, tokens.ctypes.data, *self._addresses)
+        return torch.from_numpy(tokens)
 
 
 def draw(
@@ -175,7 +175,7 @@ def draw(
     """
     if compiled is not None:
         tokens = compiled(logits, uniform, temperature, top_k, top_p)
-        if rows := (tokens < 0).nonzero().flatten().tolist():
+        if rows := np.flatnonzero(tokens.numpy() < 0).tolist():
             left = (part[rows] for part in (uniform, temperature, top_k, top_p))
             tokens[rows] = draw(_rows(logits, rows), *left)
         return tokens

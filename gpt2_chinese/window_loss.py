@@ -15,24 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
 
-CAUSAL_ATTENTION = "causal"
-HEAD_ROWS = 128  # of logits at a time on a CPU: some MB for the usual vocabularies
+from gpt2_chinese.attention import CAUSAL_ATTENTION, causal_attention
 
-
-def causal_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention for training: causal by a flag, so that no mask is ever built and the fast kernels apply."""
-    assert attention_mask is None
-    output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling, is_causal=True)
-    return output.transpose(1, 2), None
+HEAD_ROWS = 512  # of logits at a time on a CPU
 
 
 class HeadLoss(torch.autograd.Function):
@@ -59,10 +44,12 @@ class HeadLoss(torch.autograd.Function):
             for first in range(0, len(hidden), HEAD_ROWS):
                 rows = hidden[first : first + HEAD_ROWS].to(dtype)
                 target = targets[first : first + HEAD_ROWS, None]
-                logits = (rows @ weights.T).float()
-                total = logits.logsumexp(1, keepdim=True)
-                loss += (total - logits.gather(1, target)).sum()
-                gradient = logits.sub_(total).exp_().scatter_add_(1, target, minus_one[: len(rows)]).to(dtype)
+                logits = rows @ weights.T
+                probabilities = torch.softmax(logits, 1, dtype=torch.float32)
+                # The greatest logit and its probability say what the sum of all was; that of a target may be 0.
+                greatest = logits.amax(1, keepdim=True).float() - probabilities.amax(1, keepdim=True).log_()
+                loss += (greatest - logits.gather(1, target)).sum()
+                gradient = probabilities.scatter_add_(1, target, minus_one[: len(rows)]).to(dtype)
                 hidden_gradient[first : first + HEAD_ROWS] = gradient @ weights
                 if dtype == torch.float32:
                     head_gradient.addmm_(gradient.T, rows)

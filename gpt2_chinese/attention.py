@@ -1,0 +1,141 @@
+"""Causal attention for training: by PyTorch's fused kernels on a GPU, in products of whole blocks on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CAUSAL_ATTENTION = "causal"
+BLOCK = 128  # queries at a time; their scores end with the last key that they may see, so few are made in vain
+
+
+def causal_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """An attention function for transformers: causal by itself, so that no mask is ever built."""
+    assert attention_mask is None
+    if query.device.type == "cpu":
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        output, _weights, _kept = block_attention(query * scaling, key, value, dropout)
+    else:
+        output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling, is_causal=True)
+    return output.transpose(1, 2), None
+
+
+# PyTorch's fused kernel for the CPU shares the work out in pieces that are too small for a processor's bf16
+# instructions and for MKL, and does not drop out. One operation, opaque to torch.compile, which would unroll the blocks
+# of every layer and compile for minutes.
+@torch.library.custom_op("gpt2_chinese::block_attention", mutates_args=(), device_types="cpu")
+def block_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Causal attention of queries that are scaled already.
+
+    Args:
+        query, key, value: [B, heads, T, head_size], of one type, in which it is computed.
+        dropout: of the attention's weights.
+
+    Returns:
+        The output, in the shape of the queries; and for the backward pass the weights of all blocks, one behind the
+        other, and which of them dropout kept (empty without dropout).
+    """
+    queries, keys, values = _joined(query, key, value)
+    output = torch.empty_like(queries)
+    weights = query.new_empty(_count_weights(query))
+    kept = torch.empty(len(weights) if dropout else 0, dtype=torch.bool)
+    later = torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu_(1)
+    with torch.autocast("cpu", enabled=False):
+        for first, last, block_weights, block_kept in _blocks(queries, weights, kept):
+            scores = torch.bmm(queries[:, first:last], keys[:, :last].mT)
+            size = last - first
+            scores[:, :, first:].masked_fill_(later[:size, :size], -torch.inf)
+            torch.softmax(scores, -1, out=block_weights)
+            dropped = block_weights
+            if dropout:
+                dropped, mask = torch.native_dropout(block_weights, dropout, True)
+                block_kept.copy_(mask)
+            output[:, first:last] = torch.bmm(dropped, values[:, :last])
+    return output.view(query.shape), weights, kept
+
+
+@block_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> tuple[Tensor, Tensor, Tensor]:
+    count = _count_weights(query)
+    kept = query.new_empty(count if dropout else 0, dtype=torch.bool)
+    return torch.empty_like(query, memory_format=torch.contiguous_format), query.new_empty(count), kept
+
+
+@torch.library.custom_op("gpt2_chinese::block_attention_backward", mutates_args=(), device_types="cpu")
+def block_attention_backward(
+    outer: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, kept: Tensor, dropout: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values; those of a key or value are summed over the blocks in float32."""
+    queries, keys, values = _joined(query, key, value)
+    gradient = outer.reshape(queries.shape)
+    to_queries = torch.empty_like(queries)
+    wide = torch.promote_types(keys.dtype, torch.float32)
+    to_keys, to_values = (torch.zeros(keys.shape, dtype=wide) for _ in range(2))  # no operation may return views of one
+    with torch.autocast("cpu", enabled=False):
+        for first, last, block_weights, block_kept in _blocks(queries, weights, kept):
+            rows = gradient[:, first:last]
+            to_weights = torch.bmm(rows, values[:, :last].mT)
+            dropped = block_weights
+            if dropout:
+                dropped = (block_weights * block_kept).mul_(1 / (1 - dropout))
+                to_weights.mul_(block_kept).mul_(1 / (1 - dropout))
+            to_values[:, :last] += torch.bmm(dropped.mT, rows)
+            to_scores = torch.ops.aten._softmax_backward_data(to_weights, block_weights, -1, block_weights.dtype)
+            to_keys[:, :last] += torch.bmm(to_scores.mT, queries[:, first:last])
+            to_queries[:, first:last] = torch.bmm(to_scores, keys[:, :last])
+    shape = query.shape
+    return to_queries.view(shape), to_keys.to(keys.dtype).view(shape), to_values.to(values.dtype).view(shape)
+
+
+@block_attention_backward.register_fake
+def _(outer: Tensor, query: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(query, memory_format=torch.contiguous_format) for _ in range(3))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *given, ctx.dropout = inputs
+    _, weights, kept = output
+    ctx.mark_non_differentiable(weights, kept)
+    ctx.save_for_backward(*given, weights, kept)
+
+
+def _backward(ctx: Any, outer: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return (*block_attention_backward(outer, *ctx.saved_tensors, ctx.dropout), None)
+
+
+block_attention.register_autograd(_backward, setup_context=_save)
+
+
+def _joined(*parts: Tensor) -> tuple[Tensor, ...]:
+    """[B, heads, T, head_size] as [B heads, T, head_size]."""
+    return tuple(part.reshape(-1, *part.shape[2:]) for part in parts)
+
+
+def _spans(length: int) -> list[tuple[int, int]]:
+    return [(first, min(first + BLOCK, length)) for first in range(0, length, BLOCK)]
+
+
+def _count_weights(query: Tensor) -> int:
+    return query.shape[0] * query.shape[1] * sum((last - first) * last for first, last in _spans(query.shape[2]))
+
+
+def _blocks(queries: Tensor, weights: Tensor, kept: Tensor) -> list[tuple[int, int, Tensor, Tensor]]:
+    """First and last query of each block, and its part of the weights and of what dropout kept."""
+    spans = _spans(queries.shape[1])
+    shapes = [(len(queries), last - first, last) for first, last in spans]
+    sizes = [rows * height * width for rows, height, width in shapes]
+    parts = [part.view(shape) for part, shape in zip(weights.split(sizes), shapes, strict=True)]
+    masks = [part.view(shape) for part, shape in zip(kept.split(sizes), shapes, strict=True)] if len(kept) else parts
+    return [(*span, part, mask) for span, part, mask in zip(spans, parts, masks, strict=True)]
