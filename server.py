@@ -26,7 +26,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ from gpt2_chinese.api import (
 )
 from gpt2_chinese.command_line import run_script
 from gpt2_chinese.completion import PRECISIONS, Completion, EngineStopped, Piece, Prompt, TokenLogprob
-from gpt2_chinese.connections import error_body, listen, serving, url_of
+from gpt2_chinese.connections import ShortAnswer, can_be_short, error_body, listen, serving, url_of
 from gpt2_chinese.prometheus import Exposition
 from gpt2_chinese.service import (
     WARM_UP,
@@ -73,6 +73,9 @@ TOKENS_HEADER = "X-Tokens"
 KEY_VARIABLE = "GPT2_CHINESE_API_KEY"
 OPEN_TO_ALL = [("GET", "/"), ("GET", "/health")]
 """What needs no API key."""
+COMPLETING = ("/generate", "/", "/v1/completions")
+RETRY_SECONDS = "1"
+"""When those whom there is no room for may try again."""
 PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 )
@@ -529,7 +532,7 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         refusal = error if isinstance(error, Refusal) else stopped()
         response = error_response(refusal.status, refusal.code, refusal.message, refusal.param)
         if refusal.status == 429 or refusal.code in ("loading", "draining"):
-            response.headers["Retry-After"] = "1" if refusal.status == 429 else "3"
+            response.headers["Retry-After"] = RETRY_SECONDS if refusal.status == 429 else "3"
         if refusal.status == 401:
             response.headers["WWW-Authenticate"] = "Bearer"
         if refusal.status in (401, 408, 413, 415):
@@ -581,6 +584,24 @@ async def expected(request: web.Request) -> web.StreamResponse | None:
     await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     request.writer.output_size = 0  # nothing of the answer has been sent
     return None
+
+
+def refused_at_once(service: Service, request: web.BaseRequest) -> ShortAnswer | None:
+    """The refusal of `read_body` when too many sequences wait, before routes and middlewares have cost their time."""
+    if request.method != "POST" or request.path not in COMPLETING or service.keys:
+        return None
+    try:
+        service.check_open()
+    except Refusal as refusal:
+        if refusal.status == 429 and can_be_short(request):
+            service.requests[request.path, 429] += 1
+            return short_refusal(refusal.code, refusal.message)
+    return None
+
+
+@lru_cache(maxsize=64)
+def short_refusal(code: str, message: str) -> ShortAnswer:
+    return ShortAnswer(429, error_body(429, code, message), {"Retry-After": RETRY_SECONDS, "Vary": "Origin"})
 
 
 def build_app(service: Service, cors_origins: Sequence[str] = ("*",)) -> web.Application:
@@ -668,7 +689,13 @@ async def serve(
     stopping = asyncio.create_task(stop.wait())
     limits = service.limits
     app = build_app(service, cors_origins)
-    async with serving(app, sock, connections=limits.connections, idle_seconds=limits.idle_seconds):
+    async with serving(
+        app,
+        sock,
+        connections=limits.connections,
+        idle_seconds=limits.idle_seconds,
+        at_once=partial(refused_at_once, service),
+    ):
         settling = asyncio.create_task(service.settled.wait())
         await asyncio.wait([settling, stopping], return_when=asyncio.FIRST_COMPLETED)
         settling.cancel()

@@ -122,11 +122,17 @@ class Continuation:
         self._longest = max((len(one) for one in stop), default=0)
         self.given = 0  # characters of `text` that push() and rest() have returned
 
-    def push(self, id_: int) -> str:
-        """Add a token; give the text that is settled by it, without what may yet become a stop string."""
+    def push(self, *ids: int) -> str:
+        """Add tokens; give the text that is settled by them, without what may yet become a stop string."""
+        if self._stop:
+            return "".join([self._push([id_]) for id_ in ids])
+        return self._push(ids)
+
+    def _push(self, ids: Sequence[int]) -> str:
+        """Several tokens only where no stop string could end within them."""
         if self.stopped:
             return ""
-        new = self._joiner.push(self._vocabulary[id_])
+        new = "".join([self._joiner.push(self._vocabulary[id_]) for id_ in ids])
         if new and self._behind_space and not self.text:
             new = new.removeprefix(" ")
             self._behind_space = False

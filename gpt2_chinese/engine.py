@@ -99,7 +99,7 @@ class _Sample:
 
     def join(self) -> str:
         """Join the ids that are not yet text; give what is settled by them."""
-        settled = "".join(self.text.push(id_) for id_ in self.ids[self.joined :])
+        settled = self.text.push(*self.ids[self.joined :])
         self.joined = len(self.ids)
         return settled
 
@@ -175,10 +175,11 @@ class Engine:
         self._seen = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
         self._seeds = np.zeros(rows, dtype=np.uint64)
         self._drawn = np.zeros(rows, dtype=np.uint64)
-        # NumPy's, for every operation of PyTorch gives Python's lock away, and a busy server's other thread takes it.
+        # NumPy's, for PyTorch's operations give Python's lock away, and a busy server's other thread takes it.
         self._temperature, self._top_p, self._penalty = np.zeros((3, rows), dtype=np.float32)
         self._top_k = np.zeros(rows, dtype=np.int64)
         self._waiting: deque[Ticket] = deque()
+        self._waiting_sequences = 0  # of them, without those that have joined
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -217,8 +218,7 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Sequences that wait for a row."""
-        with self._changed:
-            return sum(len(ticket.seeds) - ticket.joined for ticket in self._waiting)
+        return self._waiting_sequences
 
     def prompt(self, context: str, length: int) -> Prompt:
         """Give the ids of a context; one longer than n_ctx is cut from the left, with room left for `length` tokens.
@@ -301,6 +301,7 @@ class Engine:
                 raise EngineStopped(self._why_stopped())
             self.check_room(samples)
             self._waiting.append(ticket)
+            self._waiting_sequences += samples
             self._changed.notify_all()
         return ticket
 
@@ -346,6 +347,7 @@ class Engine:
             left = {sample.ticket for sample in self._rows} | set(self._waiting)
             self._rows.clear()
             self._waiting.clear()
+            self._waiting_sequences = 0
         for ticket in left:
             ticket.future.set_exception(EngineStopped(self._why_stopped()))
 
@@ -372,7 +374,9 @@ class Engine:
                 self._leave(row, "cancelled")
         with self._changed:
             gone = [ticket for ticket in self._waiting if ticket.cancelled]
-            self._waiting = deque(ticket for ticket in self._waiting if not ticket.cancelled)
+            if gone:
+                self._waiting = deque(ticket for ticket in self._waiting if not ticket.cancelled)
+                self._waiting_sequences -= sum(len(ticket.seeds) - ticket.joined for ticket in gone)
         for ticket in gone:
             ticket.prefix = None
             for number in range(ticket.joined, len(ticket.seeds)):
@@ -431,6 +435,7 @@ class Engine:
         """End a request at the head of the queue that wants no tokens."""
         with self._changed:
             self._waiting.popleft()
+            self._waiting_sequences -= len(ticket.seeds) - ticket.joined
             ticket.joined = len(ticket.seeds)
         for number in range(len(ticket.seeds)):
             self._finish(self._sample(ticket, number), "length")
@@ -470,6 +475,7 @@ class Engine:
             self._rows.append(self._sample(ticket, number))
         with self._changed:
             ticket.joined += count
+            self._waiting_sequences -= count
             if ticket.joined == len(ticket.seeds):
                 self._waiting.popleft()
                 ticket.prefix = None
@@ -543,8 +549,12 @@ class Engine:
         if penalised:
             penalty = to_device(torch.from_numpy(self._penalty[rows]), logits.device)
             logits = repetition_penalised(logits, self._seen[rows], penalty)
+        if logits.is_cpu:  # by NumPy, which keeps Python's lock
+            logits.numpy()[:, self._banned.numpy()] = -np.inf
+        else:
+            logits.index_fill_(1, self._banned, -torch.inf)
         tokens = draw(
-            logits.index_fill_(1, self._banned, -torch.inf),
+            logits,
             uniforms(self._seeds[rows], self._drawn[rows]),
             *(torch.from_numpy(part[rows]) for part in (self._temperature, self._top_k, self._top_p)),
             compiled=self.decoder.compiled_draw,

@@ -111,7 +111,7 @@ def uniforms(seeds: Sequence[int] | np.ndarray, steps: Sequence[int] | np.ndarra
 @cache
 def load_draw() -> Callable[..., None]:
     """The compiled code; see sampling_kernel.draw_few for its arguments."""
-    return load_function(KERNEL, SOURCES, arguments=12, keep_lock=False)
+    return load_function(KERNEL, SOURCES, arguments=12)  # to get Python's lock back may take longer than the draw
 
 
 class CompiledDraw:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # the port answers before torch is imported
 
 WARM_UP = "你好"
 STOPPED = "the model has stopped; the server must be started again"
+SHORT = 200  # characters, or ids
 
 
 @dataclass(eq=False)
@@ -37,6 +38,7 @@ class ServedModel:
     """Sequences of requests that are being tokenized: they will wait for the engine in a moment."""
     timings: Timings = field(default_factory=Timings)
     tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizing"))
+    tokenizer_taken: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def status(self) -> str:
@@ -64,7 +66,7 @@ class ServedModel:
         return len(self.engine.tokenizer) if self.engine else None
 
     async def prompts(self, contexts: Sequence[str | tuple[int, ...]], length: int) -> list[Prompt]:
-        """The ids of contexts, in a thread of their own: a long text takes its time."""
+        """The ids of contexts; a long text takes its time, and gets a thread of its own for it."""
         engine = self.engine
         assert engine is not None
 
@@ -74,7 +76,17 @@ class ServedModel:
                 for context in contexts
             ]
 
-        return await asyncio.get_running_loop().run_in_executor(self.tokenizing, make)
+        def make_in_turn() -> list[Prompt]:
+            with self.tokenizer_taken:
+                return make()
+
+        # What a person types takes less time than another thread takes to hear of it.
+        if sum(map(len, contexts)) <= SHORT and self.tokenizer_taken.acquire(blocking=False):
+            try:
+                return make()
+            finally:
+                self.tokenizer_taken.release()
+        return await asyncio.get_running_loop().run_in_executor(self.tokenizing, make_in_turn)
 
 
 @dataclass

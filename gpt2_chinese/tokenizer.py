@@ -207,7 +207,7 @@ class TextJoiner:
         if byte is not None:
             self._bytes += bytes([byte])
             return self._pop_bytes(final=False)
-        text = self._pop_bytes(final=True)
+        text = self._pop_bytes(final=True) if self._bytes else ""
         if token in SPECIAL_TOKENS:
             self._last = ""
             return text + {"[SEP]": "\n", "[CLS]": "\n\n"}.get(token, "")

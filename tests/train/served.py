@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -64,7 +65,10 @@ def served(
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         port = sock.getsockname()[1]
         app = server.build_app(service, cors)
-        async with serving(app, sock, connections=bounds.connections, idle_seconds=bounds.idle_seconds):
+        at_once = partial(server.refused_at_once, service)
+        async with serving(
+            app, sock, connections=bounds.connections, idle_seconds=bounds.idle_seconds, at_once=at_once
+        ):
             async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
                 if wait:
                     await asyncio.wait_for(service.settled.wait(), 60)

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
-from served import GOOD, check_error, check_good, events, raw, served, wait_until
+from served import GOOD, check_error, check_good, error_of, events, raw, served, wait_until
 from tiny_model import endless_model, save_tiny_model, tiny_model, tiny_tokenizer
 
 from gpt2_chinese.completion import Settings
@@ -573,6 +573,61 @@ def test_too_much_work_is_429_with_retry_after(server):
         await check_good(client)
 
     served(test, engine=engine)
+
+
+def test_the_short_refusal_says_what_the_long_one_says_and_keeps_the_connection(server):
+    engine = Engine(endless_model(), tiny_tokenizer(), rows=1, max_waiting=2)
+
+    def request(path: str, *lines: str) -> bytes:
+        head = "".join(f"{line}\r\n" for line in (f"POST {path} HTTP/1.1", "Host: x", "Content-Length: 2", *lines))
+        return head.encode() + b"\r\n{}"
+
+    def parts(answer: bytes) -> tuple[str, dict[str, str], dict]:
+        head, _, body = answer.decode().partition("\r\n\r\n")
+        first, *lines = head.split("\r\n")
+        headers = dict(line.split(": ", 1) for line in lines)
+        assert int(headers.pop("Content-Length")) == len(body.encode()) and headers.pop("Date").endswith("GMT")
+        headers.pop("Server", None)
+        return first, headers, error_of(body, "full")
+
+    async def test(client):
+        wish = {"context": "一", "maxlength": 1_000_000, "samples": 3}
+        busy = asyncio.create_task(client.post("/generate", json=wish))
+        await wait_until(lambda: engine.running and engine.waiting == 2)
+        for path in ("/", "/generate", "/v1/completions"):
+            long = parts(await raw(client, request(path, "Origin: https://a.example"), wait=0.3))
+            assert long[1].pop("Access-Control-Allow-Origin")
+            assert long[1].pop("Access-Control-Expose-Headers")
+            short = parts(await raw(client, request(path), wait=0.3))
+            assert short == long
+        assert sum(client.service.requests[path, 429] for path in ("/", "/generate", "/v1/completions")) == 6
+        twice = await raw(client, request("/") + request("/", "Origin: https://a.example") + request("/"), wait=0.3)
+        assert twice.count(b"HTTP/1.1 429 Too Many Requests\r\n") == 3
+        assert [part.count(b"Allow-Origin") for part in twice.split(b"HTTP/1.1 429")[1:]] == [0, 1, 0]
+        closed = await raw(client, request("/", "Connection: close"))
+        assert b"Connection: close" in closed
+        busy.cancel()
+        await wait_until(lambda: not engine.running)
+        await check_good(client)
+
+    served(test, engine=engine, length=1_000_000)
+
+
+def test_who_has_no_key_is_not_told_how_full_it_is(server):
+    engine = Engine(endless_model(), tiny_tokenizer(), rows=1, max_waiting=2)
+
+    async def test(client):
+        wish = {"context": "一", "maxlength": 1_000_000, "samples": 3}
+        mine = {"Authorization": "Bearer k"}
+        busy = asyncio.create_task(client.post("/generate", json=wish, headers=mine))
+        await wait_until(lambda: engine.waiting)
+        async with client.post("/generate", json=wish) as response:
+            await check_error(response, 401, "invalid_api_key")
+        async with client.post("/generate", json=wish, headers=mine) as response:
+            await check_error(response, 429, "full")
+        busy.cancel()
+
+    served(test, engine=engine, length=1_000_000, keys=(b"k",))
 
 
 def test_a_dead_model_thread_is_503_everywhere_and_no_one_waits(server, monkeypatch, caplog):

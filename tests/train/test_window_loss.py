@@ -34,6 +34,17 @@ def test_its_loss_and_gradients_are_autograd_s(dtype, tolerance):
         torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_target_of_no_probability_has_a_loss_all_the_same(dtype):
+    hidden, head = torch.ones(1, 2), torch.tensor([[100.0, 100.0], [-100.0, -100.0], [0.0, 0.0]])
+    hidden.requires_grad_()
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss = HeadLoss.apply(hidden, head.requires_grad_(), torch.tensor([1]))
+    loss.backward()
+    assert loss.item() == 400
+    assert hidden.grad.tolist() == [[200, 200]]  # the likeliest row of the head less the target's
+
+
 def test_hidden_states_of_lower_precision_get_gradients_of_theirs():
     hidden, head, targets = tensors()
     lower = hidden.detach().bfloat16().requires_grad_()
