@@ -577,6 +577,7 @@ def describe(run: Run, model: GPT2LMHeadModel, config_file: Path, precision_note
         precision=run.precision,
         optimizer=args.optimizer,
         recompute=args.gradient_checkpointing,
+        on_cpu=run.devices[0].type == "cpu",
     )
     yield f"memory     about {memory / 2**30:,.1f} GiB on each device"
     yield f"writes     {args.output_dir}, TensorBoard in {args.writer_dir} every {args.log_step} updates"

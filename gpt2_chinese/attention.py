@@ -48,7 +48,7 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -
         other, and which of them dropout kept (empty without dropout).
     """
     queries, keys, values = _joined(query, key, value)
-    output = torch.empty_like(queries)
+    output = query.new_empty(queries.shape)  # contiguous, as the fake says; of one window the queries are a view
     weights = query.new_empty(_count_weights(query))
     kept = torch.empty(len(weights) if dropout else 0, dtype=torch.bool)
     later = torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu_(1)
@@ -80,9 +80,10 @@ def block_attention_backward(
     """Gradients of queries, keys and values; those of a key or value are summed over the blocks in float32."""
     queries, keys, values = _joined(query, key, value)
     gradient = outer.reshape(queries.shape)
-    to_queries = torch.empty_like(queries)
+    to_queries = query.new_empty(queries.shape)
     wide = torch.promote_types(keys.dtype, torch.float32)
-    to_keys, to_values = (torch.zeros(keys.shape, dtype=wide) for _ in range(2))  # no operation may return views of one
+    # Each one for itself, for no operation may return views of one.
+    to_keys, to_values = (query.new_zeros(keys.shape, dtype=wide) for _ in range(2))
     with torch.autocast("cpu", enabled=False):
         for first, last, block_weights, block_kept in _blocks(queries, weights, kept):
             rows = gradient[:, first:last]

@@ -417,8 +417,7 @@ class Engine:
             for other in range(row + 1, row + count):
                 self.decoder.copy_row(row, other, len(prompt))
         places = [place for place, count in enumerate(samples) for _ in range(count)]
-        places_there = to_device(torch.tensor(places), logits.device)
-        self._advance(range(first, len(self._rows)), logits.index_select(0, places_there))
+        self._advance(range(first, len(self._rows)), _rows_of(logits, places))
 
     def _join_in_parts(self, ticket: Ticket, free: int) -> None:
         """Let so many samples of a request join as there are rows; its prefill is kept for the others."""
@@ -593,6 +592,14 @@ class Engine:
         sample.send(settled, reason)
         if len(ticket.completions) == len(ticket.seeds):
             ticket.future.set_result([ticket.completions[number] for number in range(len(ticket.seeds))])
+
+
+def _rows_of(logits: Tensor, places: list[int]) -> Tensor:
+    """Some rows, as a copy."""
+    if logits.is_cpu:
+        # PyTorch would share the copy out among its threads, which then spin for a while on what others could use.
+        return torch.from_numpy(logits.numpy()[places])
+    return logits.index_select(0, to_device(torch.tensor(places), logits.device))
 
 
 def _in_background(function: Callable[[], Any]) -> Future[Any]:

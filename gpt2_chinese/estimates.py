@@ -9,6 +9,9 @@ from contextlib import contextmanager
 import torch
 from transformers import GPT2Config
 
+from gpt2_chinese.attention import BLOCK
+from gpt2_chinese.window_loss import HEAD_ROWS
+
 # Dense bf16 operations a second (fp16 where there is no bf16), from the makers' data sheets; the longest name first.
 PEAK_FLOPS = {
     "H200": 989e12,
@@ -41,22 +44,34 @@ def flops_per_token(config: GPT2Config, parameters: int) -> float:
 
 
 def memory_estimate(
-    config: GPT2Config, parameters: int, *, windows: int, precision: str, optimizer: str, recompute: bool
+    config: GPT2Config,
+    parameters: int,
+    *,
+    windows: int,
+    precision: str,
+    optimizer: str,
+    recompute: bool,
+    on_cpu: bool = False,
 ) -> float:
-    """Bytes that training takes, to the next quarter or so; attention and the library itself are left out.
+    """Bytes that training takes, to the next quarter or so; the library itself is left out.
 
     Weights, gradients and what the optimizer keeps (two numbers a weight, Muon one), 4 bytes each; for every token of
-    a micro-batch 17 numbers a layer and unit of width, and its logits as they are computed, in fp32 and with their
-    gradient. Where they are computed again, one layer and one window are there at a time.
+    a micro-batch 17 numbers a layer and unit of width. Then the logits as they are computed and in fp32 with their
+    gradient: on a GPU of all tokens, on a CPU of `HEAD_ROWS` at a time, with a second gradient of the head. And on a
+    CPU the weights of attention, some more than half of a square of tokens for each head. Where activations are
+    computed again, those of one layer are there at a time, and on a GPU the logits of one window.
     """
     size = 4 if precision == "fp32" else 2
     kept = 4 * parameters * (4 if optimizer == "adamw" else 3)
     tokens = windows * config.n_ctx
     layer = 17 * size * tokens * config.n_embd
-    logits = config.vocab_size * (size + 8)
-    if recompute:
-        return float(kept + config.n_layer * tokens * config.n_embd * size + layer + config.n_ctx * logits)
-    return float(kept + config.n_layer * layer + tokens * logits)
+    rows = config.n_ctx if recompute else tokens
+    if on_cpu:
+        layer += size * tokens * config.n_head * (config.n_ctx + min(config.n_ctx, BLOCK)) // 2
+        kept += 4 * config.vocab_size * config.n_embd
+        rows = min(tokens, HEAD_ROWS)
+    layers = config.n_layer * tokens * config.n_embd * size + layer if recompute else config.n_layer * layer
+    return float(kept + layers + rows * config.vocab_size * (size + 8))
 
 
 def learns_by_heart(tokens: int, parameters: int, epochs: int) -> bool:

@@ -23,9 +23,8 @@ HEAD_ROWS = 512  # of logits at a time on a CPU
 class HeadLoss(torch.autograd.Function):
     """The head and the cross-entropy in one, for the CPU, where reading and writing logits takes as long as products.
 
-    The gradient is made in the forward pass, from a few rows of logits while they are in the cache: softmax less the
-    one-hot target, times the head, and times the hidden states. The logits as a whole, most of the memory of a large
-    vocabulary, never exist.
+    The gradient is made in the forward pass, from some rows of logits at a time: softmax less the one-hot target, times
+    the head, and times the hidden states. The logits as a whole, most of the memory of a large vocabulary, never exist.
     """
 
     @staticmethod

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from gpt2_chinese import attention
-from gpt2_chinese.attention import BLOCK, block_attention
+from gpt2_chinese.attention import BLOCK, block_attention, block_attention_backward
 
 
-def parts(length: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def parts(length: int, dtype: torch.dtype, windows: int = 2) -> tuple[torch.Tensor, ...]:
     """Queries, keys and values as a model cuts them from one matrix: not contiguous."""
     generator = torch.Generator().manual_seed(length)
-    joined = torch.randn(2, length, 3, 3, 16, generator=generator).to(dtype).requires_grad_()
+    joined = torch.randn(windows, length, 3, 3, 16, generator=generator).to(dtype).requires_grad_()
     return tuple(joined[:, :, place].transpose(1, 2) for place in range(3))
 
 
@@ -64,7 +64,11 @@ def test_no_query_sees_what_comes_later():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_torch_finds_nothing_wrong_with_the_operation(dropout):
+@pytest.mark.parametrize("windows", [1, 2])
+def test_torch_finds_nothing_wrong_with_the_operations(dropout, windows):
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    given = tuple(part.detach().requires_grad_() for part in parts(5, torch.float32))
-    torch.library.opcheck(block_attention, (*given, dropout), test_utils=checks)
+    given = tuple(part.detach() for part in parts(5, torch.float32, windows))
+    output, weights, kept = block_attention(*given, dropout)
+    assert output.is_contiguous()  # torch.compile builds on it
+    torch.library.opcheck(block_attention_backward, (output, *given, weights, kept, dropout), test_utils=checks)
+    torch.library.opcheck(block_attention, (*(part.requires_grad_() for part in given), dropout), test_utils=checks)
