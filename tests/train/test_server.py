@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -606,6 +607,54 @@ def test_the_short_refusal_says_what_the_long_one_says_and_keeps_the_connection(
         assert [part.count(b"Allow-Origin") for part in twice.split(b"HTTP/1.1 429")[1:]] == [0, 1, 0]
         closed = await raw(client, request("/", "Connection: close"))
         assert b"Connection: close" in closed
+        busy.cancel()
+        await wait_until(lambda: not engine.running)
+        await check_good(client)
+
+    served(test, engine=engine, length=1_000_000)
+
+
+def test_answers_keep_their_turn_and_a_body_is_never_taken_for_a_request(server):
+    engine = Engine(endless_model(), tiny_tokenizer(), rows=1, max_waiting=2)
+
+    def request(body: bytes, path: str = "/generate") -> bytes:
+        return f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+    async def statuses(client, *parts: bytes, wait: float = 0.5) -> list[bytes]:
+        """Send the parts one after the other, so that each is read for itself; the statuses in the order they come."""
+        reader, writer = await asyncio.open_connection(client.host, client.port)
+        for part in parts:
+            writer.write(part)
+            await writer.drain()
+            await asyncio.sleep(0.05)
+        answer = b""
+        with contextlib.suppress(asyncio.TimeoutError):
+            while part := await asyncio.wait_for(reader.read(65536), wait):
+                answer += part
+        writer.close()
+        return re.findall(rb"HTTP/1\.[01] (\d{3}) ", answer)
+
+    async def test(client):
+        bad, inner = request(b"{"), request(b"{}")
+        assert await statuses(client, bad, bad, bad) == [b"400"] * 3
+        wish = {"context": "一", "maxlength": 400, "samples": 3}
+        slow = request(json.dumps(wish).encode())
+        # The first fills the server; what comes behind it on its connection is refused, but answered after it.
+        answers = await statuses(client, slow, bad, bad, wait=5)
+        assert answers[0] == b"200" and len(answers) == 3
+        busy = asyncio.create_task(client.post("/generate", json=wish | {"maxlength": 1_000_000}))
+        await wait_until(lambda: engine.running and engine.waiting == 2)
+        assert await statuses(client, bad, bad, inner) == [b"429"] * 3
+        # A body that looks like a request; one that comes in parts; two requests at once; more than one part of both.
+        head, _, body = request(inner).partition(b"\r\n\r\n")
+        assert await statuses(client, head + b"\r\n\r\n", body) == [b"429"]
+        assert await statuses(client, inner, head + b"\r\n", b"\r\n", body, inner) == [b"429"] * 3
+        assert await statuses(client, inner + inner[:-1], inner[-1:] + inner, inner) == [b"429"] * 4
+        # What a proxy might read otherwise is left to aiohttp, which refuses it as it does on every day.
+        doubled = inner.replace(b"Host: x", b"Host: x\r\nContent-Length: 9")
+        assert await statuses(client, doubled) == [b"400"]
+        chunked = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
+        assert await statuses(client, chunked, inner) == [b"429"] * 2
         busy.cancel()
         await wait_until(lambda: not engine.running)
         await check_good(client)
