@@ -117,10 +117,11 @@ def test_the_folder_has_what_other_programs_look_for(folder):
 
 
 def test_the_attention_used_for_training_is_not_written_into_the_folder(tmp_path, model, script):
+    before = logits(model)  # by transformers' own attention, which rounds otherwise
     script("train").WindowLoss(model)
     save_model(tmp_path / "model", model, make_tokenizer(), facts={})
     assert "causal" not in (tmp_path / "model" / "config.json").read_text(encoding="utf-8")
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model")), logits(model))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model")), before)
 
 
 def test_weights_go_where_and_into_what_is_asked(folder, model):
