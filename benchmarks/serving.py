@@ -33,6 +33,8 @@ import aiohttp
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXTS = ["孩子", "感冒了，", "高血压患者", "睡不着", "", "每天早上起来"]
+MOST_WIRES = 400
+"""Connections that overload opens at the most; server.py takes 800."""
 BAD = [b"", b"{", b"[]", b'{"context": 5}', b'{"context": "\xff"}', b'{"context": "a", "samples": 99999}']
 
 
@@ -225,9 +227,11 @@ class Wires:
         body = json.dumps(wish).encode()
         self.request = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
         self.free: deque[Wire] = deque()
+        self.opened = 0
 
     async def open(self, count: int) -> None:
         loop = asyncio.get_running_loop()
+        self.opened += count
         for _ in range(count):
             _, wire = await loop.create_connection(Wire, "127.0.0.1", self.port)
             self.free.append(wire)
@@ -239,6 +243,7 @@ class Wires:
             if wire.transport is not None:  # it has not been closed while it rested
                 wire.send(self.request, partial(self._freed, wire, told))
                 return True
+            self.opened -= 1
         return False
 
     def _freed(self, wire: Wire, told: Callable[[int], None], status: int) -> None:
@@ -303,10 +308,12 @@ async def beyond(wires: Wires, *, rate: float, seconds: float) -> Beyond:
     count = 0
     while (now := time.perf_counter()) < begin + seconds:
         while count < (now - begin) * rate:
-            if not send():
+            if send():
+                count += 1
+            elif wires.opened < MOST_WIRES:
                 await wires.open(8)
-                continue
-            count += 1
+            else:
+                break  # until some are answered
         await asyncio.sleep(0.002)
     # What waits at the beginning is no measure of the rate.
     ramp = seconds / 4
