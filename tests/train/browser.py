@@ -55,6 +55,8 @@ class Tab:
     async def open(self, url: str) -> None:
         await self.call("Page.navigate", url=url)
         await self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
+        # What is to have the focus gets it when the page is first drawn; what is typed before goes nowhere.
+        await self.until("!document.querySelector('[autofocus]') || document.activeElement !== document.body")
 
     async def js(self, expression: str) -> Any:
         answer = await self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
