@@ -28,7 +28,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import aiohttp_cors
 from aiohttp import web
@@ -45,7 +45,8 @@ from gpt2_chinese.api import (
 )
 from gpt2_chinese.command_line import run_script
 from gpt2_chinese.completion import PRECISIONS, Completion, EngineStopped, Piece, Prompt, TokenLogprob
-from gpt2_chinese.connections import ShortAnswer, can_be_short, error_body, listen, serving, url_of
+from gpt2_chinese.connections import error_body, listen, serving, short_answer, url_of
+from gpt2_chinese.engine_process import EngineOptions, EngineProcess
 from gpt2_chinese.prometheus import Exposition
 from gpt2_chinese.service import (
     WARM_UP,
@@ -60,9 +61,6 @@ from gpt2_chinese.service import (
     stopped,
     tokens_of,
 )
-
-if TYPE_CHECKING:  # the port answers before torch is imported
-    from gpt2_chinese.engine import Engine
 
 LOGGER = logging.getLogger("server")
 PAGE = Path(__file__).resolve().parent / "gpt2_chinese" / "web" / "index.html"
@@ -81,8 +79,8 @@ PAGE_POLICY = (
 )
 
 SWITCH_SECONDS = 0.0005
-"""Longest that one of Python's threads keeps the others waiting: the model's thread and the one that answers take turns
-many times in a step."""
+"""Longest that one of Python's threads keeps the others waiting: a long text that is tokenized must not hold up the
+short answers."""
 SILENCE = 10.0
 """Seconds after which a stream without news gets a comment, so that nothing between closes it."""
 
@@ -586,22 +584,23 @@ async def expected(request: web.Request) -> web.StreamResponse | None:
     return None
 
 
-def refused_at_once(service: Service, request: web.BaseRequest) -> ShortAnswer | None:
-    """The refusal of `read_body` when too many sequences wait, before routes and middlewares have cost their time."""
-    if request.method != "POST" or request.path not in COMPLETING or service.keys:
+def refused_at_once(service: Service, path: str) -> bytes | None:
+    """The refusal of `read_body` when too many sequences wait, before aiohttp has cost its time."""
+    if path not in COMPLETING or service.keys:
         return None
     try:
         service.check_open()
     except Refusal as refusal:
-        if refusal.status == 429 and can_be_short(request):
-            service.requests[request.path, 429] += 1
-            return short_refusal(refusal.code, refusal.message)
+        if refusal.status == 429:
+            service.requests[path, 429] += 1
+            return short_refusal(int(time.time()), refusal.code, refusal.message)
     return None
 
 
 @lru_cache(maxsize=64)
-def short_refusal(code: str, message: str) -> ShortAnswer:
-    return ShortAnswer(429, error_body(429, code, message), {"Retry-After": RETRY_SECONDS, "Vary": "Origin"})
+def short_refusal(_: int, code: str, message: str) -> bytes:
+    """The same for a second, for its date."""
+    return short_answer(429, error_body(429, code, message), {"Retry-After": RETRY_SECONDS, "Vary": "Origin"})
 
 
 def build_app(service: Service, cors_origins: Sequence[str] = ("*",)) -> web.Application:
@@ -792,21 +791,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         connections=args.max_connections,
     )
 
-    def load(folder: str) -> Engine:
-        from gpt2_chinese.checkpoint import load_weights
-        from gpt2_chinese.engine import Engine, choose_device
-
-        device = choose_device(args.device)
-        service.device = str(device)
-        model, tokenizer = load_weights(folder, device=device, vocab_file=args.vocab_file)
-        return Engine(
-            model,
-            tokenizer,
-            rows=args.batch_size,
-            max_waiting=args.max_waiting,
-            precision=args.precision,
-            wait=False,
-        )
+    def load(folder: str) -> EngineProcess:
+        options = EngineOptions(folder, args.vocab_file, args.device, args.batch_size, args.precision)
+        return EngineProcess(options, max_waiting=args.max_waiting)
 
     with listen(args.host, args.port) if args.listen_fd is None else socket.socket(fileno=args.listen_fd) as sock:
         if args.listen_fd is None:

@@ -30,10 +30,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from gpt2_chinese.checkpoint import save_model  # noqa: E402
-from gpt2_chinese.engine import NEVER_PRODUCED, Engine, Prompt  # noqa: E402
+from gpt2_chinese.completion import Prompt  # noqa: E402
+from gpt2_chinese.engine import Engine  # noqa: E402
 from gpt2_chinese.precision import has_bf16  # noqa: E402
 from gpt2_chinese.tokenizer import Tokenizer  # noqa: E402
-from gpt2_chinese.vocabulary import CLS_ID, MASK_ID, PAD_ID, SPECIAL_TOKENS  # noqa: E402
+from gpt2_chinese.vocabulary import (  # noqa: E402
+    CLS_ID,
+    MASK_ID,
+    NEVER_PRODUCED,  # noqa: E402
+    PAD_ID,
+    SPECIAL_TOKENS,
+)
 
 VOCABULARY = [*SPECIAL_TOKENS, *(f"词{number}" for number in range(50_000))]
 TOP_K = 30

@@ -17,15 +17,16 @@ import contextlib
 import json
 import random
 import re
+import selectors
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CONTEXTS = ["孩子", "感冒了，", "高血压患者", "睡不着", "", "每天早上起来"]
 MOST_WIRES = 400
 """Connections that overload opens at the most; server.py takes 800."""
+TICK = 0.002
+"""Seconds between two looks of overload at what is due and what has come."""
 BAD = [b"", b"{", b"[]", b'{"context": 5}', b'{"context": "\xff"}', b'{"context": "a", "samples": 99999}']
 
 
@@ -180,100 +183,103 @@ async def load(url: str, *, clients: int, seconds: float) -> dict[str, Any]:
     }
 
 
-class Wire(asyncio.Protocol):
-    """A kept connection that takes as little as it can of the processors, which are the server's too: bytes out, a
-    status back."""
-
-    def __init__(self) -> None:
-        self.transport: asyncio.Transport | None = None
-        self.told: Callable[[int], None] | None = None
-        self.answer = b""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-
-    def send(self, request: bytes, told: Callable[[int], None]) -> None:
-        """`told` gets the status of the answer when all of it is there; 0 if the connection ends before."""
-        assert self.transport is not None
-        self.told = told
-        self.transport.write(request)
-
-    def data_received(self, data: bytes) -> None:
-        self.answer += data
-        head, found, body = self.answer.partition(b"\r\n\r\n")
-        if not found:
-            return
-        begin = head.index(b"Content-Length: ") + 16
-        if len(body) >= int(head[begin:].partition(b"\r")[0]):
-            self.answer = b""
-            self._tell(int(head[9:12]))
-
-    def connection_lost(self, _: Exception | None) -> None:
-        self.transport = None
-        self._tell(0)
-
-    def _tell(self, status: int) -> None:
-        told, self.told = self.told, None
-        if told is not None:
-            told(status)
-
-
 class Wires:
-    """Kept connections, each used again when it is free; the one that has rested longest first."""
+    """Kept connections for one request, sent again and again; the one that has rested longest first.
+
+    Bytes go out and a status comes back, with as little as can be: the processors are the server's too.
+    """
 
     def __init__(self, port: int, wish: dict[str, Any]) -> None:
         self.port = port
         body = json.dumps(wish).encode()
         self.request = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-        self.free: deque[Wire] = deque()
+        self.selector = selectors.DefaultSelector()
+        self.free: deque[socket.socket] = deque()
+        self.sent: dict[socket.socket, float] = {}
+        self.answers: dict[socket.socket, bytes] = {}
         self.opened = 0
 
-    async def open(self, count: int) -> None:
-        loop = asyncio.get_running_loop()
-        self.opened += count
+    def open(self, count: int) -> None:
         for _ in range(count):
-            _, wire = await loop.create_connection(Wire, "127.0.0.1", self.port)
+            wire = socket.create_connection(("127.0.0.1", self.port))
+            wire.setblocking(False)
+            self.selector.register(wire, selectors.EVENT_READ)
+            self.answers[wire] = b""
             self.free.append(wire)
+        self.opened += count
 
-    def send(self, told: Callable[[int], None]) -> bool:
+    def send(self) -> bool:
         """Send the request on a free connection; False if there is none."""
-        while self.free:
-            wire = self.free.popleft()
-            if wire.transport is not None:  # it has not been closed while it rested
-                wire.send(self.request, partial(self._freed, wire, told))
-                return True
-            self.opened -= 1
-        return False
+        if not self.free:
+            return False
+        wire = self.free.popleft()
+        self.sent[wire] = time.perf_counter()
+        wire.send(self.request)
+        return True
 
-    def _freed(self, wire: Wire, told: Callable[[int], None], status: int) -> None:
-        self.free.append(wire)
-        told(status)
+    def answered(self, seconds: float) -> list[tuple[int, float]]:
+        """Wait so long at the most; the statuses that have come, 0 for a connection that has ended, and after how long.
 
-    async def ask(self) -> int:
-        answered = asyncio.get_running_loop().create_future()
-        while not self.send(answered.set_result):
-            await self.open(1)
-        return await answered
+        A connection that ends while it rests has no request to lose.
+        """
+        found = []
+        for key, _ in self.selector.select(seconds):
+            wire = key.fileobj
+            assert isinstance(wire, socket.socket)
+            try:
+                data = wire.recv(65536)
+            except ConnectionError:
+                data = b""
+            answer = self.answers[wire] + data
+            whole = length_of(answer)
+            if data and len(answer) < whole:
+                self.answers[wire] = answer
+                continue
+            if wire in self.sent:
+                found.append((int(answer[9:12]) if data else 0, time.perf_counter() - self.sent.pop(wire)))
+            if data:
+                self.answers[wire] = b""
+                self.free.append(wire)
+            else:
+                self._forget(wire)
+        return found
+
+    def _forget(self, wire: socket.socket) -> None:
+        self.selector.unregister(wire)
+        del self.answers[wire]
+        self.opened -= 1
+        if wire in self.free:
+            self.free.remove(wire)
+        wire.close()
 
     def close(self) -> None:
-        for wire in self.free:
-            if wire.transport is not None:
-                wire.transport.abort()
+        for wire in list(self.answers):
+            self._forget(wire)
+        self.selector.close()
 
 
-async def peak(wires: Wires, *, clients: int, seconds: float) -> float:
+def length_of(answer: bytes) -> float:
+    """Bytes of an answer whose beginning is given; endless while its head is not there."""
+    end = answer.find(b"\r\n\r\n")
+    if end < 0:
+        return float("inf")
+    begin = answer.index(b"Content-Length: ") + 16
+    return end + 4 + int(answer[begin : answer.index(b"\r", begin)])
+
+
+def peak(wires: Wires, *, clients: int, seconds: float) -> float:
     """Answers per second to `clients` that ask without a pause."""
     served = 0
     begin = time.perf_counter()
-
-    async def client() -> None:
-        nonlocal served
-        while time.perf_counter() < begin + seconds:
-            status = await wires.ask()
+    for _ in range(clients):
+        assert wires.send()
+    waiting = clients
+    while waiting:
+        for status, _ in wires.answered(1):
             served += status == 200
-
-    await asyncio.gather(*(client() for _ in range(clients)))
+            waiting -= 1
+            if time.perf_counter() < begin + seconds and wires.send():
+                waiting += 1
     return served / (time.perf_counter() - begin)
 
 
@@ -287,51 +293,49 @@ class Beyond:
     refusals: list[float] = field(default_factory=list)  # seconds
 
 
-async def beyond(wires: Wires, *, rate: float, seconds: float) -> Beyond:
-    """Requests at so many per second, whether answered or not."""
+def beyond(wires: Wires, *, rate: float, seconds: float) -> Beyond:
+    """Requests at so many per second, whether answered or not; what is due is sent every TICK."""
     result = Beyond()
-    finished: list[float] = []
+    ramp = seconds / 4  # what waits at the beginning is no measure of the rate
+    served = 0
 
-    def send() -> bool:
-        sent = time.perf_counter()
-
-        def told(status: int) -> None:
+    def look() -> None:
+        nonlocal served
+        for status, latency in wires.answered(0):
             result.outcomes[f"status {status}" if status else "error: the connection was closed"] += 1
             if status == 200:
-                finished.append(time.perf_counter())
+                served += begin + ramp < time.perf_counter() < begin + seconds
             else:
-                result.refusals.append(time.perf_counter() - sent)
-
-        return wires.send(told)
+                result.refusals.append(latency)
 
     begin = time.perf_counter()
     count = 0
     while (now := time.perf_counter()) < begin + seconds:
         while count < (now - begin) * rate:
-            if send():
+            if wires.send():
                 count += 1
             elif wires.opened < MOST_WIRES:
-                await wires.open(8)
+                wires.open(8)
             else:
                 break  # until some are answered
-        await asyncio.sleep(0.002)
-    # What waits at the beginning is no measure of the rate.
-    ramp = seconds / 4
-    result.served = sum(moment > begin + ramp for moment in finished) / (time.perf_counter() - begin - ramp)
+        time.sleep(TICK)
+        look()
+    result.served = served / (seconds - ramp)
     result.sent = count / seconds
     while sum(result.outcomes.values()) < count:
-        await asyncio.sleep(0.01)
+        time.sleep(TICK)
+        look()
     return result
 
 
-async def overload(port: int, *, clients: int, seconds: float, rounds: int = 1, times: float = 4) -> dict[str, Any]:
+def overload(port: int, *, clients: int, seconds: float, rounds: int = 1, times: float = 4) -> dict[str, Any]:
     """The peak, then requests at `times` that rate, in turns, since machines change their speed; medians."""
     wires = Wires(port, {"context": "孩子", "maxlength": 20, "samples": 2, "temperature": 0.8})
-    await wires.open(4 * clients)
+    wires.open(4 * clients)
     peaks, beyonds = [], []
     for _ in range(rounds):
-        peaks.append(await peak(wires, clients=clients, seconds=seconds))
-        beyonds.append(await beyond(wires, rate=times * peaks[-1], seconds=seconds))
+        peaks.append(peak(wires, clients=clients, seconds=seconds))
+        beyonds.append(beyond(wires, rate=times * peaks[-1], seconds=seconds))
     wires.close()
     refusals = [latency for one in beyonds for latency in one.refusals]
     shares = sorted(one.served / most for one, most in zip(beyonds, peaks, strict=True))
@@ -544,7 +548,7 @@ def main() -> None:
             show(f"{args.clients} clients for {args.seconds:g} s", result)
         elif args.what == "overload":
             seconds = args.seconds / 10  # ten periods
-            result = asyncio.run(overload(server.port, clients=args.clients // 4, seconds=seconds, rounds=5))
+            result = overload(server.port, clients=args.clients // 4, seconds=seconds, rounds=5)
             show("four times the capacity", result)
         elif args.what == "abuse":
             show(f"{args.requests} requests", asyncio.run(abuse(server, requests=args.requests)))

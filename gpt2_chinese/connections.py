@@ -6,17 +6,20 @@ import asyncio
 import errno
 import json
 import logging
+import re
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from email.utils import formatdate
-from functools import lru_cache
+from http import HTTPStatus
 from typing import Any
 
-from aiohttp import HttpVersion11, web
+from aiohttp import web
 
 LOGGER = logging.getLogger("server")
+AtOnce = Callable[[str], bytes | None]
+"""Gives the whole answer to a simple POST request to a path, or None."""
 ACCEPTED_AT_ONCE = 16
 """Connections that one process takes from the queue before the others get their turn."""
 QUEUED = 1024
@@ -59,10 +62,68 @@ def error_body(status: int, code: str, message: str, param: str | None = None) -
     return json.dumps(error, ensure_ascii=False).encode("utf-8", errors="replace")
 
 
-class Connection(web.RequestHandler):
-    """aiohttp's side of a connection; what it cannot read as HTTP is answered in JSON and not logged."""
+# A whole POST with a body whose length it says, and no header that would ask for more than a short answer.
+_SIMPLE_POST = re.compile(rb"POST (\S+) HTTP/1\.1\r\n((?:[^\r\n]+\r\n)+)\r\n")
+_LENGTH = re.compile(rb"^Content-Length:[ \t]*(\d{1,9})\r$", re.IGNORECASE | re.MULTILINE)
+_ASKS_FOR_MORE = re.compile(
+    rb"^(?:Transfer-Encoding|Expect|Origin|Upgrade|Connection:(?![ \t]*keep-alive\r$))", re.IGNORECASE | re.MULTILINE
+)
 
-    __slots__ = ()
+
+def simple_post(data: bytes) -> str | None:
+    """The path, if these bytes are one whole request to which a short answer is all that is needed."""
+    found = _SIMPLE_POST.match(data)
+    if found is None or _ASKS_FOR_MORE.search(found[2]):
+        return None
+    lengths = _LENGTH.findall(found[2])
+    if len(lengths) != 1 or len(data) - found.end() != int(lengths[0]):
+        return None
+    return found[1].decode("latin-1")
+
+
+def short_answer(status: int, body: bytes, headers: Mapping[str, str]) -> bytes:
+    """An answer in JSON, all of it, for a connection that stays."""
+    lines = {"Content-Type": "application/json; charset=utf-8", "Content-Length": str(len(body)), **headers}
+    head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+    date = formatdate(time.time(), usegmt=True)
+    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nDate: {date}\r\n{head}\r\n".encode("ascii") + body
+
+
+class Connection(web.RequestHandler):
+    """aiohttp's side of a connection; what it cannot read as HTTP is answered in JSON and not logged.
+
+    What `at_once` answers is not made a request of: a thousand refusals a second would take a tenth of a processor.
+    """
+
+    __slots__ = ("_at_once", "_simple")
+
+    def __init__(self, *args: Any, at_once: AtOnce, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._at_once = at_once
+        self._simple = True  # aiohttp has had whole simple requests only, and so holds no part of another
+
+    def data_received(self, data: bytes) -> None:
+        if self._simple and data:  # aiohttp itself calls this with nothing
+            path = simple_post(data)
+            self._simple = path is not None
+            if path is not None and self._rests() and (answer := self._at_once(path)) is not None:
+                assert self.transport is not None
+                self.transport.write(answer)
+                self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+                return
+        super().data_received(data)
+
+    def _rests(self) -> bool:
+        """Whether every request has been answered, and the client has taken the answers."""
+        waiter, transport = self._waiter, self.transport
+        return (
+            waiter is not None
+            and not waiter.done()
+            and not self._force_close
+            and not self._close
+            and transport is not None
+            and transport.get_write_buffer_size() == 0
+        )
 
     def handle_error(
         self, request: Any, status: int = 500, exc: BaseException | None = None, message: str | None = None
@@ -101,46 +162,6 @@ class FullHouse(asyncio.Protocol):
         asyncio.get_running_loop().call_later(1, transport.abort)
 
 
-class ShortAnswer(web.StreamResponse):
-    """An answer in JSON whose bytes are written as they are: what is refused a thousand times a second costs little."""
-
-    def __init__(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
-        super().__init__(status=status)
-        lines = {"Content-Type": "application/json; charset=utf-8", "Content-Length": str(len(body)), **headers}
-        head = f"HTTP/1.1 {status} {self.reason}\r\n" + "".join(f"{name}: {value}\r\n" for name, value in lines.items())
-        self._first_lines, self._content = head.encode("ascii"), body
-
-    @property
-    def keep_alive(self) -> bool:
-        return True
-
-    async def prepare(self, request: web.BaseRequest) -> None:
-        if request.transport is not None:
-            request.transport.write(self._first_lines + _date_line(int(time.time())) + b"\r\n" + self._content)
-
-    async def write_eof(self, data: bytes = b"") -> None:
-        assert not data
-
-
-@lru_cache(maxsize=1)
-def _date_line(seconds: int) -> bytes:
-    return f"Date: {formatdate(seconds, usegmt=True)}\r\n".encode("ascii")
-
-
-def can_be_short(request: web.BaseRequest) -> bool:
-    """Whether a ShortAnswer is all that is needed: the whole request is there, and so is the client."""
-    transport = request.transport
-    return (
-        request.keep_alive
-        and request.version == HttpVersion11
-        and request.content.is_eof()
-        and "Origin" not in request.headers
-        and "Expect" not in request.headers
-        and transport is not None
-        and transport.get_write_buffer_size() == 0
-    )
-
-
 @asynccontextmanager
 async def serving(
     app: web.Application,
@@ -148,14 +169,14 @@ async def serving(
     *,
     connections: int,
     idle_seconds: float,
-    at_once: Callable[[web.BaseRequest], ShortAnswer | None] = lambda _: None,
+    at_once: AtOnce = lambda _: None,
 ) -> AsyncIterator[web.AppRunner]:
     """Serve an application on a listening socket; at the end the requests under way are finished.
 
     Args:
         connections: more are answered with 503.
         idle_seconds: a connection without a whole request head for so long is closed.
-        at_once: what may answer a request before the application sees it.
+        at_once: what answers simple POST requests to a path, if it does, before the application sees them.
     """
     # Compressed bodies are refused, so they need not be unpacked: 64 KiB of gzip can be 64 MiB of text. A body that
     # was refused is read for a second more, so that its sender gets to read the answer.
@@ -170,18 +191,11 @@ async def serving(
     manager = runner.server
     assert manager is not None
     loop = asyncio.get_running_loop()
-    application = manager.request_handler
-
-    async def answer(request: web.BaseRequest) -> web.StreamResponse:
-        short = at_once(request)
-        return short if short is not None else await application(request)
-
-    manager.request_handler = answer
 
     def protocol() -> asyncio.BaseProtocol:
         if len(manager.connections) >= connections:
             return FullHouse(connections)
-        return Connection(manager, loop=loop, **settings)
+        return Connection(manager, loop=loop, at_once=at_once, **settings)
 
     server = await loop.create_server(protocol, sock=sock, backlog=ACCEPTED_AT_ONCE)
     sock.listen(QUEUED)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import secrets
 import threading
 import time
 from collections import deque
@@ -23,23 +22,14 @@ import torch
 from torch import Tensor
 
 from gpt2_chinese.compiled_decoder import CompiledDecoder, fastest_decoder, is_at_hand
-from gpt2_chinese.completion import (
-    MOST_LOGPROBS,
-    Completion,
-    Continuation,
-    EngineFull,
-    EngineStopped,
-    Piece,
-    Prompt,
-    Settings,
-    TokenLogprob,
-)
+from gpt2_chinese.completer import Completer, Ticket
+from gpt2_chinese.completion import Completion, Continuation, EngineStopped, Piece, Prompt, TokenLogprob
 from gpt2_chinese.decoder import Decoder, Prefix
 from gpt2_chinese.graph_decoder import decoder_on_gpu
 from gpt2_chinese.precision import to_device
 from gpt2_chinese.sampling import draw, repetition_penalised, row_seed, uniforms
 from gpt2_chinese.tokenizer import TextJoiner, Tokenizer
-from gpt2_chinese.vocabulary import CLS_ID, MASK_ID, NEVER_PRODUCED
+from gpt2_chinese.vocabulary import CLS_ID, NEVER_PRODUCED
 
 LOGGER = logging.getLogger(__name__)
 JOINING_TOKENS = 512
@@ -47,31 +37,16 @@ JOINING_TOKENS = 512
 
 
 @dataclass(eq=False)
-class Ticket:
-    """A request in the engine; `future` gets its completions, in the order of the samples.
+class _Request(Ticket):
+    """A ticket and how far it has come: `joined` of its samples have or had a row."""
 
-    `first_token_at` is when the first token of any sample was drawn, in seconds of `time.monotonic()`.
-    """
-
-    prompt: Prompt
-    length: int
-    settings: Settings
-    seeds: list[int]
-    stop: tuple[str, ...]
-    logprobs: int | None
-    on_piece: Callable[[Piece], None] | None
-    scored: bool = False
-    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
-    future: Future[list[Completion]] = field(default_factory=Future)
     cancelled: bool = False
     cancelled_samples: set[int] = field(default_factory=set)
-    first_token_at: float | None = None
     joined: int = 0
     prefix: Prefix | None = None
     completions: dict[int, Completion] = field(default_factory=dict)
 
     def cancel(self, sample: int | None = None) -> None:
-        """Give up the places at the next step, or one sample's; what has not ended ends as it is, as "cancelled"."""
         if sample is None:
             self.cancelled = True
         else:
@@ -88,7 +63,7 @@ class _Sample:
     `text` is what `joined` of its ids say; `reported` of its logprobs have gone out with pieces.
     """
 
-    ticket: Ticket
+    ticket: _Request
     number: int
     text: Continuation
     ids: list[int] = field(default_factory=list)
@@ -113,7 +88,7 @@ class _Sample:
         self.ticket.on_piece(Piece(self.number, text, tuple(self.logprobs[begin : self.reported]), reason))
 
 
-class Engine:
+class Engine(Completer):
     """Decoding with one model thread; `with Engine(...) as engine:` starts and stops it.
 
     Args:
@@ -126,6 +101,7 @@ class Engine:
             them is given, else in the model's dtype.
         wait: where the compiled decoder must be compiled first, wait for it; else begin with PyTorch in float32 and
             switch when it is there (`at_full_speed`).
+        on_turn: called in the model's thread after every step, and when it ends.
 
     Example:
         >>> with Engine(*load_model("model/final_model")) as engine:
@@ -141,6 +117,7 @@ class Engine:
         max_waiting: int = 1024,
         precision: str | None = None,
         wait: bool = True,
+        on_turn: Callable[[], None] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.decoder: Decoder | CompiledDecoder
@@ -163,11 +140,8 @@ class Engine:
             raise ValueError(f"the model's n_ctx is {self.decoder.n_ctx}; to go on behind a context it takes 2 or more")
         self.n_ctx = self.decoder.n_ctx
         self.max_waiting = max_waiting
-        self.error: BaseException | None = None
-        self.prompt_tokens = 0
-        """Tokens of the prompts that were prefilled so far."""
-        self.generated_tokens = 0
-        """Tokens that were drawn so far, in all samples."""
+        self.device = str(self.decoder.device)
+        self._on_turn = on_turn
         device, vocab_size = self.decoder.device, self.decoder.vocab_size
         self._banned = torch.tensor([*NEVER_PRODUCED, *range(len(tokenizer), vocab_size)], device=device)
         self._rows: list[_Sample] = []  # row i of the decoder holds sample i
@@ -178,21 +152,20 @@ class Engine:
         # NumPy's, for PyTorch's operations give Python's lock away, and a busy server's other thread takes it.
         self._temperature, self._top_p, self._penalty = np.zeros((3, rows), dtype=np.float32)
         self._top_k = np.zeros(rows, dtype=np.int64)
-        self._waiting: deque[Ticket] = deque()
-        self._waiting_sequences = 0  # of them, without those that have joined
+        self._waiting: deque[_Request] = deque()
+        self._queued = 0  # sequences so far
+        self.left_queue = 0
+        """Sequences that have joined, or ended before, so far."""
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        if self._next_decoder is not None:
+            self._next_decoder.add_done_callback(self._wake)
 
-    def __enter__(self) -> Engine:
+    def start(self) -> None:
         self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
-        """Stop after the step under way; requests that have not ended get EngineStopped."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -201,134 +174,33 @@ class Engine:
         self.decoder.close()
 
     @property
-    def at_full_speed(self) -> bool:
-        """Whether the decoder is the one that stays: none is being compiled."""
-        return self._next_decoder is None
-
-    @property
     def alive(self) -> bool:
-        """Whether the model thread runs and takes requests."""
         return self._thread.is_alive() and self.error is None and not self._closing
 
     @property
+    def at_full_speed(self) -> bool:
+        return self._next_decoder is None
+
+    @property
     def running(self) -> int:
-        """Sequences being decoded."""
         return len(self._rows)
 
     @property
     def waiting(self) -> int:
-        """Sequences that wait for a row."""
-        return self._waiting_sequences
+        return self._queued - self.left_queue
 
-    def prompt(self, context: str, length: int) -> Prompt:
-        """Give the ids of a context; one longer than n_ctx is cut from the left, with room left for `length` tokens.
-
-        Raises:
-            ValueError: the context holds half of a surrogate pair, which is no character.
-        """
-        try:
-            context.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"character {error.start + 1} is half of a surrogate pair (U+{ord(context[error.start]):04X}), "
-                "not a character; send the text as UTF-8"
-            ) from None
-        return self._fitted(context, [MASK_ID, *self.tokenizer.encode(context)], length, implied=1)
-
-    def prompt_of_ids(self, ids: Sequence[int], length: int) -> Prompt:
-        """The same for a context that is given as ids, at least one; `[MASK]` is put before them where it is not there.
-
-        Raises:
-            ValueError: an id is not in the vocabulary.
-        """
-        implied = [] if ids[0] == MASK_ID else [MASK_ID]
-        return self._fitted(self.tokenizer.decode(ids), [*implied, *ids], length, implied=len(implied))
-
-    def _fitted(self, context: str, ids: list[int], length: int, *, implied: int) -> Prompt:
-        if len(ids) <= self.n_ctx:
-            return Prompt(context, tuple(ids), 0, implied)
-        kept = max(self.n_ctx - length, self.n_ctx // 2, 1)
-        return Prompt(context, tuple(ids[-kept:]), len(ids) - kept)
-
-    def submit(
-        self,
-        prompt: Prompt,
-        *,
-        samples: int,
-        length: int,
-        settings: Settings | None = None,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        logprobs: int | None = None,
-        scored: bool = False,
-        on_piece: Callable[[Piece], None] | None = None,
-    ) -> Ticket:
-        """Queue a request and return at once.
-
-        Args:
-            prompt: from `prompt()`, or of ids alone.
-            samples: how many completions, at least 1.
-            length: tokens a completion has at most, at least 1; 0 is possible with `scored`.
-            settings: how tokens are drawn.
-            seed: 64 bits; the same seed gives the same texts. None takes a random one.
-            stop: the first of these strings in a continuation ends it, and is cut off.
-            logprobs: how many alternatives of each token are wanted, 0 to MOST_LOGPROBS; None reports no logprobs.
-            scored: report the prompt's own tokens too, as `prompt_logprobs` of the ticket, there before any piece.
-            on_piece: called in the model's thread with each piece of text; must be quick and not raise.
-
-        Raises:
-            EngineFull: too many sequences wait.
-            EngineStopped: the engine is closed, or its thread has died.
-        """
-        if samples < 1 or length < (0 if scored else 1):
-            raise ValueError(f"samples and length must be 1 or more, they are {samples} and {length}")
-        if scored and logprobs is None:
-            raise ValueError("a prompt is scored where logprobs are wanted; say how many")
-        if not all(stop):
-            raise ValueError("a stop string must not be empty")
-        if logprobs is not None and not 0 <= logprobs <= MOST_LOGPROBS:
-            raise ValueError(f"logprobs must be from 0 to {MOST_LOGPROBS}, it is {logprobs}")
-        if not 1 <= len(prompt.ids) <= self.n_ctx:
-            raise ValueError(f"a prompt must have 1 to {self.n_ctx} ids, this one has {len(prompt.ids)}")
-        if seed is None:
-            seed = secrets.randbits(63)
-        seeds = [row_seed(seed, number) for number in range(samples)]
-        ticket = Ticket(prompt, length, settings or Settings(), seeds, tuple(stop), logprobs, on_piece, scored)
+    def _queue(self, **request: Any) -> Ticket:
+        ticket = _Request(**request)
         # From here on only the engine ends it: asyncio would cancel the future of a client that has gone.
         ticket.future.set_running_or_notify_cancel()
         with self._changed:
             if not self.alive:
                 raise EngineStopped(self._why_stopped())
-            self.check_room(samples)
+            self.check_room(ticket.samples)
             self._waiting.append(ticket)
-            self._waiting_sequences += samples
+            self._queued += ticket.samples
             self._changed.notify_all()
         return ticket
-
-    def check_room(self, samples: int) -> None:
-        """Raise EngineFull if so many more sequences cannot wait.
-
-        A request larger than the limit is taken when nothing waits: it is the caller who limits samples.
-        """
-        waiting = self.waiting
-        if waiting and waiting + samples > self.max_waiting:
-            raise EngineFull(f"{waiting} sequences wait already; try again later")
-
-    def complete(
-        self,
-        context: str,
-        *,
-        samples: int = 5,
-        length: int = 50,
-        settings: Settings | None = None,
-        seed: int | None = None,
-    ) -> list[str]:
-        """Complete a context and wait for the texts; each begins with the context exactly as it is given."""
-        ticket = self.submit(self.prompt(context, length), samples=samples, length=length, settings=settings, seed=seed)
-        return [completion.text for completion in ticket.future.result()]
-
-    def _why_stopped(self) -> str:
-        return f"the model thread has stopped: {self.error!r}" if self.error else "the engine is closed"
 
     def _run(self) -> None:
         """The model thread: cancelled requests leave, waiting ones join, one step; until the engine is closed."""
@@ -339,6 +211,7 @@ class Engine:
                     self._leave_cancelled()
                     self._join()
                     self._step()
+                    self._turned()
         except BaseException as error:  # whatever it is, those who wait must hear of it
             self.error = error
             LOGGER.exception("the model thread has stopped")
@@ -347,9 +220,14 @@ class Engine:
             left = {sample.ticket for sample in self._rows} | set(self._waiting)
             self._rows.clear()
             self._waiting.clear()
-            self._waiting_sequences = 0
+            self.left_queue = self._queued
         for ticket in left:
             ticket.future.set_exception(EngineStopped(self._why_stopped()))
+        self._turned()
+
+    def _turned(self) -> None:
+        if self._on_turn is not None:
+            self._on_turn()
 
     def _switch_decoder(self) -> None:
         """Go on with the compiled decoder as soon as it is there; what the rows hold is prefilled anew."""
@@ -363,10 +241,17 @@ class Engine:
             ticket.prefix = None  # of the decoder that has gone
         LOGGER.info("decoding at full speed from here on")
 
+    def _wake(self, _: object) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
     def _wait_for_work(self) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: self._closing or self._waiting or self._rows)
+            self._changed.wait_for(lambda: self._closing or self._waiting or self._rows or self._decoder_is_there())
             return not self._closing
+
+    def _decoder_is_there(self) -> bool:
+        return self._next_decoder is not None and self._next_decoder.done()
 
     def _leave_cancelled(self) -> None:
         for row in reversed(range(len(self._rows))):
@@ -376,10 +261,10 @@ class Engine:
             gone = [ticket for ticket in self._waiting if ticket.cancelled]
             if gone:
                 self._waiting = deque(ticket for ticket in self._waiting if not ticket.cancelled)
-                self._waiting_sequences -= sum(len(ticket.seeds) - ticket.joined for ticket in gone)
+                self.left_queue += sum(ticket.samples - ticket.joined for ticket in gone)
         for ticket in gone:
             ticket.prefix = None
-            for number in range(ticket.joined, len(ticket.seeds)):
+            for number in range(ticket.joined, ticket.samples):
                 self._finish(self._sample(ticket, number), "cancelled")
 
     def _join(self) -> None:
@@ -399,7 +284,7 @@ class Engine:
                 self._end_unsampled(ticket)
                 continue
             tokens += len(ticket.prompt.ids)
-            if ticket.prefix is not None or len(ticket.seeds) > free:
+            if ticket.prefix is not None or ticket.samples > free:
                 if not prompts:
                     self._join_in_parts(ticket, free)
                     return
@@ -407,8 +292,8 @@ class Engine:
             if prompts and tokens > JOINING_TOKENS:
                 break
             prompts.append((len(self._rows), ticket.prompt.ids))
-            samples.append(len(ticket.seeds))
-            self._take_rows(ticket, len(ticket.seeds))
+            samples.append(ticket.samples)
+            self._take_rows(ticket, ticket.samples)
         if not prompts:
             return
         logits = self.decoder.prefill_rows(prompts)
@@ -419,24 +304,24 @@ class Engine:
         places = [place for place, count in enumerate(samples) for _ in range(count)]
         self._advance(range(first, len(self._rows)), _rows_of(logits, places))
 
-    def _join_in_parts(self, ticket: Ticket, free: int) -> None:
+    def _join_in_parts(self, ticket: _Request, free: int) -> None:
         """Let so many samples of a request join as there are rows; its prefill is kept for the others."""
         if ticket.prefix is None:
             ticket.prefix = self.decoder.prefill(ticket.prompt.ids)
             self.prompt_tokens += len(ticket.prompt.ids)
         prefix, first = ticket.prefix, len(self._rows)
-        self._take_rows(ticket, min(free, len(ticket.seeds) - ticket.joined))
+        self._take_rows(ticket, min(free, ticket.samples - ticket.joined))
         for row in range(first, len(self._rows)):
             self.decoder.load(row, prefix)
         self._advance(range(first, len(self._rows)), prefix.logits.repeat(len(self._rows) - first, 1))
 
-    def _end_unsampled(self, ticket: Ticket) -> None:
+    def _end_unsampled(self, ticket: _Request) -> None:
         """End a request at the head of the queue that wants no tokens."""
         with self._changed:
             self._waiting.popleft()
-            self._waiting_sequences -= len(ticket.seeds) - ticket.joined
-            ticket.joined = len(ticket.seeds)
-        for number in range(len(ticket.seeds)):
+            self.left_queue += ticket.samples - ticket.joined
+            ticket.joined = ticket.samples
+        for number in range(ticket.samples):
             self._finish(self._sample(ticket, number), "length")
 
     def _score(self, prompt: Prompt, wanted: int) -> tuple[TokenLogprob, ...]:
@@ -460,11 +345,11 @@ class Engine:
             for token, report, offset in zip(tokens, reports, offsets, strict=False)
         )
 
-    def _take_rows(self, ticket: Ticket, count: int) -> None:
+    def _take_rows(self, ticket: _Request, count: int) -> None:
         """Give the next samples of the first waiting request their rows."""
         for number in range(ticket.joined, ticket.joined + count):
             row, settings = len(self._rows), ticket.settings
-            self._seeds[row], self._drawn[row] = ticket.seeds[number], 0
+            self._seeds[row], self._drawn[row] = row_seed(ticket.seed, number), 0
             self._temperature[row], self._top_p[row] = settings.temperature, settings.top_p
             self._top_k[row] = min(settings.top_k, self.decoder.vocab_size)
             self._penalty[row] = settings.repetition_penalty
@@ -474,8 +359,8 @@ class Engine:
             self._rows.append(self._sample(ticket, number))
         with self._changed:
             ticket.joined += count
-            self._waiting_sequences -= count
-            if ticket.joined == len(ticket.seeds):
+            self.left_queue += count
+            if ticket.joined == ticket.samples:
                 self._waiting.popleft()
                 ticket.prefix = None
 
@@ -577,7 +462,7 @@ class Engine:
         self._rows.pop()
         self._finish(sample, reason)
 
-    def _sample(self, ticket: Ticket, number: int) -> _Sample:
+    def _sample(self, ticket: _Request, number: int) -> _Sample:
         text = Continuation(self.tokenizer, ticket.prompt, ticket.stop)
         return _Sample(ticket, number, text, held=len(ticket.prompt.ids))
 
@@ -590,8 +475,8 @@ class Engine:
         text = ticket.prompt.context + sample.text.text
         ticket.completions[sample.number] = Completion(text, tuple(sample.ids), reason, tuple(sample.logprobs))
         sample.send(settled, reason)
-        if len(ticket.completions) == len(ticket.seeds):
-            ticket.future.set_result([ticket.completions[number] for number in range(len(ticket.seeds))])
+        if len(ticket.completions) == ticket.samples:
+            ticket.future.set_result([ticket.completions[number] for number in range(ticket.samples)])
 
 
 def _rows_of(logits: Tensor, places: list[int]) -> Tensor:

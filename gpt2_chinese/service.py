@@ -12,14 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from gpt2_chinese.api import Limits, Refusal, Wish
+from gpt2_chinese.completer import Completer, Ticket
 from gpt2_chinese.completion import Completion, EngineFull, Piece, Prompt, TokenLogprob
 from gpt2_chinese.prometheus import Timings
-
-if TYPE_CHECKING:  # the port answers before torch is imported
-    from gpt2_chinese.engine import Engine, Ticket
 
 WARM_UP = "你好"
 STOPPED = "the model has stopped; the server must be started again"
@@ -28,14 +25,16 @@ SHORT = 200  # characters, or ids
 
 @dataclass(eq=False)
 class ServedModel:
-    """A model in its states; `load` gives an engine that has not started, in a thread of its own."""
+    """A model in its states; `load` gives what completes, not yet started, and is called in a thread of its own."""
 
     name: str
-    load: Callable[[], Engine]
-    engine: Engine | None = None
+    load: Callable[[], Completer]
+    engine: Completer | None = None
     error: BaseException | None = None
     arriving: int = 0
     """Sequences of requests that are being tokenized: they will wait for the engine in a moment."""
+    last: int = 1
+    """Sequences of the request that came last; the next one will hardly want fewer."""
     timings: Timings = field(default_factory=Timings)
     tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizing"))
     tokenizer_taken: threading.Lock = field(default_factory=threading.Lock)
@@ -139,12 +138,14 @@ class Service:
         """Refuse before a request is even read where no model would take one.
 
         Raises:
-            Refusal: none is ready, or those that are have no room for one sequence more.
+            Refusal: none is ready, or those that are have no room for another request like the last one.
         """
         refusals = []
         for model in self.models:
             try:
-                self.ready_engine(model).check_room(1 + model.arriving)
+                engine = self.ready_engine(model)
+                # A large one that was refused must not keep the small ones out.
+                engine.check_room(min(model.last, max(1, engine.max_waiting // 8)) + model.arriving)
             except EngineFull as error:
                 refusals.append(Refusal(429, "full", str(error)))
             except Refusal as refusal:
@@ -153,7 +154,7 @@ class Service:
                 return
         raise min(refusals, key=lambda refusal: refusal.status)  # "try again later" rather than "never"
 
-    def ready_engine(self, model: ServedModel) -> Engine:
+    def ready_engine(self, model: ServedModel) -> Completer:
         """Raise a Refusal unless requests for a model are taken."""
         status = "draining" if self.draining and model.status != "dead" else model.status
         if status == "ready" and model.engine is not None:
@@ -172,11 +173,12 @@ async def running(service: Service) -> AsyncIterator[None]:
     loop = asyncio.get_running_loop()
 
     def load(model: ServedModel) -> None:
-        engine: Engine | None = None
+        engine: Completer | None = None
         error: BaseException | None = None
         try:
-            engine = model.load()
-            engine.__enter__()
+            starting = model.load()
+            starting.start()
+            engine = starting
             # The first use loads the segmenter's model and compiles: before the first client, not for it.
             prompt = model.tokenizing.submit(engine.prompt, WARM_UP, 1).result()
             engine.submit(prompt, samples=1, length=2, seed=0).future.result()
@@ -185,10 +187,11 @@ async def running(service: Service) -> AsyncIterator[None]:
         with suppress(RuntimeError):  # the server has stopped meanwhile
             loop.call_soon_threadsafe(settle, model, engine, error)
 
-    def settle(model: ServedModel, engine: Engine | None, error: BaseException | None) -> None:
+    def settle(model: ServedModel, engine: Completer | None, error: BaseException | None) -> None:
         model.engine, model.error = engine, error
-        # What is there now stays. A collection that looked at all of it, torch included, would halt every answer for
-        # some fifty milliseconds.
+        if engine is not None:
+            service.device = engine.device
+        # What is there now stays; a collection that looked at all of it would halt every answer.
         gc.collect()
         gc.freeze()
         if error is not None or all(model.status != "loading" for model in service.models):
@@ -282,7 +285,7 @@ async def asked(service: Service, wish: Wish) -> AsyncIterator[Asked]:
     try:
         try:
             # A request that will be refused need not be tokenized first.
-            sequences = wish.samples * len(wish.contexts)
+            sequences = model.last = wish.samples * len(wish.contexts)
             engine.check_room(sequences + model.arriving)
             model.arriving += sequences
             try:

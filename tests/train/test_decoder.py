@@ -21,8 +21,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from gpt2_chinese import compiled, compiled_decoder, decoder_kernel, engine, sampling
 from gpt2_chinese.checkpoint import load_model
 from gpt2_chinese.compiled_decoder import DOT_PRODUCTS, LANES, MOST_ROWS, PANEL, CompiledDecoder, fastest_decoder
+from gpt2_chinese.completion import Prompt, Settings
 from gpt2_chinese.decoder import Decoder
-from gpt2_chinese.engine import Engine, Prompt, Settings
+from gpt2_chinese.engine import Engine
 from gpt2_chinese.vocabulary import CLS_ID, MASK_ID, PAD_ID, UNK_ID
 
 WAIT = 60

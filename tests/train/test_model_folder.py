@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from gpt2_chinese.checkpoint import save_model
-from gpt2_chinese.engine import Engine, Settings
+from gpt2_chinese.completion import Settings
+from gpt2_chinese.engine import Engine
 from gpt2_chinese.segmenter import Segmenter
 from gpt2_chinese.tokenization_gpt2_chinese import pieces_of_long_line
 from gpt2_chinese.tokenizer import BYTE_TOKENS, Tokenizer, WordSplitter

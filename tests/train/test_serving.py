@@ -43,7 +43,7 @@ def test_many_clients_get_right_answers_and_health_answers_meanwhile(one_server)
 
 
 def test_beyond_the_capacity_requests_are_refused_at_once_and_the_others_served(one_server):
-    result = asyncio.run(serving.overload(one_server.port, clients=8, seconds=2))
+    result = serving.overload(one_server.port, clients=8, seconds=2)
     assert set(result["outcomes"]) <= {"status 200", "status 429"}
     # How many and how fast is benchmarks/serving.py's to say: machines that run tests are shared.
     assert result["served per second"] > 0
