@@ -232,7 +232,8 @@ def origins(flag: str) -> list[str]:
 async def read_body(request: web.Request) -> bytes:
     """Read a request's body, of limited size and in limited time, unless it would be refused whatever it is."""
     service = request.app[SERVICE]
-    service.check_open()
+    if refusal := service.refusal():
+        raise refusal
     limits = service.limits
     if "Content-Encoding" in request.headers:
         raise Refusal(415, "unsupported_encoding", "a compressed body is not accepted; leave out Content-Encoding")
@@ -588,13 +589,11 @@ def refused_at_once(service: Service, path: str) -> bytes | None:
     """The refusal of `read_body` when too many sequences wait, before aiohttp has cost its time."""
     if path not in COMPLETING or service.keys:
         return None
-    try:
-        service.check_open()
-    except Refusal as refusal:
-        if refusal.status == 429:
-            service.requests[path, 429] += 1
-            return short_refusal(int(time.time()), refusal.code, refusal.message)
-    return None
+    refusal = service.refusal()
+    if refusal is None or refusal.status != 429:
+        return None
+    service.requests[path, 429] += 1
+    return short_refusal(int(time.time()), refusal.code, refusal.message)
 
 
 @lru_cache(maxsize=64)

@@ -194,14 +194,21 @@ class Completer(ABC):
             on_piece=on_piece,
         )
 
-    def check_room(self, samples: int) -> None:
-        """Raise EngineFull if so many more sequences cannot wait.
+    def has_room(self, samples: int) -> bool:
+        """Whether so many more sequences can wait.
 
         A request larger than the limit is taken when nothing waits: it is the caller who limits samples.
         """
         waiting = self.waiting
-        if waiting and waiting + samples > self.max_waiting:
-            raise EngineFull(f"{waiting} sequences wait already; try again later")
+        return not waiting or waiting + samples <= self.max_waiting
+
+    def check_room(self, samples: int) -> None:
+        """Raise EngineFull if so many more sequences cannot wait."""
+        if not self.has_room(samples):
+            raise EngineFull(self.why_full())
+
+    def why_full(self) -> str:
+        return f"{self.waiting} sequences wait already; try again later"
 
     def complete(
         self,

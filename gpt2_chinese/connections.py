@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from email.utils import formatdate
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any
 
@@ -62,23 +63,31 @@ def error_body(status: int, code: str, message: str, param: str | None = None) -
     return json.dumps(error, ensure_ascii=False).encode("utf-8", errors="replace")
 
 
-# A whole POST with a body whose length it says, and no header that would ask for more than a short answer.
-_SIMPLE_POST = re.compile(rb"POST (\S+) HTTP/1\.1\r\n((?:[^\r\n]+\r\n)+)\r\n")
+# The head of a POST with a body whose length it says.
+_SIMPLE_HEAD = re.compile(rb"POST (\S+) HTTP/1\.1\r\n((?:[^\r\n]+\r\n)+)\r\n")
 _LENGTH = re.compile(rb"^Content-Length:[ \t]*(\d{1,9})\r$", re.IGNORECASE | re.MULTILINE)
+# What a short answer would not do for.
 _ASKS_FOR_MORE = re.compile(
     rb"^(?:Transfer-Encoding|Expect|Origin|Upgrade|Connection:(?![ \t]*keep-alive\r$))", re.IGNORECASE | re.MULTILINE
 )
+LONGEST_HEAD = 4096
 
 
 def simple_post(data: bytes) -> str | None:
     """The path, if these bytes are one whole request to which a short answer is all that is needed."""
-    found = _SIMPLE_POST.match(data)
-    if found is None or _ASKS_FOR_MORE.search(found[2]):
-        return None
-    lengths = _LENGTH.findall(found[2])
-    if len(lengths) != 1 or len(data) - found.end() != int(lengths[0]):
-        return None
-    return found[1].decode("latin-1")
+    end = data.find(b"\r\n\r\n", 0, LONGEST_HEAD) + 4
+    path, length = _simple_head(data[:end]) if end >= 4 else (None, 0)
+    return path if len(data) - end == length else None
+
+
+@lru_cache(maxsize=256)  # clients send the same again and again
+def _simple_head(head: bytes) -> tuple[str | None, int]:
+    """The path of a request and the length of its body; no path if it is not simple."""
+    found = _SIMPLE_HEAD.fullmatch(head)
+    lengths = _LENGTH.findall(found[2]) if found else []
+    if found is None or len(lengths) != 1 or _ASKS_FOR_MORE.search(found[2]):
+        return None, 0
+    return found[1].decode("latin-1"), int(lengths[0])
 
 
 def short_answer(status: int, body: bytes, headers: Mapping[str, str]) -> bytes:

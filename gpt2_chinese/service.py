@@ -35,6 +35,8 @@ class ServedModel:
     """Sequences of requests that are being tokenized: they will wait for the engine in a moment."""
     last: int = 1
     """Sequences of the request that came last; the next one will hardly want fewer."""
+    full: bool = False
+    """Whether the last request was refused for want of room."""
     timings: Timings = field(default_factory=Timings)
     tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizing"))
     tokenizer_taken: threading.Lock = field(default_factory=threading.Lock)
@@ -134,25 +136,24 @@ class Service:
             raise Refusal(404, "model_not_found", f"there is no such model; this server has {there}", "model")
         return self.by_name[name]
 
-    def check_open(self) -> None:
-        """Refuse before a request is even read where no model would take one.
-
-        Raises:
-            Refusal: none is ready, or those that are have no room for another request like the last one.
-        """
+    def refusal(self) -> Refusal | None:
+        """Why a request would be refused whatever it is: no model is ready, or those that are have no room."""
         refusals = []
         for model in self.models:
             try:
                 engine = self.ready_engine(model)
-                # A large one that was refused must not keep the small ones out.
-                engine.check_room(min(model.last, max(1, engine.max_waiting // 8)) + model.arriving)
-            except EngineFull as error:
-                refusals.append(Refusal(429, "full", str(error)))
             except Refusal as refusal:
                 refusals.append(refusal)
-            else:
-                return
-        raise min(refusals, key=lambda refusal: refusal.status)  # "try again later" rather than "never"
+                continue
+            # For another like the last one; but one that was large must not keep the small ones out. Where there was no
+            # room there will be for several, for to take them one at a time costs more.
+            some = max(1, engine.max_waiting // 8)
+            wanted = some if model.full else min(model.last, some)
+            model.full = not engine.has_room(wanted + model.arriving)
+            if not model.full:
+                return None
+            refusals.append(Refusal(429, "full", engine.why_full()))
+        return min(refusals, key=lambda refusal: refusal.status)  # "try again later" rather than "never"
 
     def ready_engine(self, model: ServedModel) -> Completer:
         """Raise a Refusal unless requests for a model are taken."""
