@@ -64,15 +64,23 @@ class Server:
         self.process.kill()
         self.process.communicate()
 
+    def processes(self) -> list[int]:
+        """The server's process and its children (Linux)."""
+        found = [self.process.pid]
+        for one in found:
+            found += map(int, Path(f"/proc/{one}/task/{one}/children").read_text().split())
+        return found
+
     def resources(self) -> dict[str, int]:
-        """Resident megabytes, threads and open files of the process (Linux)."""
-        folder = Path("/proc") / str(self.process.pid)
-        status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
-        return {
-            "megabytes": int(status["VmRSS"].split()[0]) // 1024,
-            "threads": int(status["Threads"]),
-            "files": len(list((folder / "fd").iterdir())),
-        }
+        """Resident megabytes, threads and open files of the processes (Linux)."""
+        total: Counter[str] = Counter()
+        for one in self.processes():
+            folder = Path(f"/proc/{one}")
+            status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
+            total["megabytes"] += int(status["VmRSS"].split()[0]) // 1024
+            total["threads"] += int(status["Threads"])
+            total["files"] += len(list((folder / "fd").iterdir()))
+        return dict(total)
 
 
 def percentile(values: Sequence[float], share: float) -> float:

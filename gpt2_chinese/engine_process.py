@@ -39,6 +39,7 @@ from gpt2_chinese.tokenizer import Tokenizer
 if TYPE_CHECKING:  # needs torch
     from gpt2_chinese.engine import Engine
 
+LOGGER = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parent.parent
 LENGTH = struct.Struct("<I")
 SECONDS_TO_END = 10.0
@@ -138,7 +139,7 @@ class EngineProcess(Completer):
         # Not in a session of its own: Linux divides the processors among sessions first.
         self._process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._outbox = Outbox(self._process.stdin.fileno())
+        self._outbox = Outbox(self._process.stdin)
         self._outbox.send(frame(self.options))
         arriving = frames(self._process.stdout)
         first = next(arriving, None)
@@ -162,18 +163,12 @@ class EngineProcess(Completer):
 
     def _end(self) -> None:
         """End the child, and wait for it."""
-        assert self._process.stdin is not None
-        with suppress(OSError):
-            self._process.stdin.close()
+        self._outbox.close()
         try:
             self._process.wait(SECONDS_TO_END)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-
-    @property
-    def process_id(self) -> int:
-        return self._process.pid
 
     @property
     def alive(self) -> bool:
@@ -210,14 +205,19 @@ class EngineProcess(Completer):
 
     def _listen(self, arriving: Iterator[tuple[State, list[tuple[Any, ...]]]]) -> None:
         """Hand what the child says to the tickets, until it ends."""
-        for state, messages in arriving:
-            self._take(state)
-            for kind, number, *rest in messages:
-                self._hear(kind, number, rest)
+        try:
+            for state, messages in arriving:
+                self._take(state)
+                for kind, number, *rest in messages:
+                    self._hear(kind, number, rest)
+        except Exception:  # no one would hear of the others any more
+            LOGGER.exception("what the model's process says is not understood")
+            self._process.kill()
         status = self._process.wait()
         with self._lock:
             if not self._closing and self.error is None:
                 self.error = EngineStopped(f"the model's process has ended with status {status}")
+                LOGGER.error("%s", self.error)
             self._state = self._state._replace(alive=False, running=0, left_queue=self._queued)
             left = list(self._tickets)
         for number in left:
@@ -252,16 +252,24 @@ class Outbox:
     So whoever sends never waits, even for a reader that has come to a halt.
     """
 
-    def __init__(self, pipe: int) -> None:
+    def __init__(self, pipe: IO[bytes]) -> None:
         self._pipe = pipe
         self._lock = threading.Lock()
         self._left = bytearray()
         with suppress(AttributeError, OSError):  # Windows, before Python 3.12: there it waits
-            os.set_blocking(pipe, False)
+            os.set_blocking(pipe.fileno(), False)
+
+    def close(self) -> None:
+        """Close the pipe; what it had no room for is lost."""
+        with self._lock:
+            self._left.clear()
+            self._pipe.close()
 
     def send(self, data: bytes) -> None:
-        """Nothing happens where the pipe's reader has gone: it is the reading side of it that learns of it."""
+        """Nothing happens where the pipe is closed or its reader has gone: who listens to that one learns of it."""
         with self._lock:
+            if self._pipe.closed:
+                return
             idle = not self._left
             self._left += data
             if idle and not self._write():
@@ -271,7 +279,7 @@ class Outbox:
         """Write what there is room for; whether that is all."""
         try:
             while self._left:
-                del self._left[: os.write(self._pipe, self._left)]
+                del self._left[: os.write(self._pipe.fileno(), self._left)]
         except BlockingIOError:
             return False
         except OSError:
@@ -281,7 +289,7 @@ class Outbox:
     def _write_on(self) -> None:
         done = False
         while not done:
-            with suppress(OSError, ValueError):
+            with suppress(OSError, ValueError):  # it has been closed meanwhile
                 select.select([], [self._pipe], [], 1.0)
             with self._lock:
                 done = self._write()

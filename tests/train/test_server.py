@@ -22,6 +22,7 @@ from served import GOOD, check_error, check_good, error_of, events, raw, served,
 from tiny_model import endless_model, save_tiny_model, tiny_model, tiny_tokenizer
 
 from gpt2_chinese.completion import Settings
+from gpt2_chinese.connections import simple_post
 from gpt2_chinese.engine import Engine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -609,6 +610,83 @@ def test_the_short_refusal_says_what_the_long_one_says_and_keeps_the_connection(
         assert b"Connection: close" in closed
         busy.cancel()
         await wait_until(lambda: not engine.running)
+        await check_good(client)
+
+    served(test, engine=engine, length=1_000_000)
+
+
+@pytest.mark.parametrize(
+    ("lines", "body", "path"),
+    [
+        (["Content-Length: 2"], b"{}", "/generate"),
+        (["Host: x", "content-length:2", "Connection: keep-alive", "X-Origin: y"], b"{}", "/generate"),
+        (["Content-Length: 0"], b"", "/generate"),
+        (["Content-Length: 3"], b"{}", None),  # the rest is still to come
+        (["Content-Length: 1"], b"{}", None),  # and another request
+        (["Content-Length: 2", "Content-Length: 2"], b"{}", None),
+        (["Content-Length : 2"], b"{}", None),
+        (["Content-Length: 2x"], b"{}", None),
+        (["Content-Length: -2"], b"{}", None),
+        ([], b"{}", None),
+        (["Transfer-Encoding: chunked", "Content-Length: 2"], b"{}", None),
+        (["Content-Length: 2", "expect: 100-continue"], b"{}", None),
+        (["Content-Length: 2", "Origin: https://a.example"], b"{}", None),
+        (["Content-Length: 2", "Connection: close"], b"{}", None),
+        (["Content-Length: 2", "Connection: Upgrade, keep-alive"], b"{}", None),
+        (["Content-Length: 2", "Upgrade: websocket"], b"{}", None),
+        (["Content-Length: 2", "X: a\nTransfer-Encoding: chunked"], b"{}", None),
+        (["Content-Length: 2", "X: " + "x" * 5000], b"{}", None),
+    ],
+)
+def test_only_a_whole_request_that_asks_for_nothing_else_gets_a_short_answer(lines, body, path):
+    head = "".join(f"{line}\r\n" for line in ("POST /generate HTTP/1.1", *lines))
+    data = head.encode() + b"\r\n" + body
+    assert simple_post(data) == path
+    assert simple_post(data[: len(head) // 2]) is None
+    for other in (b"GET" + data[4:], data.replace(b"1.1", b"1.0", 1), b"\r\n" + data, b""):
+        assert simple_post(other) is None
+
+
+def test_a_large_request_that_is_refused_does_not_keep_the_small_ones_out(server):
+    engine = Engine(endless_model(), tiny_tokenizer(), rows=1, max_waiting=16)
+
+    async def test(client):
+        model = client.service.models[0]
+        long = {"context": "一", "maxlength": 1_000_000, "samples": 2}
+        busy = [asyncio.create_task(client.post("/generate", json=long)) for _ in range(2)]
+        await wait_until(lambda: engine.running and engine.waiting == 3)
+        async with client.post("/generate", json=long | {"samples": 14}) as response:
+            await check_error(response, 429, "full")
+        small = asyncio.create_task(client.post("/generate", json=long | {"samples": 1}))
+        await wait_until(lambda: engine.waiting == 4)
+        assert model.last == 1
+        for task in (*busy, small):
+            task.cancel()
+        await wait_until(lambda: not engine.running and not engine.waiting)
+
+    served(test, engine=engine, length=1_000_000)
+
+
+def test_once_there_was_no_room_there_must_be_room_for_several(server):
+    engine = Engine(endless_model(), tiny_tokenizer(), rows=1, max_waiting=32)
+
+    async def test(client):
+        ask = {"context": "一", "maxlength": 1_000_000, "samples": 1}
+        busy = [asyncio.create_task(client.post("/generate", json=ask))]
+        await wait_until(lambda: engine.running and not engine.waiting)
+        busy += [asyncio.create_task(client.post("/generate", json=ask)) for _ in range(32)]
+        await wait_until(lambda: engine.waiting == 32)
+        assert client.service.refusal().status == 429
+        for left in range(1, 4):
+            busy.pop().cancel()
+            await wait_until(lambda left=left: engine.waiting == 32 - left)
+            assert client.service.refusal().status == 429
+        busy.pop().cancel()
+        await wait_until(lambda: engine.waiting == 28)
+        assert client.service.refusal() is None
+        for task in busy:
+            task.cancel()
+        await wait_until(lambda: not engine.running and not engine.waiting)
         await check_good(client)
 
     served(test, engine=engine, length=1_000_000)

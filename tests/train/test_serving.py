@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -70,6 +72,39 @@ def test_sigterm_under_load_loses_no_admitted_request(folder):
         outcomes = asyncio.run(serving.terminated(server, clients=8, after=0.5))
     assert outcomes["ended with status 0"] == 1 and "LOST" not in outcomes
     assert outcomes["status 200"] > 0
+
+
+def test_a_model_that_takes_its_process_down_leaves_a_server_that_says_so(folder):
+    def ask(path: str, body: bytes | None = None) -> tuple[int, dict]:
+        try:
+            with urllib.request.urlopen(server.url + path, body, timeout=10) as response:
+                return response.status, json.load(response)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, json.load(error)
+
+    def long_request() -> None:
+        answers.append(ask("/generate", b'{"context": "a", "maxlength": 1024, "samples": 16}'))
+
+    answers: list[tuple[int, dict]] = []
+    with serving.Server(folder, "--device", "cpu", "--batch_size", "1") as server:
+        own, model = server.processes()
+        assert "libtorch" in Path(f"/proc/{model}/maps").read_text()
+        assert "libtorch" not in Path(f"/proc/{own}/maps").read_text()
+        waiting = threading.Thread(target=long_request)
+        waiting.start()
+        deadline = time.monotonic() + 10
+        while not ask("/health")[1]["running"]:
+            assert time.monotonic() < deadline
+        os.kill(model, signal.SIGKILL)
+        begin = time.monotonic()
+        while (health := ask("/health"))[1]["status"] == "ready":
+            assert time.monotonic() - begin < 5
+        assert health[0] == 503 and health[1]["status"] == "dead"
+        waiting.join(10)
+        for status, answer in (*answers, ask("/generate", b'{"context": "a"}')):
+            assert (status, answer["error"]["code"]) == (503, "engine_stopped")
+        assert len(answers) == 1 and server.process.poll() is None
 
 
 def test_two_devices_are_two_processes_on_one_port_and_one_that_ends_ends_all(folder):
