@@ -24,6 +24,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -289,8 +290,13 @@ class Outbox:
     def _write_on(self) -> None:
         done = False
         while not done:
-            with suppress(OSError, ValueError):  # it has been closed meanwhile
+            try:
                 select.select([], [self._pipe], [], 1.0)
+            except (
+                OSError,
+                ValueError,
+            ):  # it has been closed meanwhile, or this is Windows, which selects sockets only
+                time.sleep(0.01)
             with self._lock:
                 done = self._write()
 
