@@ -378,6 +378,22 @@ def test_the_engine_serves_at_once_and_switches_in_the_middle_of_a_text(monkeypa
         assert isinstance(decoding.decoder, CompiledDecoder) and decoding.at_full_speed
 
 
+def test_an_engine_without_work_switches_too_and_says_so(monkeypatch):
+    may_build, switched = threading.Event(), threading.Event()
+    monkeypatch.setattr(engine, "is_at_hand", lambda: False)
+    monkeypatch.setattr(engine, "fastest_decoder", lambda *arguments: may_build.wait(WAIT) and Decoder(arguments[0], 4))
+
+    def on_turn() -> None:
+        if decoding.at_full_speed:
+            switched.set()
+
+    decoding = Engine(tiny_model(), tiny_tokenizer(), rows=4, precision="fp32", wait=False, on_turn=on_turn)
+    with decoding:
+        assert not decoding.at_full_speed
+        may_build.set()
+        assert switched.wait(WAIT)
+
+
 def test_a_closed_decoder_leaves_no_thread():
     before = threading.active_count()
     decoder = CompiledDecoder(random_model(), rows=1, threads=4)
