@@ -140,7 +140,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--max_connections", type=int, default=limits.connections, help="open at once, of a process (%(default)s)"
     )
     parser.add_argument("--batch_size", type=int, default=32, help="sequences decoded at once (%(default)s)")
-    parser.add_argument("--max_waiting", type=int, default=512, help="sequences that may wait (%(default)s)")
+    parser.add_argument(
+        "--max_waiting",
+        type=int,
+        default=512,
+        help="sequences that may wait; when there is no room, requests are refused until an eighth of it "
+        "is free (%(default)s)",
+    )
     # given to the processes of several devices
     parser.add_argument("--listen_fd", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--ready_fd", type=int, help=argparse.SUPPRESS)

@@ -37,7 +37,7 @@ from gpt2_chinese.tokenizer import Tokenizer  # noqa: E402
 from gpt2_chinese.vocabulary import (  # noqa: E402
     CLS_ID,
     MASK_ID,
-    NEVER_PRODUCED,  # noqa: E402
+    NEVER_PRODUCED,
     PAD_ID,
     SPECIAL_TOKENS,
 )

@@ -292,11 +292,8 @@ class Outbox:
         while not done:
             try:
                 select.select([], [self._pipe], [], 1.0)
-            except (
-                OSError,
-                ValueError,
-            ):  # it has been closed meanwhile, or this is Windows, which selects sockets only
-                time.sleep(0.01)
+            except (OSError, ValueError):
+                time.sleep(0.01)  # it has been closed meanwhile, or this is Windows, which selects sockets only
             with self._lock:
                 done = self._write()
 
@@ -403,7 +400,9 @@ def main() -> None:
     to_parent = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints in here, the pipe is for frames
     arriving = frames(sys.stdin.buffer)
-    options = next(arriving)
+    options = next(arriving, None)
+    if options is None:
+        return  # the parent has gone already
 
     def write(data: bytes) -> None:
         try:
@@ -432,13 +431,12 @@ def main() -> None:
         if not isinstance(error, (ValueError, OSError)):
             traceback.print_exc()
         write(frame(sendable(error)))
-        listening.join()
-    ready = Ready(
-        engine.tokenizer.vocabulary, engine.tokenizer.compat, engine.n_ctx, engine.device, engine.at_full_speed
-    )
-    gc.collect()
-    gc.freeze()  # what is there now stays; a collection that looked at all of it would halt every text
-    write(frame(ready))
+    else:
+        tokenizer = engine.tokenizer
+        gc.collect()
+        gc.freeze()  # what is there now stays; a collection that looked at all of it would halt every text
+        ready = Ready(tokenizer.vocabulary, tokenizer.compat, engine.n_ctx, engine.device, engine.at_full_speed)
+        write(frame(ready))
     listening.join()
 
 

@@ -137,7 +137,10 @@ class Service:
         return self.by_name[name]
 
     def refusal(self) -> Refusal | None:
-        """Why a request would be refused whatever it is: no model is ready, or those that are have no room."""
+        """Why a request would be refused whatever it is: no model is ready, or those that are have no room.
+
+        Notes of each model whether it had room.
+        """
         refusals = []
         for model in self.models:
             try:
