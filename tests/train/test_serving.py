@@ -115,7 +115,7 @@ def test_two_devices_are_two_processes_on_one_port_and_one_that_ends_ends_all(fo
             while not lines or not lines[-1].startswith("serving on "):  # when both are ready
                 lines.append(process.stdout.readline())
                 assert lines[-1], "the server has ended"
-            assert sum(" on cpu, " in line for line in lines) == 2
+            assert sum(" on cpu, " in line for line in lines) == 2, lines
             url = lines[-1].split()[2]
             body = json.dumps({"context": "一", "maxlength": 5, "samples": 1, "seed": 1}).encode()
 
