@@ -46,7 +46,8 @@ from gpt2_chinese.window_loss import WindowLoss, pad_vocabulary  # noqa: E402
 SHAPES = {
     "4x256": (4, 256, 4, 23_574, 16, 128),
     "small": (12, 768, 12, 50_005, 2, 512),
-    "small-gpu": (12, 768, 12, 50_005, 32, 1024),
+    "small-gpu": (12, 768, 12, 50_005, 16, 1024),
+    "tiny": (2, 32, 2, 500, 4, 32),
 }
 Step = Callable[[torch.Tensor], None]
 
@@ -259,9 +260,19 @@ def start(name: str, shape: str, args: argparse.Namespace) -> subprocess.Popen[s
 
 
 def ask(process: subprocess.Popen[str], steps: int) -> tuple[float, float]:
-    assert process.stdin is not None and process.stdout is not None
+    tell(process, steps)
+    return hear(process)
+
+
+def tell(process: subprocess.Popen[str], steps: int) -> None:
+    assert process.stdin is not None
     process.stdin.write(f"{steps}\n")
     process.stdin.flush()
+
+
+def hear(process: subprocess.Popen[str]) -> tuple[float, float]:
+    """The seconds of the steps that a contender was told to make, and its peak of memory."""
+    assert process.stdout is not None
     answer = process.stdout.readline().split()
     if not answer:
         raise RuntimeError("the contender ended with an error; see it with --verbose")
@@ -275,9 +286,11 @@ def throughput(args: argparse.Namespace) -> None:
         *_, windows, length = SHAPES[shape]
         processes = {name: start(name, shape, args) for name in names if name != "nanoGPT" or args.nanogpt}
         rates: dict[str, list[float]] = {}
+        for process in processes.values():
+            tell(process, 2)  # compiles, all of them at once
         for name, process in list(processes.items()):
             try:
-                ask(process, 2)  # compiles
+                hear(process)
                 rates[name] = []
             except RuntimeError as error:
                 print(f"{shape}: {name} is missing: {error}")
