@@ -10,7 +10,7 @@ help:
 	@echo 'make envs    build $(VOCAB) and $(TRAIN), again only when a requirements file changed'
 	@echo 'make demo    the six stages on the shipped corpus, five completions and one POST'
 	@echo 'make serve   serve the demo model on http://127.0.0.1:5005'
-	@echo 'make lint    ruff and mypy'
+	@echo 'make lint    ruff, mypy and the direction of imports'
 	@echo 'make test    lint and every test, each in the environment it belongs to'
 	@echo 'make clean   remove the demo and the caches; your models and the environments stay'
 
@@ -56,6 +56,7 @@ lint: envs
 	$(TRAIN)/bin/ruff check .
 	$(TRAIN)/bin/ruff format --check .
 	$(TRAIN)/bin/mypy
+	$(TRAIN)/bin/lint-imports --no-logo
 
 # tests/both runs in both environments, tests/vocab and tests/train each in its own.
 test: lint

@@ -13,7 +13,7 @@ import argparse
 from tqdm import tqdm
 
 from gpt2_chinese.command_line import print_settings, run_script
-from gpt2_chinese.corpus import (
+from gpt2_chinese.text.corpus import (
     DOCUMENT_UNITS,
     ON_ERROR,
     DecodeReport,

@@ -16,11 +16,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 
-from gpt2_chinese.artifacts import replacing
-from gpt2_chinese.checkpoint import load_weights
+from gpt2_chinese.artifacts import atomic_write
 from gpt2_chinese.command_line import run_script
-from gpt2_chinese.completion import PRECISIONS, SETTING_LIMITS, Piece, Settings
-from gpt2_chinese.engine import Engine, choose_device
+from gpt2_chinese.decoding.completion import PRECISIONS, SETTING_LIMITS, Settings, TextDelta
+from gpt2_chinese.decoding.engine import Engine, choose_device
+from gpt2_chinese.model_folder import load_weights
 
 SAMPLES_FILE = "samples.txt"
 
@@ -101,16 +101,16 @@ def complete(
             f"note: the text is longer than the model's {engine.n_ctx} tokens; its first {prompt.cut} were cut off",
             file=sys.stderr,
         )
-    pieces: SimpleQueue[Piece | None] = SimpleQueue()
-    on_piece = pieces.put if show else None
-    ticket = engine.submit(prompt, samples=samples, length=length, settings=settings, seed=seed, on_piece=on_piece)
+    pieces: SimpleQueue[TextDelta | None] = SimpleQueue()
+    on_delta = pieces.put if show else None
+    ticket = engine.submit(prompt, samples=samples, length=length, settings=settings, seed=seed, on_delta=on_delta)
     if show:
         ticket.future.add_done_callback(lambda _: pieces.put(None))  # also when the model's thread has died
         print_pieces(context, pieces, samples)
     return [completion.text for completion in ticket.future.result()]
 
 
-def print_pieces(context: str, pieces: SimpleQueue[Piece | None], samples: int) -> None:
+def print_pieces(context: str, pieces: SimpleQueue[TextDelta | None], samples: int) -> None:
     """Print the samples in their order, each as far as it has come; `pieces` ends with None."""
     arrived = [""] * samples
     ended: set[int] = set()
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             if args.save_samples:
                 saved += texts
                 # Written after every text, so that Ctrl-C loses none.
-                with replacing(Path(args.save_samples_path) / SAMPLES_FILE) as file:
+                with atomic_write(Path(args.save_samples_path) / SAMPLES_FILE) as file:
                     file.writelines(titled(number, text) + "\n" for number, text in enumerate(saved, start=1))
     if saved:
         print(f"{len(saved)} samples written to {Path(args.save_samples_path) / SAMPLES_FILE}")

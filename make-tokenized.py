@@ -20,12 +20,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gpt2_chinese.artifacts import exclusive, read_json, replacing, sha256_of, write_json
+from gpt2_chinese.artifacts import atomic_write, exclusive_lock, read_json, sha256_of, write_json
 from gpt2_chinese.command_line import print_settings, run_script
-from gpt2_chinese.corpus import read_train_json, read_train_json_blocks
 from gpt2_chinese.parallel import MapInOrder, default_workers, open_workers
-from gpt2_chinese.pieces import MANIFEST, PROGRESS
-from gpt2_chinese.preparation import (
+from gpt2_chinese.text.corpus import read_train_json, read_train_json_blocks
+from gpt2_chinese.text.pieces import MANIFEST, PROGRESS
+from gpt2_chinese.text.preparation import (
     PieceReport,
     Tokenizing,
     batches,
@@ -33,8 +33,8 @@ from gpt2_chinese.preparation import (
     shared_segmenter,
     tokenize_batch,
 )
-from gpt2_chinese.tokenizer import PART_PREFIX, RULES_VERSION
-from gpt2_chinese.vocabulary import read_vocabulary
+from gpt2_chinese.text.tokenizer import PART_PREFIX, RULES_VERSION
+from gpt2_chinese.text.vocabulary import read_vocabulary
 
 MANIFEST_FORMAT = 1
 HELD_CHARACTERS = 1 << 25  # 64 MiB of Chinese text in memory
@@ -93,7 +93,7 @@ def write_piece(path: Path, parts: Iterable[tuple[bytes, PieceReport]]) -> tuple
     """Write one piece, and give its entry in the manifest and its report."""
     report = PieceReport()
     digest = hashlib.sha256()
-    with replacing(path, "wb") as file:
+    with atomic_write(path, "wb") as file:
         for text, part in parts:
             file.write(text)
             digest.update(text)
@@ -122,7 +122,7 @@ class Progress:
                 if path.is_file() and sha256_of(path) == entry["sha256"]:
                     report["unknown_words"] = Counter(report["unknown_words"])
                     self.finished[number] = entry, PieceReport(**report)
-        with replacing(self._path) as file:
+        with atomic_write(self._path) as file:
             file.write(json.dumps(key) + "\n")
             for number, (entry, report) in self.finished.items():
                 file.write(json.dumps([number, entry, vars(report)]) + "\n")
@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
         "options": {"num_pieces": args.num_pieces, "min_length": args.min_length, "compat": args.compat},
     }
 
-    with exclusive(folder):
+    with exclusive_lock(folder):
         if unchanged(folder, key):
             print(f"{folder / MANIFEST}: nothing to do; corpus, vocabulary and options are those of the pieces there")
             return

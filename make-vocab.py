@@ -21,19 +21,19 @@ from types import ModuleType
 
 from tqdm import tqdm
 
-from gpt2_chinese.artifacts import read_json, write_json
+from gpt2_chinese.artifacts import read_json, write_json, write_lines
 from gpt2_chinese.command_line import print_settings, run_script
-from gpt2_chinese.corpus import read_train_json
 from gpt2_chinese.parallel import default_workers, open_workers
-from gpt2_chinese.preparation import (
+from gpt2_chinese.text.corpus import read_train_json
+from gpt2_chinese.text.preparation import (
     batches,
     count_batch,
     count_batch_of_reference,
     fold_counts,
     shared_segmenter,
 )
-from gpt2_chinese.tokenizer import BYTE_TOKENS, PART_PREFIX, fold, is_spaced, spelling
-from gpt2_chinese.vocabulary import SPECIAL_TOKENS, write_vocabulary
+from gpt2_chinese.text.tokenizer import BYTE_TOKENS, PART_PREFIX, fold, is_spaced, spelling
+from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS
 
 REPORT_SIZES = (1000, 2000, 5000, 10000, 20000, 50000)
 LEARNT_COUNT = 5  # a word that is seen less often is hardly learnt
@@ -274,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 3) Write, and say what it covers.
     tokens = [*SPECIAL_TOKENS, *chosen.words, *chosen.parts]
-    write_vocabulary(args.vocab_file, tokens)
+    write_lines(args.vocab_file, tokens)
     seen = sum(counts.values())
     covered = sum(counts[word] for word in chosen.words)
     print(f"{args.vocab_file}: {len(tokens):,} lines: 5 special tokens, {len(chosen.words):,} words", end="")

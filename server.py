@@ -33,45 +33,45 @@ from typing import Any
 import aiohttp_cors
 from aiohttp import web
 
-from gpt2_chinese.api import (
+from gpt2_chinese.command_line import run_script
+from gpt2_chinese.decoding.completion import PRECISIONS, Completion, EngineStopped, Prompt, TextDelta, TokenLogprob
+from gpt2_chinese.decoding.engine_process import EngineOptions, EngineProcess
+from gpt2_chinese.serving.api import (
     DEFAULT_LENGTH,
     DEFAULT_SAMPLES,
-    MOST_TOKENS,
+    MAX_TOKENS,
+    ApiError,
     Limits,
-    Refusal,
     openapi,
     parse_generate,
     parse_v1,
 )
-from gpt2_chinese.command_line import run_script
-from gpt2_chinese.completion import PRECISIONS, Completion, EngineStopped, Piece, Prompt, TokenLogprob
-from gpt2_chinese.connections import error_body, listen, serving, short_answer, url_of
-from gpt2_chinese.engine_process import EngineOptions, EngineProcess
-from gpt2_chinese.prometheus import Exposition
-from gpt2_chinese.service import (
+from gpt2_chinese.serving.connections import error_body, fast_response, listen, serving, url_of
+from gpt2_chinese.serving.prometheus import Exposition
+from gpt2_chinese.serving.service import (
     WARM_UP,
-    Asked,
+    RunningRequest,
     ServedModel,
     Service,
     asked,
     completions_of,
     observe,
-    out_of_time,
     running,
     stopped,
+    timeout_error,
     tokens_of,
 )
 
 LOGGER = logging.getLogger("server")
-PAGE = Path(__file__).resolve().parent / "gpt2_chinese" / "web" / "index.html"
+PAGE = Path(__file__).resolve().parent / "gpt2_chinese" / "serving" / "web" / "index.html"
 CUT_HEADER = "X-Context-Cut"
 """Says how many tokens of the context did not fit the model."""
 TOKENS_HEADER = "X-Tokens"
 """Says how many tokens were drawn for the answer."""
 KEY_VARIABLE = "GPT2_CHINESE_API_KEY"
-OPEN_TO_ALL = [("GET", "/"), ("GET", "/health")]
+PUBLIC_PATHS = [("GET", "/"), ("GET", "/health")]
 """What needs no API key."""
-COMPLETING = ("/generate", "/", "/v1/completions")
+COMPLETION_PATHS = ("/generate", "/", "/v1/completions")
 RETRY_SECONDS = "1"
 """When those whom there is no room for may try again."""
 PAGE_POLICY = (
@@ -81,7 +81,7 @@ PAGE_POLICY = (
 SWITCH_SECONDS = 0.0005
 """Longest that one of Python's threads keeps the others waiting: a long text that is tokenized must not hold up the
 short answers."""
-SILENCE = 10.0
+SSE_KEEPALIVE_SECONDS = 10.0
 """Seconds after which a stream without news gets a comment, so that nothing between closes it."""
 
 
@@ -242,8 +242,8 @@ async def read_body(request: web.Request) -> bytes:
         raise refusal
     limits = service.limits
     if "Content-Encoding" in request.headers:
-        raise Refusal(415, "unsupported_encoding", "a compressed body is not accepted; leave out Content-Encoding")
-    too_large = Refusal(413, "body_too_large", f"the body has more than {limits.body_bytes} bytes")
+        raise ApiError(415, "unsupported_encoding", "a compressed body is not accepted; leave out Content-Encoding")
+    too_large = ApiError(413, "body_too_large", f"the body has more than {limits.body_bytes} bytes")
     if request.content_length is not None and request.content_length > limits.body_bytes:
         raise too_large
     try:
@@ -252,18 +252,18 @@ async def read_body(request: web.Request) -> bytes:
         return await asyncio.wait_for(request.read(), limits.body_seconds)
     except asyncio.TimeoutError:
         message = f"the body did not arrive within {limits.body_seconds:g} seconds"
-        raise Refusal(408, "body_timeout", message) from None
+        raise ApiError(408, "body_timeout", message) from None
     except web.HTTPRequestEntityTooLarge:
         raise too_large from None
     except web.RequestPayloadError as error:
-        raise Refusal(400, "invalid_body", f"the body could not be read: {error}") from None
+        raise ApiError(400, "invalid_body", f"the body could not be read: {error}") from None
 
 
-async def answer_as_events(
+async def stream_sse(
     request: web.Request,
-    asked: Asked,
+    asked: RunningRequest,
     length: str,
-    of_piece: Callable[[int, Piece], bytes],
+    of_piece: Callable[[int, TextDelta], bytes],
     end: Callable[[list[list[Completion]]], bytes],
 ) -> web.StreamResponse:
     """Write each piece as it comes, then the end; an error after the beginning becomes an event."""
@@ -289,10 +289,10 @@ async def answer_as_events(
         while running:
             left = asked.deadline - time.monotonic()
             try:
-                arrived = await asyncio.wait_for(asked.arrivals.get(), max(0.0, min(left, SILENCE)))
+                arrived = await asyncio.wait_for(asked.arrivals.get(), max(0.0, min(left, SSE_KEEPALIVE_SECONDS)))
             except asyncio.TimeoutError:
-                if left <= SILENCE:
-                    raise out_of_time(service.limits, length) from None
+                if left <= SSE_KEEPALIVE_SECONDS:
+                    raise timeout_error(service.limits, length) from None
                 await write(b": waiting\n\n")
                 continue
             running -= sum(piece is None for _, piece in arrived)
@@ -301,14 +301,14 @@ async def answer_as_events(
         completions = [ticket.future.result() for ticket in asked.tickets]
         observe(asked, completions)
         await write(end(completions))
-    except (Refusal, EngineStopped) as error:
-        refusal = error if isinstance(error, Refusal) else stopped()
+    except (ApiError, EngineStopped) as error:
+        refusal = error if isinstance(error, ApiError) else stopped()
         await write(b"event: error\ndata: " + error_body(refusal.status, refusal.code, refusal.message) + b"\n\n")
     await response.write_eof()
     return response
 
 
-def headers_of(asked: Asked) -> dict[str, str]:
+def headers_of(asked: RunningRequest) -> dict[str, str]:
     return {CUT_HEADER: str(asked.cut)} if asked.cut else {}
 
 
@@ -328,7 +328,7 @@ async def handle_generate(request: web.Request) -> web.StreamResponse:
     async with asked(service, wish) as asking:
         if wish.stream:
 
-            def of_piece(_: int, piece: Piece) -> bytes:
+            def of_piece(_: int, piece: TextDelta) -> bytes:
                 text = event({"sample": piece.sample, "text": piece.text}, "text") if piece.text else b""
                 if piece.finish_reason is None:
                     return text
@@ -338,7 +338,7 @@ async def handle_generate(request: web.Request) -> web.StreamResponse:
                 seconds = round(time.monotonic() - asking.arrived, 3)
                 return event({"tokens": tokens_of(completions), "seconds": seconds}, "done")
 
-            return await answer_as_events(request, asking, "maxlength", of_piece, end)
+            return await stream_sse(request, asking, "maxlength", of_piece, end)
         completions = await completions_of(service.limits, asking, "maxlength")
     response = json_response([completion.text for completion in completions[0]])
     response.headers.update(headers_of(asking) | {TOKENS_HEADER: str(tokens_of(completions))})
@@ -367,7 +367,7 @@ async def handle_v1_completions(request: web.Request) -> web.StreamResponse:
             no_usage = {"usage": None} if wish.include_usage else {}
             begun: set[tuple[int, int]] = set()
 
-            def of_piece(place: int, piece: Piece) -> bytes:
+            def of_piece(place: int, piece: TextDelta) -> bytes:
                 text, logprobs = piece.text, asking.echoed(place, piece.logprobs, begun=(place, piece.sample) in begun)
                 if wish.echo and (place, piece.sample) not in begun:
                     text = asking.prompts[place].context + text
@@ -379,7 +379,7 @@ async def handle_v1_completions(request: web.Request) -> web.StreamResponse:
                 usage = {**head, "choices": [], "usage": v1_usage(asking.prompts, completions)}
                 return (event(usage) if wish.include_usage else b"") + b"data: [DONE]\n\n"
 
-            return await answer_as_events(request, asking, "max_tokens", of_piece, end)
+            return await stream_sse(request, asking, "max_tokens", of_piece, end)
         completions = await completions_of(service.limits, asking, "max_tokens")
     choices = []
     for place, (prompt, group) in enumerate(zip(asking.prompts, completions, strict=True)):
@@ -479,7 +479,7 @@ async def handle_metrics(request: web.Request) -> web.Response:
 async def handle_openapi(request: web.Request) -> web.Response:
     """GET /openapi.json."""
     service = request.app[SERVICE]
-    vocab_size = max(model.vocab_size or MOST_TOKENS for model in service.models)
+    vocab_size = max(model.vocab_size or MAX_TOKENS for model in service.models)
     return json_response(openapi(service.limits, vocab_size, needs_key=bool(service.keys)))
 
 
@@ -533,8 +533,8 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
     """Answer every error in one form, and tell nothing of the inside."""
     try:
         return await handler(request)
-    except (Refusal, EngineStopped) as error:
-        refusal = error if isinstance(error, Refusal) else stopped()
+    except (ApiError, EngineStopped) as error:
+        refusal = error if isinstance(error, ApiError) else stopped()
         response = error_response(refusal.status, refusal.code, refusal.message, refusal.param)
         if refusal.status == 429 or refusal.code in ("loading", "draining"):
             response.headers["Retry-After"] = RETRY_SECONDS if refusal.status == 429 else "3"
@@ -567,13 +567,13 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
 async def check_key(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Refuse who has no API key, where keys were set. A browser's preflight carries none."""
     keys = request.app[SERVICE].keys
-    if keys and request.method != "OPTIONS" and (request.method, request.path) not in OPEN_TO_ALL:
+    if keys and request.method != "OPTIONS" and (request.method, request.path) not in PUBLIC_PATHS:
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
         sent = given.strip().encode("utf-8", errors="replace") if scheme.lower() == "bearer" else b""
         # Every key is compared, in constant time: neither which nor how much of one was right can be measured.
         if not sum([hmac.compare_digest(sent, key) for key in keys]):
             problem = "there is no such API key" if sent else "an API key is needed: Authorization: Bearer KEY"
-            raise Refusal(401, "invalid_api_key", problem)
+            raise ApiError(401, "invalid_api_key", problem)
     return await handler(request)
 
 
@@ -593,7 +593,7 @@ async def expected(request: web.Request) -> web.StreamResponse | None:
 
 def refused_at_once(service: Service, path: str) -> bytes | None:
     """The refusal of `read_body` when too many sequences wait, before aiohttp has cost its time."""
-    if path not in COMPLETING or service.keys:
+    if path not in COMPLETION_PATHS or service.keys:
         return None
     refusal = service.refusal()
     if refusal is None or refusal.status != 429:
@@ -605,7 +605,7 @@ def refused_at_once(service: Service, path: str) -> bytes | None:
 @lru_cache(maxsize=64)
 def short_refusal(_: int, code: str, message: str) -> bytes:
     """The same for a second, for its date."""
-    return short_answer(429, error_body(429, code, message), {"Retry-After": RETRY_SECONDS, "Vary": "Origin"})
+    return fast_response(429, error_body(429, code, message), {"Retry-After": RETRY_SECONDS, "Vary": "Origin"})
 
 
 def build_app(service: Service, cors_origins: Sequence[str] = ("*",)) -> web.Application:
@@ -648,7 +648,7 @@ def build_app(service: Service, cors_origins: Sequence[str] = ("*",)) -> web.App
 # The process.
 
 
-def greeting(url: str) -> str:
+def startup_message(url: str) -> str:
     """The address, and how to try it from a shell and from cmd.exe (which does not send UTF-8)."""
     body = {"context": WARM_UP, "maxlength": DEFAULT_LENGTH, "samples": DEFAULT_SAMPLES}
     escaped = json.dumps(body).replace('"', '\\"')
@@ -698,7 +698,7 @@ async def serve(
         sock,
         connections=limits.connections,
         idle_seconds=limits.idle_seconds,
-        at_once=partial(refused_at_once, service),
+        fast_path=partial(refused_at_once, service),
     ):
         settling = asyncio.create_task(service.settled.wait())
         await asyncio.wait([settling, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -710,7 +710,7 @@ async def serve(
                 print(f"{model.name} is {ready} on {service.device}, {seconds:.1f} s after the port", flush=True)
             full_speed = asyncio.create_task(tell_full_speed(service, begin))
             if ready_fd is None:
-                print(greeting(url_of(sock)), flush=True)
+                print(startup_message(url_of(sock)), flush=True)
                 await stopping
             else:
                 os.write(ready_fd, b"r")
@@ -768,7 +768,7 @@ def run_for_each_device(argv: Sequence[str], devices: Sequence[str], sock: socke
             if waiting and (bytes_read := len(os.read(ready, waiting))):
                 waiting -= bytes_read
                 if not waiting:
-                    print(greeting(url), flush=True)
+                    print(startup_message(url), flush=True)
         time.sleep(0.1)
     os.close(ready)
     return max((abs(child.returncode) for child in children), default=0)

@@ -29,12 +29,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from gpt2_chinese.checkpoint import save_model  # noqa: E402
-from gpt2_chinese.completion import Prompt  # noqa: E402
-from gpt2_chinese.engine import Engine  # noqa: E402
+from gpt2_chinese.decoding.completion import Prompt  # noqa: E402
+from gpt2_chinese.decoding.engine import Engine  # noqa: E402
+from gpt2_chinese.model_folder import save_model  # noqa: E402
 from gpt2_chinese.precision import has_bf16  # noqa: E402
-from gpt2_chinese.tokenizer import Tokenizer  # noqa: E402
-from gpt2_chinese.vocabulary import (  # noqa: E402
+from gpt2_chinese.text.tokenizer import Tokenizer  # noqa: E402
+from gpt2_chinese.text.vocabulary import (  # noqa: E402
     CLS_ID,
     MASK_ID,
     NEVER_PRODUCED,

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from gpt2_chinese.corpus import train_json_writer  # noqa: E402
+from gpt2_chinese.text.corpus import train_json_writer  # noqa: E402
 
 BASELINE = """
 import sys, time, thulac
@@ -118,14 +118,14 @@ def memory(args: argparse.Namespace, folder: Path) -> None:
 
 
 def json_documents(corpus: Path):  # noqa: ANN201
-    from gpt2_chinese.corpus import read_train_json
+    from gpt2_chinese.text.corpus import read_train_json
 
     return read_train_json(corpus)
 
 
 def held_out(args: argparse.Namespace, folder: Path) -> None:
-    from gpt2_chinese.tokenizer import Tokenizer
-    from gpt2_chinese.vocabulary import UNK_ID
+    from gpt2_chinese.text.tokenizer import Tokenizer
+    from gpt2_chinese.text.vocabulary import UNK_ID
 
     for text in args.texts:
         documents = [line for line in text.read_text(encoding="utf-8").splitlines() if line]

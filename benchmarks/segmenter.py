@@ -25,14 +25,14 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from gpt2_chinese.segmenter import Segmenter  # noqa: E402
-from gpt2_chinese.vocabulary import SPECIAL_TOKENS  # noqa: E402
+from gpt2_chinese.text.segmenter import Segmenter  # noqa: E402
+from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS  # noqa: E402
 
 # In a process of its own: seconds from before the imports to the first words, resident megabytes then and at the end.
 START = """
 import sys, time
 begin = time.perf_counter()
-from gpt2_chinese.segmenter import Segmenter
+from gpt2_chinese.text.segmenter import Segmenter
 segmenter = Segmenter()
 segmenter.cut("我爱北京天安门")
 ready = time.perf_counter() - begin

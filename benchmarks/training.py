@@ -33,14 +33,18 @@ sys.path.insert(0, str(ROOT))
 from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
 import train  # noqa: E402
-from gpt2_chinese.allocator import keep_freed_memory  # noqa: E402
-from gpt2_chinese.checkpoint import read_config  # noqa: E402
-from gpt2_chinese.estimates import flops_per_token, peak_flops  # noqa: E402
-from gpt2_chinese.evaluation import Documents, evaluate  # noqa: E402
-from gpt2_chinese.pieces import epoch_order, read_manifest, read_pieces, text_of_tokens, window_starts  # noqa: E402
+from gpt2_chinese.model_folder import read_config  # noqa: E402
 from gpt2_chinese.precision import Precision, has_bf16  # noqa: E402
-from gpt2_chinese.tokenizer import Tokenizer  # noqa: E402
-from gpt2_chinese.window_loss import WindowLoss, pad_vocabulary  # noqa: E402
+from gpt2_chinese.text.pieces import read_manifest, text_of_tokens  # noqa: E402
+from gpt2_chinese.text.tokenizer import Tokenizer  # noqa: E402
+from gpt2_chinese.training.allocator import keep_freed_memory  # noqa: E402
+from gpt2_chinese.training.estimates import flops_per_token, peak_flops  # noqa: E402
+from gpt2_chinese.training.evaluation import Documents, evaluate  # noqa: E402
+from gpt2_chinese.training.loss import WindowLoss, pad_vocabulary  # noqa: E402
+from gpt2_chinese.training.optimizers import make_optimizer  # noqa: E402
+from gpt2_chinese.training.token_cache import read_pieces  # noqa: E402
+from gpt2_chinese.training.trainable import PADDED_DEVICES  # noqa: E402
+from gpt2_chinese.training.windows import epoch_order, window_batch, window_starts  # noqa: E402
 
 # layers, width, heads, vocabulary, windows, tokens of a window
 SHAPES = {
@@ -88,13 +92,13 @@ def ours(shape: str, dtype: str, *, recompute: bool = False) -> Step:
     if device().type == "cpu":
         keep_freed_memory()
     model = GPT2LMHeadModel(configuration(shape, dropout=0.0))
-    rows = pad_vocabulary(model) if device().type in train.PADDED_DEVICES else model.config.vocab_size
+    rows = pad_vocabulary(model) if device().type in PADDED_DEVICES else model.config.vocab_size
     model.to(device()).train()
     window_loss = WindowLoss(model, rows=rows, recompute=recompute)
     *_, windows, length = SHAPES[shape]
     if not recompute:
         window_loss.compile_for((windows, length))
-    optimizer = train.make_optimizer(model, 1e-4)
+    optimizer = make_optimizer(model, 1e-4)
     precision = Precision(dtype, device())
 
     def step(batch: torch.Tensor) -> None:
@@ -407,7 +411,7 @@ def recipe(args: argparse.Namespace) -> None:
         factor = (step + 1) / 100 if step < 100 else 1 - elapsed / args.seconds
         for group in optimizer.param_groups:
             group["lr"] = args.lr * factor
-        batch = train.window_batch(corpus.tokens, windows, config.n_ctx).to(device())
+        batch = window_batch(corpus.tokens, windows, config.n_ctx).to(device())
         model(input_ids=batch, labels=batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -1,1 +1,1 @@
-"""What more than one script of the pipeline shares."""
+"""What the scripts of the pipeline share; docs/architecture.md has the picture."""

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -34,7 +34,7 @@ def drop_inherited_locks() -> None:
 
 
 @contextmanager
-def replacing(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
+def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file that takes the place of `path` only when the block ends without an error.
 
     What is written goes to a temporary name in the same folder, is flushed to the disk and renamed, so a reader
@@ -91,7 +91,7 @@ def _locked(temporary: Path, mode: str, text: dict[str, str]) -> Iterator[IO[Any
 
 
 @contextmanager
-def exclusive(folder: str | Path) -> Iterator[None]:
+def exclusive_lock(folder: str | Path) -> Iterator[None]:
     """Hold a folder for this run alone; the hold ends with the process, however that ends.
 
     Raises:
@@ -125,9 +125,16 @@ def sha256_of(path: str | Path) -> str:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         json.dump(value, file, ensure_ascii=False, indent=2)
         file.write("\n")
+
+
+def write_lines(path: str | Path, lines: Iterable[str]) -> None:
+    """Write lines of text, such as a vocabulary, whole or not at all."""
+    with atomic_write(path) as file:
+        for line in lines:
+            file.write(line + "\n")
 
 
 def read_json(path: str | Path) -> Any:

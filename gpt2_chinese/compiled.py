@@ -17,7 +17,7 @@ from pathlib import Path
 import llvmlite
 import llvmlite.binding as llvm
 
-from gpt2_chinese.artifacts import replacing
+from gpt2_chinese.artifacts import atomic_write
 
 DIGEST_SIZE = hashlib.sha256().digest_size
 FUNCTION_NAME = "entry"
@@ -34,7 +34,7 @@ def load_function(
     without a result, whose arguments are pointers and int64 and which cannot raise.
 
     Args:
-        module_name: such as "gpt2_chinese.segmenter_kernel".
+        module_name: such as "gpt2_chinese.text.segmenter_kernel".
         sources: the files that the machine code depends on; code made from other contents of them is not used.
         arguments: the number of arguments.
         keep_lock: whether calls keep the interpreter's lock; without it other Python threads run meanwhile.
@@ -44,12 +44,12 @@ def load_function(
     """
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    file_name = code_name(module_name, sources)
-    code = read_code(file_name)
+    file_name = cache_file_name(module_name, sources)
+    code = read_cached_code(file_name)
     if code is None:
         print(f"compiling {module_name}, once on this machine: less than a minute", file=sys.stderr, flush=True)
         code = compile_module(module_name)
-        keep_code(file_name, code)
+        write_cached_code(file_name, code)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine())
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
@@ -59,13 +59,13 @@ def load_function(
     return prototype(engine.get_function_address(FUNCTION_NAME))
 
 
-def is_compiled(module_name: str, sources: Sequence[Path]) -> bool:
+def is_cached(module_name: str, sources: Sequence[Path]) -> bool:
     """Whether load_function will find the code on disk."""
-    return read_code(code_name(module_name, sources)) is not None
+    return read_cached_code(cache_file_name(module_name, sources)) is not None
 
 
-def code_name(module_name: str, sources: Sequence[Path]) -> str:
-    return f"{module_name.rpartition('.')[2]}-{fingerprint(sources)[:32]}.code"
+def cache_file_name(module_name: str, sources: Sequence[Path]) -> str:
+    return f"{module_name.rpartition('.')[2]}-{cache_key(sources)[:32]}.code"
 
 
 def target_machine() -> llvm.TargetMachine:
@@ -82,7 +82,7 @@ def target_machine() -> llvm.TargetMachine:
     )
 
 
-def fingerprint(sources: Sequence[Path]) -> str:
+def cache_key(sources: Sequence[Path]) -> str:
     """What the machine code depends on: the sources, the compiler, the processor."""
     digest = hashlib.sha256()
     for path in (Path(__file__), *sources):
@@ -119,7 +119,7 @@ def cache_folders() -> list[Path]:
     return [folder for folder in folders if folder.is_absolute()]  # "~" stays where there is no home
 
 
-def read_code(file_name: str) -> bytes | None:
+def read_cached_code(file_name: str) -> bytes | None:
     """The code in the first cache folder that has it whole: it begins with its own digest."""
     for folder in cache_folders():
         try:
@@ -131,11 +131,11 @@ def read_code(file_name: str) -> bytes | None:
     return None
 
 
-def keep_code(file_name: str, code: bytes) -> None:
+def write_cached_code(file_name: str, code: bytes) -> None:
     """Write the code to the first cache folder that can be written."""
     for folder in cache_folders():
         try:
-            with replacing(folder / file_name, "wb") as file:
+            with atomic_write(folder / file_name, "wb") as file:
                 file.write(hashlib.sha256(code).digest() + code)
             return
         except OSError:

@@ -11,7 +11,7 @@ from distributed import LocalCluster
 
 from gpt2_chinese.artifacts import sha256_of
 from gpt2_chinese.parallel import open_workers
-from gpt2_chinese.preparation import batches, count_batch, fold_counts
+from gpt2_chinese.text.preparation import batches, count_batch, fold_counts
 
 DOCUMENTS = [
     f"感冒了怎么办？多喝热水，好好休息，一般{n % 9}天左右就会好。体温38.{n}℃以上要去医院。" for n in range(400)
@@ -45,7 +45,7 @@ def test_pieces_and_manifest_are_the_same(script, scheduler, tmp_path):
 
 @pytest.mark.filterwarnings("default")
 def test_counts_are_the_same(scheduler, monkeypatch):
-    monkeypatch.setattr("gpt2_chinese.preparation.BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr("gpt2_chinese.text.preparation.BATCH_CHARACTERS", 2000)
     results = []
     for workers, address in ((1, None), (2, scheduler)):
         with open_workers(workers, address) as map_in_order:

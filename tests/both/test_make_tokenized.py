@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from gpt2_chinese.artifacts import sha256_of
-from gpt2_chinese.tokenizer import BYTE_TOKENS, Tokenizer
-from gpt2_chinese.vocabulary import CLS_ID, MASK_ID, SPECIAL_TOKENS, UNK_ID, write_vocabulary
+from gpt2_chinese.artifacts import sha256_of, write_lines
+from gpt2_chinese.text.tokenizer import BYTE_TOKENS, Tokenizer
+from gpt2_chinese.text.vocabulary import CLS_ID, MASK_ID, SPECIAL_TOKENS, UNK_ID
 
 DOCUMENTS = ["多喝水，多休息。", "好", "少吃盐\n多运动", "水水水水水", "盐盐盐盐"]
 VOCABULARY = [*SPECIAL_TOKENS, "多", "水", "喝", "，", "休息", "。", "少", "吃", "盐", "运", "动", "好", "##a"]
@@ -18,7 +18,7 @@ VOCABULARY = [*SPECIAL_TOKENS, "多", "水", "喝", "，", "休息", "。", "少
 def tokenize(script, tmp_path):
     def run(*flags: str, documents=DOCUMENTS, vocabulary=VOCABULARY) -> list[str]:
         (tmp_path / "train.json").write_text(json.dumps(documents, ensure_ascii=False), encoding="utf-8")
-        write_vocabulary(tmp_path / "vocab.txt", vocabulary)
+        write_lines(tmp_path / "vocab.txt", vocabulary)
         paths = ["--raw_data_path", f"{tmp_path}/train.json", "--vocab_filename", f"{tmp_path}/vocab.txt"]
         script("make-tokenized").main([*paths, "--tokenized_data_path", f"{tmp_path}/tokenized", *flags])
         files = sorted((tmp_path / "tokenized").glob("tokenized_train_*.txt"), key=lambda p: int(p.stem.split("_")[-1]))

@@ -15,14 +15,15 @@ from small_run import assert_same_weights, scalars, weights, write_documents, wr
 from tiny_model import endless_model, save_tiny_model, tiny_model, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2_chinese.checkpoint import load_model, load_weights
-from gpt2_chinese.completion import Prompt, Settings
-from gpt2_chinese.decoder import Decoder
-from gpt2_chinese.engine import Engine, choose_device
-from gpt2_chinese.graph_decoder import GraphDecoder
-from gpt2_chinese.sampling import draw, row_seed, uniforms
-from gpt2_chinese.training_state import checkpoints_in
-from gpt2_chinese.vocabulary import CLS_ID, MASK_ID, PAD_ID, UNK_ID
+from gpt2_chinese.decoding.completion import Prompt, Settings
+from gpt2_chinese.decoding.decoder import Decoder
+from gpt2_chinese.decoding.engine import Engine, choose_device
+from gpt2_chinese.decoding.graph_decoder import GraphDecoder
+from gpt2_chinese.decoding.sampling import draw, row_seed, uniforms
+from gpt2_chinese.model_folder import load_model, load_weights
+from gpt2_chinese.text.vocabulary import CLS_ID, MASK_ID, PAD_ID, UNK_ID
+from gpt2_chinese.training.checkpoints import checkpoints_in
+from gpt2_chinese.training.loss import WindowLoss
 
 pytestmark = [
     pytest.mark.gpu,
@@ -119,14 +120,14 @@ def test_a_run_goes_on_to_the_same_bits(train, monkeypatch, flags):
 
 
 def test_bad_updates_are_left_out_without_waiting_for_the_gpu(train, monkeypatch):
-    original, calls = train.WindowLoss.forward, []
+    original, calls = WindowLoss.forward, []
 
     def poisoned(self, input_ids):
         calls.append(1)
         loss = original(self, input_ids)
         return loss * float("nan") if len(calls) in (3, 4) else loss
 
-    monkeypatch.setattr(train.WindowLoss, "forward", poisoned)
+    monkeypatch.setattr(WindowLoss, "forward", poisoned)
     for optimizer in ("adamw", "muon"):
         calls.clear()
         assert run(train, optimizer, "--precision", "fp32", "--optimizer", optimizer, "--log_step", "5") == 0
@@ -250,13 +251,13 @@ def test_a_seed_on_a_gpu_gives_the_same_alone_in_a_crowd_and_streamed(precision)
     source = random.Random(1)
     with Engine(model, tiny_tokenizer(), rows=8, precision="auto" if precision == "fp16" else precision) as engine:
 
-        def submit(seed: int, on_piece=None):
+        def submit(seed: int, on_delta=None):
             settings = Settings(
                 [0, 0.7, 1.5][seed % 3], [0, 30][seed % 2], [0, 0.8][seed % 5 == 0], [1, 1.2][seed % 4 == 0]
             )
             prompt = engine.prompt(contexts[seed], lengths[seed])
             return engine.submit(
-                prompt, samples=2, length=lengths[seed], settings=settings, seed=seed, on_piece=on_piece, logprobs=2
+                prompt, samples=2, length=lengths[seed], settings=settings, seed=seed, on_delta=on_delta, logprobs=2
             )
 
         lengths = [source.randint(1, 150) for _ in range(12)]

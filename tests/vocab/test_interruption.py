@@ -159,10 +159,10 @@ def test_a_full_disk_leaves_the_old_artifacts_whole(whole, script, monkeypatch, 
 
 
 def test_a_second_run_into_one_folder_is_refused(whole):
-    from gpt2_chinese.artifacts import exclusive
+    from gpt2_chinese.artifacts import exclusive_lock
 
     folder, expected, _ = whole
-    with exclusive(folder / "tokenized"):
+    with exclusive_lock(folder / "tokenized"):
         done = subprocess.run(
             command("make-tokenized.py", folder), cwd=folder, capture_output=True, text=True, check=False
         )

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt2_chinese.tokenizer import BYTE_TOKENS, Tokenizer
-from gpt2_chinese.vocabulary import SPECIAL_TOKENS, UNK_ID, read_vocabulary
+from gpt2_chinese.text.tokenizer import BYTE_TOKENS, Tokenizer
+from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS, UNK_ID, read_vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [

@@ -1,0 +1,1 @@
+"""From a prompt to completions: sampling, decoders, the engine and its process."""

@@ -1,0 +1,469 @@
+"""The model folder: an ordinary Hugging Face GPT-2 with its vocabulary beside it, written and read whole.
+
+| file | what |
+|---|---|
+| `config.json` | the shape, as transformers writes it, with `n_ctx` |
+| `model.safetensors` | the weights; `lm_head.weight` is `transformer.wte.weight` and is not stored twice |
+| `generation_config.json` | `[MASK]` begins a document, `[CLS]` ends it, `[PAD]` fills up; what is never produced |
+| `vocab.txt`, `tokenizer_config.json` | the vocabulary and how text is cut |
+| `tokenization_gpt2_chinese.py`, `tokenizer.py`, … | the tokenizer's code, for transformers' AutoTokenizer |
+| `manifest.json` | the vocabulary's SHA-256, `compat`, and facts about the training |
+
+Folders of GPT2-Chinese (`pytorch_model.bin`, transformers 2.1.1) are read too.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from gpt2_chinese.artifacts import read_json, sha256_of, write_json, write_lines
+from gpt2_chinese.text.tokenizer import Tokenizer
+from gpt2_chinese.text.vocabulary import (
+    CLS_ID,
+    MASK_ID,
+    NEVER_PRODUCED,
+    PAD_ID,
+    SPECIAL_TOKENS,
+    read_vocabulary,
+)
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+# transformers is imported where a model is built from it: that takes seconds, and to decode a model it is not needed.
+
+FORMAT = 1
+CONFIG, MANIFEST, VOCABULARY = "config.json", "manifest.json", "vocab.txt"
+WEIGHTS, OLD_WEIGHTS = "model.safetensors", "pytorch_model.bin"
+
+# transformers before 4.3x stored the causal mask of every layer beside the weights.
+_MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+TOKENIZER_CODE = ("tokenization_gpt2_chinese.py", "tokenizer.py", "vocabulary.py")
+_EMBEDDING, _HEAD = "transformer.wte.weight", "lm_head.weight"
+_SHAPE_KEYS = (
+    "vocab_size",
+    "n_positions",
+    "n_embd",
+    "n_layer",
+    "n_head",
+    "n_inner",
+    "activation_function",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+    "layer_norm_epsilon",
+    "initializer_range",
+    "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx",
+    "reorder_and_upcast_attn",
+)
+_DEFAULTS = {
+    "n_inner": None,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+}
+"""transformers' defaults of what decides the forward pass and may be left out of a configuration."""
+
+
+def read_config(path: str | Path, *, vocab_size: int | None = None) -> GPT2Config:
+    """Read a GPT-2's shape from JSON, of `config/`, of a model folder or of GPT2-Chinese.
+
+    `n_ctx` is the length of a training window, `n_positions` the number of position embeddings; one of them is
+    enough. `vocab_size` replaces the file's, since the vocabulary decides. Keys that do not shape the model (those
+    that old versions of transformers wrote) are ignored.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not JSON, or a value that makes no model; the message names the file and the key.
+    """
+    return _as_config(_read_shape(path, vocab_size=vocab_size))
+
+
+def _as_config(shape: Mapping[str, Any]) -> GPT2Config:
+    from transformers import GPT2Config
+
+    config = GPT2Config(
+        **{key: shape[key] for key in _SHAPE_KEYS if key in shape},
+        bos_token_id=MASK_ID,
+        eos_token_id=CLS_ID,
+        pad_token_id=PAD_ID,
+    )
+    config.n_ctx = shape["n_ctx"]  # no field of transformers 5, but other programs look for it
+    return config
+
+
+def _read_shape(path: str | Path, *, vocab_size: int | None = None) -> dict[str, Any]:
+    """Read a configuration and check it; errors as in `read_config`."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no model configuration {path}; config/ has some to choose from")
+    shape = read_json(path)
+    if not isinstance(shape, dict):
+        raise ValueError(f"{path}: a model configuration is a JSON object, this is a {type(shape).__name__}")
+    if vocab_size is not None:
+        shape["vocab_size"] = vocab_size
+    for key, other in (("n_ctx", "n_positions"), ("n_positions", "n_ctx")):
+        shape.setdefault(key, shape.get(other))
+    for key in ("n_ctx", "n_positions", "n_embd", "n_head", "n_layer", "vocab_size"):
+        value = shape.get(key)
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{path}: {key} must be a whole number above 0, it is {value!r}")
+    for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        value = shape.get(key, 0.1)
+        if type(value) not in (int, float) or not 0 <= value < 1:
+            raise ValueError(f"{path}: {key} must be a number from 0 to below 1, it is {value!r}")
+    if shape["n_embd"] % shape["n_head"]:
+        raise ValueError(f"{path}: n_embd {shape['n_embd']} is not a multiple of n_head {shape['n_head']}")
+    if shape["n_ctx"] > shape["n_positions"]:
+        raise ValueError(f"{path}: n_ctx {shape['n_ctx']} is more than n_positions {shape['n_positions']}")
+    return dict(shape)
+
+
+def save_model(
+    folder: str | Path,
+    model: GPT2LMHeadModel,
+    tokenizer: Tokenizer,
+    *,
+    facts: Mapping[str, Any],
+) -> None:
+    """Write a model folder; one of that name is replaced when the new one is complete.
+
+    Args:
+        folder: where; its parents are made.
+        model: the bare model, not one wrapped by DistributedDataParallel.
+        tokenizer: its vocabulary has as many tokens as the model has rows.
+        facts: what the manifest shall tell about the model, JSON values.
+
+    Raises:
+        FileExistsError: there is something of that name that is not a model folder.
+        OSError: the disk is full, or the place cannot be written.
+    """
+    config = model.config
+    if len(tokenizer) != config.vocab_size:
+        raise ValueError(f"the vocabulary has {len(tokenizer)} tokens, the model {config.vocab_size}")
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items() if name != _HEAD}
+    saved = config.to_diff_dict() | {
+        "architectures": ["GPT2LMHeadModel"],
+        "n_ctx": getattr(config, "n_ctx", config.n_positions),
+        "dtype": str(state[_EMBEDDING].dtype).removeprefix("torch."),
+        "bos_token_id": MASK_ID,
+        "eos_token_id": CLS_ID,
+        "pad_token_id": PAD_ID,
+    }
+    separator, end, begin, padding, unknown = SPECIAL_TOKENS
+    with atomic_write_folder(folder) as new:
+        save_file(state, str(new / WEIGHTS), metadata={"format": "pt"})
+        write_json(new / CONFIG, dict(sorted(saved.items())))
+        write_json(
+            new / "generation_config.json",
+            {
+                "bos_token_id": MASK_ID,
+                "eos_token_id": CLS_ID,
+                "pad_token_id": PAD_ID,
+                "suppress_tokens": list(NEVER_PRODUCED),
+                "transformers_version": saved["transformers_version"],
+            },
+        )
+        write_lines(new / VOCABULARY, tokenizer.vocabulary)
+        write_json(
+            new / "tokenizer_config.json",
+            {
+                "bos_token": begin,
+                "eos_token": end,
+                "sep_token": separator,
+                "pad_token": padding,
+                "unk_token": unknown,
+                "model_max_length": saved["n_ctx"],
+                "padding_side": "left",  # to complete a batch, every text has to end where the new tokens begin
+                "compat": tokenizer.compat,
+                "tokenizer_class": "GPT2ChineseTokenizer",
+                "auto_map": {"AutoTokenizer": ["tokenization_gpt2_chinese.GPT2ChineseTokenizer", None]},
+            },
+        )
+        for name in TOKENIZER_CODE:
+            shutil.copyfile(Path(__file__).parent / "text" / name, new / name)
+        write_json(
+            new / MANIFEST,
+            {
+                "format": FORMAT,
+                "vocabulary": {
+                    "file": VOCABULARY,
+                    "sha256": sha256_of(new / VOCABULARY),
+                    "size": len(tokenizer),
+                },
+                "compat": tokenizer.compat,
+                "facts": dict(facts),
+            },
+        )
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    vocab_file: str | Path | None = None,
+) -> tuple[GPT2LMHeadModel, Tokenizer]:
+    """Read a model folder, of ours or of GPT2-Chinese, in evaluation mode.
+
+    Args:
+        folder: with `config.json` and `model.safetensors` or `pytorch_model.bin`.
+        device: where the model goes.
+        dtype: of its weights.
+        vocab_file: the vocabulary, for folders without `vocab.txt`, as GPT2-Chinese's.
+
+    A vocabulary with fewer tokens than the model has rows (GPT2-Chinese trains 50,005 whatever the vocabulary) cuts
+    the rows that no token uses. That and the old causal masks left out are told on stderr.
+
+    Raises:
+        FileNotFoundError: the folder, or one of its files, is not there.
+        ValueError: a file is damaged, does not fit the others, or is not a GPT-2; the message names it.
+    """
+    from transformers import GPT2LMHeadModel
+
+    shape, state, tokenizer = _read_model_files(Path(folder), vocab_file)
+    with torch.device("meta"):  # no time is spent on random weights
+        model = GPT2LMHeadModel(_as_config(shape))
+    state = {name: tensor.to(device=device, dtype=dtype, copy=True) for name, tensor in state.items()}
+    state[_HEAD] = state[_EMBEDDING]
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    return model.eval(), tokenizer
+
+
+def load_weights(
+    folder: str | Path, *, device: str | torch.device = "cpu", vocab_file: str | Path | None = None
+) -> tuple[Any, Tokenizer]:
+    """Read a model folder for decoding, without transformers, whose import takes longer than all the rest.
+
+    Arguments and errors are those of `load_model`. What it gives for a model has its weights and what of its
+    configuration decides the forward pass under the same names, in float32, and cannot be called.
+    """
+    shape, state, tokenizer = _read_model_files(Path(folder), vocab_file)
+    shape = _DEFAULTS | shape
+    if shape["activation_function"] not in ("gelu_new", "gelu_pytorch_tanh", "relu"):
+        return load_model(folder, device=device, vocab_file=vocab_file)  # it has the function
+    state = {name: tensor.to(device=device, dtype=torch.float32) for name, tensor in state.items()}
+    state[_HEAD] = state[_EMBEDDING]
+    model = SimpleNamespace(
+        config=SimpleNamespace(**shape | {"add_cross_attention": False}),
+        device=torch.device(device),
+        named_parameters=lambda: iter(state.items()),
+    )
+    model.float = lambda: model
+    for name, tensor in state.items():
+        *path, last = name.split(".")
+        module = model
+        for part in path:
+            if not hasattr(module, part):
+                setattr(module, part, SimpleNamespace())
+            module = getattr(module, part)
+        setattr(module, last, tensor)
+    model.transformer.h = [getattr(model.transformer.h, str(number)) for number in range(shape["n_layer"])]
+    for number, block in enumerate(model.transformer.h):
+        block.attn.scaling = (shape["n_embd"] // shape["n_head"]) ** -0.5 if shape["scale_attn_weights"] else 1.0
+        if shape["scale_attn_by_inverse_layer_idx"]:
+            block.attn.scaling /= number + 1
+        block.mlp.act = torch.relu
+    return model, tokenizer
+
+
+def _read_model_files(
+    folder: Path, vocab_file: str | Path | None
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], Tokenizer]:
+    """The shape, the weights without the head, and the tokenizer, which fit each other."""
+    config_file = find_config(folder)
+    tokenizer = _read_tokenizer(folder, vocab_file)
+    state = _read_weights(folder)
+    embedding = state[_EMBEDDING]
+    shape = _read_shape(config_file, vocab_size=len(embedding))
+    if len(tokenizer) > len(embedding):
+        raise ValueError(
+            f"the vocabulary has {len(tokenizer)} tokens, but {folder} knows only {len(embedding)}; "
+            "give the vocabulary that it was trained with"
+        )
+    if len(tokenizer) < len(embedding):
+        _note(f"{folder} has {len(embedding)} rows for {len(tokenizer)} tokens: the other rows are cut off")
+        shape["vocab_size"] = len(tokenizer)
+        state[_EMBEDDING] = embedding[: len(tokenizer)]
+    _check_weights(folder, _weight_shapes(shape), state)
+    return shape, state, tokenizer
+
+
+def _weight_shapes(shape: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The names of a GPT-2's weights, save the head, and their shapes."""
+    width = shape["n_embd"]
+    inner = shape.get("n_inner") or 4 * width
+
+    def pair(name: str, *size: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": size, f"{name}.bias": size[-1:]}
+
+    shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: (shape["vocab_size"], width)}
+    shapes["transformer.wpe.weight"] = (shape["n_positions"], width)
+    for number in range(shape["n_layer"]):
+        block = f"transformer.h.{number}"
+        shapes |= pair(f"{block}.ln_1", width) | pair(f"{block}.ln_2", width)
+        shapes |= pair(f"{block}.attn.c_attn", width, 3 * width) | pair(f"{block}.attn.c_proj", width, width)
+        shapes |= pair(f"{block}.mlp.c_fc", width, inner) | pair(f"{block}.mlp.c_proj", inner, width)
+    return shapes | pair("transformer.ln_f", width)
+
+
+def find_config(folder: str | Path) -> Path:
+    """The configuration of a model folder.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it is not a model folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no model folder {folder}; train.py writes one, model/final_model by default")
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder} is not a model folder: it has no {CONFIG}")
+    return folder / CONFIG
+
+
+def _read_tokenizer(folder: Path, vocab_file: str | Path | None) -> Tokenizer:
+    """Read the folder's vocabulary, or the one given; without a manifest the folder is the reference's (compat)."""
+    own, manifest = folder / VOCABULARY, folder / MANIFEST
+    facts = read_json(manifest) if manifest.is_file() else {}
+    if not isinstance(facts, dict):
+        raise ValueError(f"{manifest}: a manifest is a JSON object, this is a {type(facts).__name__}")
+    expected = facts.get("vocabulary", {}).get("sha256")
+    if vocab_file is None and not own.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {VOCABULARY}; name the vocabulary that the model was trained with (--vocab_file), "
+            f"or copy it there under that name"
+        )
+    if vocab_file is not None and own.is_file() and read_vocabulary(own) != read_vocabulary(vocab_file):
+        raise ValueError(
+            f"{vocab_file} and {own} disagree: the model was trained with the latter; "
+            "leave out --vocab_file, or name a model of the other vocabulary"
+        )
+    path = own if own.is_file() else Path(vocab_file or own)
+    tokenizer = Tokenizer(read_vocabulary(path), compat=bool(facts.get("compat", True)))
+    if expected is not None and path == own and sha256_of(own) != expected:
+        raise ValueError(
+            f"{own} is not the file that {manifest} describes: it has been changed since train.py wrote it; "
+            "put the old one back, or train again"
+        )
+    return tokenizer
+
+
+def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Read the weights under today's names, without the head and the old causal masks."""
+    path = folder / WEIGHTS
+    try:
+        if path.is_file():
+            state = load_file(path)
+        elif (path := folder / OLD_WEIGHTS).is_file():
+            # weights_only: a pickle can run code, and model folders come from the network
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            raise FileNotFoundError(f"{folder} has no weights: neither {WEIGHTS} nor {OLD_WEIGHTS}")
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "it ends too early"
+        raise ValueError(f"{path} is damaged or no weights file: {reason}; copy it again, or train again") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{path} does not hold a model's weights by name")
+
+    weights: dict[str, torch.Tensor] = {}
+    masks = 0
+    for name, tensor in state.items():
+        bare = name.removeprefix("transformer.")
+        if _MASK_BUFFER.fullmatch(bare):
+            masks += 1
+        elif name != _HEAD:
+            weights["transformer." + bare] = tensor
+    if masks:
+        _note(f"{path}: {masks} causal masks of an old transformers are not needed and left out")
+    if _EMBEDDING not in weights:
+        raise ValueError(f"{path} has no {_EMBEDDING}: these are not the weights of a GPT-2")
+    if _HEAD in state and not torch.equal(state[_HEAD], weights[_EMBEDDING]):
+        raise ValueError(f"{path}: {_HEAD} differs from {_EMBEDDING}, and a GPT-2 has one matrix for both")
+    return weights
+
+
+def _check_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, torch.Tensor]) -> None:
+    """Compare names and shapes with those that there should be, and name what does not fit."""
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    problems = [f"{name} is missing" for name in sorted(shapes.keys() - found.keys())]
+    problems += [f"{name} is not part of the model" for name in sorted(found.keys() - shapes.keys())]
+    problems += [
+        f"{name} is {list(found[name])} and should be {list(shapes[name])}"
+        for name in sorted(shapes.keys() & found.keys())
+        if shapes[name] != found[name]
+    ]
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"the weights in {folder} do not fit its {CONFIG}: {'; '.join(problems[:3])}{more}")
+
+
+@contextmanager
+def atomic_write_folder(folder: str | Path) -> Iterator[Path]:
+    """Give an empty folder that takes the place of `folder` when the block ends without an error.
+
+    What a killed run has left half written is written over.
+
+    Raises:
+        FileExistsError: `folder` is a file, or holds files but no `config.json` (it is not one of ours to replace).
+    """
+    folder = Path(folder)
+    new, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():
+        os.replace(old, folder)  # the run was killed between the two renames below
+    check_replaceable(folder)
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        for path in new.iterdir():
+            _flush(path)
+        if folder.exists():
+            # A folder that is not empty cannot be replaced in one step; between the two there is none, never half.
+            os.replace(folder, old)
+        try:
+            os.replace(new, folder)
+        except OSError:
+            if old.exists():
+                os.replace(old, folder)
+            raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_replaceable(folder: str | Path) -> None:
+    """Refuse to replace what is not a model folder; train.py asks before it spends hours.
+
+    Raises:
+        FileExistsError: `folder` is a file, or holds files but no `config.json`.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        return
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).is_file()):
+        raise FileExistsError(f"{folder} is there already and is not a model folder; move it away, or save elsewhere")
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _note(message: str) -> None:
+    print(f"note: {message}", file=sys.stderr)

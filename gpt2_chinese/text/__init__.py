@@ -1,0 +1,1 @@
+"""From TXT files to token IDs: corpus, segmenter, vocabularies, tokenizers, pieces. No torch, no tensorflow."""

@@ -1,0 +1,120 @@
+"""The tokenized pieces and their manifest: what make-tokenized.py and train.py agree on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gpt2_chinese.artifacts import read_json, sha256_of
+from gpt2_chinese.text.tokenizer import BYTE_TOKENS, PART_PREFIX
+from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS
+
+MANIFEST = "manifest.json"
+PROGRESS = ".progress.jsonl"  # there while make-tokenized.py is at work, or when it was interrupted
+_PIECE = re.compile(r"tokenized_train_(0|[1-9]\d*)\.txt")
+_BLOCK = 1 << 22  # bytes of a piece in memory at a time
+_CACHE_FORMAT = 2
+HOW_TO_FIX = "run make-tokenized.py again"
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any] | None:
+    """Read what make-tokenized.py says about the pieces; None where there is no manifest (files of the reference).
+
+    Raises:
+        ValueError: the manifest is damaged, or make-tokenized.py has not come to its end.
+    """
+    path = Path(folder) / MANIFEST
+    if path.with_name(PROGRESS).exists():
+        raise ValueError(
+            f"{folder}: make-tokenized.py is still at work or was interrupted; {HOW_TO_FIX} (it goes on there)"
+        )
+    if not path.is_file():
+        return None
+    manifest = read_json(path)
+    try:
+        for piece in manifest["pieces"]:
+            assert isinstance(piece["file"], str) and isinstance(piece["sha256"], str)
+        assert isinstance(manifest["vocabulary"]["sha256"], str) and isinstance(manifest["vocabulary"]["path"], str)
+    except (AssertionError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a manifest of make-tokenized.py; {HOW_TO_FIX}") from error
+    return dict(manifest)
+
+
+def check_vocabulary(folder: str | Path, manifest: dict[str, Any] | None, vocab_file: str | Path) -> None:
+    """Refuse a vocabulary other than the one that the pieces were made with.
+
+    Raises:
+        ValueError: it is another; the message names both files and the command that mends it.
+    """
+    if manifest is not None and manifest["vocabulary"]["sha256"] != sha256_of(vocab_file):
+        raise ValueError(
+            f"{vocab_file} is not the vocabulary that {Path(folder) / MANIFEST} was made with; "
+            f"{HOW_TO_FIX}, with --vocab_filename {vocab_file}"
+        )
+
+
+def text_of_tokens(vocabulary: Sequence[str]) -> list[bytes]:
+    """What each token adds to a text, without the spaces between words: the same text for every vocabulary."""
+    byte_of = {token: bytes([value]) for value, token in enumerate(BYTE_TOKENS)}
+    specials = dict.fromkeys(SPECIAL_TOKENS, b"") | {"[SEP]": b"\n", "[UNK]": "\ufffd".encode()}
+    known = byte_of | specials
+    return [
+        known[token] if token in known else token.removeprefix(PART_PREFIX).encode("utf-8", "surrogatepass")
+        for token in vocabulary
+    ]
+
+
+def piece_numbers(folder: Path) -> list[int]:
+    """The numbers of the pieces, which must be 0, 1, 2, ..."""
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {folder}: run make-tokenized.py first, or name it with --tokenized_data_path"
+        )
+    numbers = sorted(int(match[1]) for path in folder.iterdir() if (match := _PIECE.fullmatch(path.name)))
+    if not numbers:
+        raise FileNotFoundError(f"there is no tokenized_train_0.txt in {folder}: run make-tokenized.py first")
+    missing = sorted(set(range(numbers[-1])) - set(numbers))
+    if missing:
+        names = ", ".join(f"tokenized_train_{number}.txt" for number in missing[:3])
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise FileNotFoundError(
+            f"{folder} has tokenized_train_{numbers[-1]}.txt, but not {names}{more}; {HOW_TO_FIX}, or delete the "
+            "pieces left from an earlier run"
+        )
+    return numbers
+
+
+def read_piece(path: Path, vocab_size: int, digest: Any) -> Iterator[npt.NDArray[np.int64]]:
+    """Read the ids of one piece block by block; `digest` is told its bytes."""
+    count = position = 0  # ids and bytes before this block
+    rest = b""
+    with open(path, "rb") as file:
+        while True:
+            block = file.read(_BLOCK)
+            digest.update(block)
+            text = rest + block
+            # A number may go on in the next block.
+            end = len(text) if not block else max(text.rfind(b" "), text.rfind(b"\n")) + 1
+            text, rest = text[:end], text[end:]
+            strange = text.translate(None, b"0123456789 \r\n\t")
+            if strange:
+                offset = position + text.index(strange[:1])
+                raise ValueError(f"{path}, byte {offset}: {strange[:1]!r} is no part of an id; {HOW_TO_FIX}")
+            # A number too long for 64 bits becomes the largest of them, which is no id of any vocabulary.
+            ids = np.fromstring(text, dtype=np.int64, sep=" ") if text.strip() else np.empty(0, np.int64)
+            wrong = np.flatnonzero(ids >= vocab_size)
+            if len(wrong):
+                raise ValueError(
+                    f"{path}, number {count + int(wrong[0]) + 1}: id {text.split()[wrong[0]].decode()} is outside the "
+                    f"vocabulary of {vocab_size} tokens; the piece was made with another vocabulary: {HOW_TO_FIX}"
+                )
+            yield ids
+            count += len(ids)
+            position += len(text)
+            if not block:
+                return

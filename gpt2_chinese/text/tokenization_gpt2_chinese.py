@@ -1,0 +1,190 @@
+"""The tokenizer of a model folder: `AutoTokenizer.from_pretrained(folder, trust_remote_code=True)`, transformers 5.
+
+A copy of this file and of the modules that it imports relatively lies in every model folder, so that the folder works
+where gpt2_chinese is not installed. There the thulac package cuts the words (`pip install thulac==0.2.2`; its model
+takes some seconds and a gigabyte, at the first text); where gpt2_chinese can be imported, its compiled segmenter gives
+the same words faster.
+
+`tokenizer(text)` begins with `[MASK]`, as every document of the training does and as generate.py has it; without it,
+`add_special_tokens=False`, a text is the ids that gpt2_chinese's own tokenizer gives. A line break is `[SEP]`. Names
+of special tokens within a text are ordinary text, save with `compat`, where the reference reads them.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from functools import lru_cache
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizer
+
+from .tokenizer import Tokenizer, join_tokens
+from .vocabulary import SPECIAL_TOKENS, read_vocabulary
+
+_VOCABULARY = "vocab.txt"
+_SEPARATOR, _END, _BEGIN, _PADDING, _UNKNOWN = SPECIAL_TOKENS
+_LONGEST_PIECE = 49_999  # characters that the thulac package takes as they are
+_RUN_OF_SPACES = re.compile("[ \u3000]{2,}")
+
+
+class GPT2ChineseTokenizer(PreTrainedTokenizer):
+    """THULAC's words, looked up in `vocab.txt` or spelled with its parts.
+
+    Args:
+        vocab_file: one token a line, its id is its line number from 0.
+        compat: tokenize as GPT2-Chinese did, with its `[UNK]`s.
+    """
+
+    vocab_files_names = {"vocab_file": _VOCABULARY}
+    model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(self, vocab_file: str, compat: bool = False, **kwargs: Any) -> None:
+        segmenter = Thulac(SPECIAL_TOKENS if compat else ())
+        self._tokenizer = Tokenizer(read_vocabulary(vocab_file), compat=compat, segmenter=segmenter)
+        self._id_of = {token: id_ for id_, token in enumerate(self._tokenizer.vocabulary)}
+        defaults = {
+            "bos_token": _BEGIN,
+            "eos_token": _END,
+            "sep_token": _SEPARATOR,
+            "pad_token": _PADDING,
+            "unk_token": _UNKNOWN,
+            "padding_side": "left",
+        }
+        super().__init__(compat=compat, **(defaults | kwargs))
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._tokenizer)
+
+    def get_vocab(self) -> dict[str, int]:
+        return self._id_of | self.added_tokens_encoder
+
+    def tokenize(
+        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
+    ) -> list[str]:
+        if len(self) > self.vocab_size:  # somebody has added tokens: they are found first, then what is between them
+            return list(super().tokenize(text, **kwargs))
+        return self._tokenize(text)
+
+    def _tokenize(self, text: str, **_: Any) -> list[str]:
+        return self._tokenizer.tokenize(text)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return self._id_of.get(token, self._id_of[_UNKNOWN])
+
+    def _convert_id_to_token(self, index: int) -> str:
+        if not 0 <= index < self.vocab_size:
+            raise ValueError(f"id {index} is not in the vocabulary of {self.vocab_size} tokens")
+        return self._tokenizer.vocabulary[index]
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """Begin a document: `[MASK]` text; a second text is a second line of it."""
+        begin, separator = self._id_of[_BEGIN], self._id_of[_SEPARATOR]
+        return [begin, *token_ids_0, *([] if token_ids_1 is None else [separator, *token_ids_1])]
+
+    def get_special_tokens_mask(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
+    ) -> list[int]:
+        if already_has_special_tokens:
+            return [int(id_ in self.all_special_ids) for id_ in token_ids_0]
+        second = [] if token_ids_1 is None else [1, *[0] * len(token_ids_1)]
+        return [1, *[0] * len(token_ids_0), *second]
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return join_tokens(tokens, compat=self._tokenizer.compat)
+
+    def _decode(
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        **_: Any,
+    ) -> str:
+        """Give the text of ids; `[CLS]` is a blank line, or nothing if special tokens are skipped; `[SEP]` is text."""
+        tokens = self.convert_ids_to_tokens([token_ids] if isinstance(token_ids, int) else list(token_ids))
+        if skip_special_tokens:
+            tokens = [_PADDING if token == _END else token for token in tokens]
+        return self.convert_tokens_to_string(tokens)
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+        path = Path(save_directory) / (f"{filename_prefix}-{_VOCABULARY}" if filename_prefix else _VOCABULARY)
+        lines = "".join(token + "\n" for token in self._tokenizer.vocabulary)
+        path.write_text(lines, encoding="utf-8", newline="\n")
+        return (str(path),)
+
+
+class Thulac:
+    """THULAC's words, by gpt2_chinese's compiled code or by the thulac package, loaded at the first text.
+
+    Copies and pickles are made anew from the user words: the package's model is a gigabyte of Python objects.
+    """
+
+    def __init__(self, user_words: Sequence[str] = ()) -> None:
+        self._user_words = tuple(user_words)
+        self._cut: Callable[[str], list[str]] | None = None
+
+    def __reduce__(self) -> tuple[type[Thulac], tuple[tuple[str, ...]]]:
+        return type(self), (self._user_words,)
+
+    def cut(self, text: str) -> list[str]:
+        """The words of one line."""
+        if self._cut is None:
+            self._cut = _load_cut(self._user_words)
+        return self._cut(text)
+
+
+@lru_cache(maxsize=2)  # the default's and compat's
+def _load_cut(user_words: Sequence[str]) -> Callable[[str], list[str]]:
+    try:
+        from gpt2_chinese.text.segmenter import Segmenter
+
+        return Segmenter(user_words).cut
+    except ImportError:  # the folder has travelled to where gpt2_chinese is not
+        pass
+    try:
+        import thulac
+    except ImportError as error:
+        raise ImportError("this tokenizer cuts words with THULAC: pip install thulac==0.2.2") from error
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):  # it prints that it is ready
+        path = Path(folder) / "user_words.txt"
+        path.write_text("".join(word + "\n" for word in user_words), encoding="utf-8")
+        model = thulac.thulac(seg_only=True, user_dict=str(path) if user_words else None)
+    return lambda line: [word for piece in pieces_of_long_line(line) for word in model.cutline(piece)]
+
+
+def pieces_of_long_line(line: str) -> list[str]:
+    """Cut a line after sentence ends, into runs of sentences that the thulac package has room for.
+
+    The package would do so itself, but in a time that grows with the square of the length, and an IndexError ends it
+    where a sentence is longer; that one is cut anyhow, as gpt2_chinese.text.segmenter does.
+    """
+    if len(line) <= _LONGEST_PIECE:
+        return [line]
+    sentences: list[str] = []
+    start = sentence = 0
+    for end, character in enumerate(line, start=1):
+        if character in "。？！；;!?":
+            if end - start > _LONGEST_PIECE:
+                sentences.append(line[start:sentence])
+                start = sentence
+            sentence = end
+    if len(line) - start > _LONGEST_PIECE:
+        sentences.append(line[start:sentence])
+        start = sentence
+    sentences.append(line[start:])
+
+    pieces: list[str] = []
+    for text in sentences:
+        shrunk = _RUN_OF_SPACES.sub(lambda run: run[0][0], text)  # THULAC sees no more of it
+        if len(shrunk) <= _LONGEST_PIECE + 1:
+            pieces.append(shrunk)
+        else:
+            pieces += [text[start : start + _LONGEST_PIECE] for start in range(0, len(text), _LONGEST_PIECE)]
+    return pieces

@@ -1,0 +1,245 @@
+"""The flags of train.py, in groups: input, output, validation, the run, hardware."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from gpt2_chinese.training.run import DEFAULT_VOCABULARY, MAX_DEFAULT_WARMUP, SAVE_SECONDS
+
+
+def parse_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    _add_input(parser)
+    _add_output(parser)
+    _add_validation(parser)
+    _add_run(parser)
+    _add_hardware(parser)
+    return parser.parse_args(argv)
+
+
+def _add_input(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tokenized_data_path", default="tokenized/", help="folder of the tokenized pieces (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--vocab_file",
+        "--vocab_filename",
+        help=f"vocabulary of the pieces (default: the one in their manifest, else {DEFAULT_VOCABULARY})",
+    )
+    parser.add_argument(
+        "--model_config",
+        default="config/model_config_small.json",
+        help="shape of a new model (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pretrained_model",
+        default="",
+        help="model folder to continue training from, ours or GPT2-Chinese's (default: a new model)",
+    )
+    parser.add_argument(
+        "--embedding_init",
+        choices=["normal", "cooccurrence"],
+        default="normal",
+        help="initialisation of a new model's token embedding: normal, as the other weights; or a factorisation of the "
+        "corpus's co-occurrence statistics, from which it learns faster (default: %(default)s)",
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output_dir", default="model/", help="folder of the model folders and checkpoints (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--writer_dir", default="tensorboard_summary/", help="TensorBoard folder (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--log_step", type=_positive, default=1, help="updates between two TensorBoard points (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--save_steps",
+        type=_not_negative,
+        help="updates between two checkpoints, besides those after each epoch; 0 is none (default: one every "
+        f"{SAVE_SECONDS // 60} minutes)",
+    )
+    parser.add_argument(
+        "--keep_checkpoints", type=_positive, default=2, help="checkpoints to keep, the latest (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="auto|none|PATH",
+        help="resume from the latest valid checkpoint of --output_dir, or from one that is named, exactly as if the "
+        "run had never stopped; none deletes the checkpoints of an interrupted run and starts anew (default: a "
+        "new run, unless there is an interrupted one)",
+    )
+
+
+def _add_validation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--val_fraction",
+        type=_fraction,
+        default=0.01,
+        help="share of the documents held out as validation set, at least one; 0 trains on all of them "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--val_steps",
+        type=_not_negative,
+        default=0,
+        help="updates between two measurements, besides those after each epoch; 0 is none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sample_prompts",
+        default="",
+        help="prompts to complete at every measurement: a file with one a line, or a list separated by commas "
+        "(default: none)",
+    )
+    parser.add_argument(
+        "--eval_only",
+        action="store_true",
+        help="measure --pretrained_model on all documents of --tokenized_data_path; no training",
+    )
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--epochs", type=_positive, default=5, help="passes over the corpus (default: %(default)s)")
+    parser.add_argument(
+        "--max_steps",
+        type=_not_negative,
+        default=0,
+        help="updates at most, also in the middle of an epoch; 0 is no limit (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=_positive,
+        default=8,
+        help="windows of a micro-batch, over all devices together (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--gradient_accumulation",
+        type=_positive,
+        default=1,
+        help="micro-batches of an update (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--stride",
+        type=_positive,
+        default=768,
+        help="tokens from one window to the next, at most n_ctx - 1; a quarter of n_ctx shows a small corpus at other "
+        "positions too, which delays overfitting (default: %(default)s)",
+    )
+    parser.add_argument("--lr", type=_positive_number, default=1.5e-4, help="peak learning rate (default: %(default)s)")
+    parser.add_argument(
+        "--warmup_steps",
+        type=_not_negative,
+        help=f"updates of linear warm-up (default: {MAX_DEFAULT_WARMUP}, at most a tenth of the run)",
+    )
+    parser.add_argument(
+        "--schedule",
+        choices=["linear", "wsd", "cosine"],
+        default="linear",
+        help="of the learning rate after the warm-up: linear decay to 0; constant, then linear decay to 0 over "
+        "--decay_fraction of the run; cosine decay to 0 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--decay_fraction", type=_share, default=0.4, help="share of the run that wsd decays in (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--optimizer",
+        choices=["adamw", "muon"],
+        default="adamw",
+        help="muon is Muon for the weight matrices of the layers and AdamW for the rest (default: %(default)s)",
+    )
+    parser.add_argument("--muon_lr", type=_positive_number, help="peak learning rate of Muon (default: --lr)")
+    parser.add_argument(
+        "--max_bad_updates",
+        type=_positive,
+        default=3,
+        help="stop after so many updates in a row whose loss or gradient is not finite; none of them is applied "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max_grad_norm", type=_positive_number, default=1.0, help="clip gradients to this norm (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=_not_negative,
+        default=42,
+        help="of the weights, the dropout and the order of windows (default: %(default)s)",
+    )
+
+
+def _add_hardware(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        default="0,1,2,3",
+        help="GPUs, of which those present are used; cpu; cpu,cpu for two processes there (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16", "fp16"],
+        default="auto",
+        help="auto is bf16 where the device has instructions for it, else fp32 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--compile",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="torch.compile; auto is on for GPUs, and on a CPU with a C++ compiler for runs that are longer than it "
+        "takes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="recompute activations in the backward pass: less memory, a third more time",
+    )
+    parser.add_argument("--fp16", action="store_true", help="the same as --precision fp16")
+    parser.add_argument(
+        "--fp16_opt_level",
+        choices=["O0", "O1", "O2", "O3"],
+        default="O1",
+        help="with fp16: O0 computes in fp32, O1 in mixed precision with loss scaling, O2 as O1 (apex has another), "
+        "O3 in fp16 throughout, which may not converge (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--amp_backend", choices=["torch", "apex"], default="torch", help="of fp16 (default: %(default)s)"
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is below 0")
+    return value
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to below 1")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0, at most 1")
+    return value
+
+
+def _positive_number(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value

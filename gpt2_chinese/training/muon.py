@@ -1,0 +1,165 @@
+"""Muon for the hidden matrices of a GPT-2, AdamW for its embeddings, norms and biases, as one optimizer.
+
+Muon (Keller Jordan, 2024) steps along the orthogonalize momentum: every direction in which a matrix can change is
+changed by as much. It wants the same learning rate as AdamW here, since a step has the root mean square of AdamW's
+(Moonlight, 2025: 0.2 times the root of the longer side).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.adamw import adamw
+
+# Odd polynomials a x + b x^3 + c x^5, one after the other, that take what lies between 0.01 and 1 to 1 +- 0.27: each is
+# the one nearest to 1 on what the one before leaves (minimax, found by Remez' exchange; the greedy sequence of Polar
+# Express, Amsel et al. 2025).
+POLYNOMIALS = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
+WIDE = 2  # times as many columns as rows
+
+
+def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Turn matrices [B, rows, columns], rows at most columns, into near-orthogonal ones of the same row space.
+
+    Singular values of at least 1/40 of the greatest end between 0.7 and 1.3, much smaller ones below. It is computed in
+    `dtype`, in matrix products alone: of X with polynomials of the Gram matrix G = X X^T.
+    """
+    x = matrices.to(dtype)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    gram = torch.bmm(x, x.mT)
+    square = torch.bmm(gram, gram)
+    # No eigenvalue of G is above the root of G^2's norm, which is near the greatest; X's own norm is some times as
+    # great as its greatest singular value, and another polynomial would be needed to make up for that.
+    bound = 1.01 * square.norm(dim=(1, 2), keepdim=True).sqrt() + 1e-7
+    x, gram, square = x / bound.sqrt(), gram / bound, square / bound**2
+    # In float32 a wide X is multiplied once, at the end: until then polynomials of G are, which are smaller.
+    wide = dtype == torch.float32 and x.shape[2] >= WIDE * x.shape[1]
+    product = polynomial = _polynomial(POLYNOMIALS[0], gram, square)
+    if not wide:
+        x = torch.bmm(polynomial, x)
+    for coefficients in POLYNOMIALS[1:]:
+        gram = torch.bmm(torch.bmm(polynomial, gram), polynomial) if wide else torch.bmm(x, x.mT)
+        polynomial = _polynomial(coefficients, gram, torch.bmm(gram, gram))
+        if wide:
+            product = torch.bmm(polynomial, product)
+        else:
+            x = torch.bmm(polynomial, x)
+    return torch.bmm(product, x) if wide else x
+
+
+def _polynomial(coefficients: tuple[float, float, float], gram: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
+    """a + b G + c G^2, which takes X to a X + b X X^T X + c (X X^T)^2 X."""
+    a, b, c = coefficients
+    polynomial = b * gram + c * square
+    polynomial.diagonal(dim1=1, dim2=2).add_(a)
+    return polynomial
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon and AdamW over the parameters of a GPT-2, without weight decay.
+
+    Args:
+        model: matrices of its blocks go to Muon, the rest to AdamW.
+        lr: of AdamW.
+        muon_lr: of Muon.
+        momentum: of Muon, in Nesterov's way.
+        dtype: in which Muon orthogonalises; bfloat16 is enough, where the device computes it.
+
+    A tensor `found_inf`, set as an attribute before `step`, leaves the step out where it is not 0, on the device.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        muon_lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        fused: list[nn.Parameter] = []
+        matrices: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for name, parameter in model.named_parameters():
+            if ".h." in f".{name}" and parameter.ndim == 2:
+                (fused if name.endswith("attn.c_attn.weight") else matrices).append(parameter)
+            else:
+                others.append(parameter)
+        defaults = {"betas": betas, "eps": eps, "momentum": momentum, "fused": True}
+        groups: list[dict[str, Any]] = [
+            {"params": fused, "lr": muon_lr, "parts": 3},  # queries, keys and values are three matrices side by side
+            {"params": matrices, "lr": muon_lr, "parts": 1},
+            {"params": others, "lr": lr, "parts": 0},  # AdamW
+        ]
+        super().__init__([group for group in groups if group["params"]], defaults)
+        self._dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update the parameters that have a gradient."""
+        assert closure is None
+        found_inf = getattr(self, "found_inf", None)
+        self._step_matrices(found_inf)
+        for group in self.param_groups:
+            if group["parts"] == 0:
+                self._step_others(group, found_inf)
+
+    def _step_others(self, group: dict[str, Any], found_inf: torch.Tensor | None) -> None:
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        states = [self.state[parameter] for parameter in parameters]
+        adamw(
+            parameters,
+            [parameter.grad for parameter in parameters if parameter.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=True,
+            found_inf=found_inf,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=0.0,
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _step_matrices(self, found_inf: torch.Tensor | None) -> None:
+        # 1) momentum; the matrices of one shape, lying on their longer side, are collected to be multiplied at once
+        shapes: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor, float]]] = defaultdict(list)
+        for group in self.param_groups:
+            for parameter in group["params"] if group["parts"] else []:
+                gradient = parameter.grad
+                if gradient is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum"] = torch.zeros_like(parameter)
+                momentum = state["momentum"]
+                changed = momentum.lerp(gradient, 1 - group["momentum"])
+                momentum.copy_(changed if found_inf is None else torch.where(found_inf > 0, momentum, changed))
+                direction = gradient.lerp(momentum, group["momentum"])
+                for weights, part in zip(
+                    parameter.chunk(group["parts"], dim=1), direction.chunk(group["parts"], dim=1), strict=True
+                ):
+                    if part.shape[0] > part.shape[1]:
+                        weights, part = weights.mT, part.mT
+                    shapes[tuple(part.shape)].append((weights, part, group["lr"]))
+        # 2) orthogonalize, and added
+        for (_, longer), members in shapes.items():
+            steps = orthogonalize(torch.stack([part for _, part, _ in members]), self._dtype)
+            if found_inf is not None:
+                steps = torch.where(found_inf > 0, 0.0, steps)
+            for (weights, _, lr), step in zip(members, steps, strict=True):
+                weights.add_(step.to(weights.dtype), alpha=-lr * 0.2 * longer**0.5)

@@ -1,0 +1,61 @@
+"""The optimizers and the schedule of their learning rate."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from gpt2_chinese.training.muon import Muon
+
+PEAK = "highest_lr"  # of a parameter group: the rate that the schedule multiplies
+
+
+def make_optimizer(
+    model: nn.Module,
+    lr: float,
+    *,
+    optimizer: str = "adamw",
+    muon_lr: float | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.optim.Optimizer:
+    """The reference's AdamW, save that torch adds eps after the bias correction (docs/differences.md); or Muon.
+
+    Args:
+        muon_lr: of the matrices that Muon updates; `lr` if None.
+        dtype: in which Muon orthogonalizes.
+    """
+    made: torch.optim.Optimizer
+    if optimizer == "muon":
+        made = Muon(model, lr=lr, muon_lr=muon_lr or lr, dtype=dtype)
+    else:
+        made = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, fused=True)
+    for group in made.param_groups:
+        group[PEAK] = group["lr"]
+    return made
+
+
+def learning_rate_factor(
+    step: int, *, warmup_steps: int, total_steps: int, schedule: str = "linear", decay_fraction: float = 0.4
+) -> float:
+    """The share of the peak learning rate at update `step` (from 0): a linear warm-up from 0, then down to 0.
+
+    Args:
+        schedule: linear; wsd (warm-up, stable, decay), which is constant and then decays linearly over the last
+            `decay_fraction` of the run; cosine.
+    """
+    if step < warmup_steps:
+        return step / warmup_steps
+    left = max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+    if schedule == "wsd":
+        return min(1.0, max(0, total_steps - step) / max(1.0, decay_fraction * total_steps))
+    if schedule == "cosine":
+        return 0.5 - 0.5 * math.cos(math.pi * left)
+    return left
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Give every parameter group this share of its peak learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group[PEAK] * factor

@@ -1,0 +1,262 @@
+"""What is decided before the first update: read, checked and the same for every rank."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from gpt2_chinese.artifacts import sha256_of
+from gpt2_chinese.model_folder import check_replaceable, find_config, load_model, read_config
+from gpt2_chinese.precision import choose_devices, choose_precision, load_apex
+from gpt2_chinese.text.pieces import check_vocabulary, read_manifest, text_of_tokens
+from gpt2_chinese.text.tokenizer import Tokenizer
+from gpt2_chinese.text.vocabulary import MASK_ID
+from gpt2_chinese.training.optimizers import learning_rate_factor
+from gpt2_chinese.training.token_cache import Corpus, read_pieces
+from gpt2_chinese.training.windows import effective_stride, epoch_order, window_starts
+
+DEFAULT_VOCABULARY = Path("vocab/vocab_user.txt")
+MAX_DEFAULT_WARMUP = 2000  # updates, unless --warmup_steps says otherwise
+FINAL_MODEL, CHECKPOINTS, METRICS = "final_model", "checkpoints", "metrics.jsonl"
+SAVE_SECONDS = 600  # between checkpoints: what a power cut costs, whatever the speed of the machine
+
+# A run that goes on must have the same values of these flags.
+_RESUMED_FLAGS = (
+    "batch_size",
+    "gradient_accumulation",
+    "epochs",
+    "lr",
+    "schedule",
+    "decay_fraction",
+    "optimizer",
+    "embedding_init",
+    "muon_lr",
+    "max_grad_norm",
+    "seed",
+    "val_fraction",
+    "pretrained_model",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    Attributes:
+        starts: where each window begins in the corpus.
+        prompts: texts to complete at every measurement, with their ids.
+    """
+
+    args: argparse.Namespace
+    devices: list[torch.device]
+    precision: str
+    precision_note: str
+    vocab_file: Path
+    config_file: Path
+    config: GPT2Config
+    tokenizer: Tokenizer
+    corpus: Corpus
+    starts: npt.NDArray[np.int64]
+    stride: int
+    prompts: dict[str, list[int]] = field(default_factory=dict)
+
+    @property
+    def output(self) -> Path:
+        return Path(self.args.output_dir)
+
+    @property
+    def windows_per_update(self) -> int:
+        return int(self.args.batch_size * self.args.gradient_accumulation)
+
+    @property
+    def updates_per_epoch(self) -> int:
+        return math.ceil(len(self.starts) / self.windows_per_update)
+
+    @property
+    def total_steps(self) -> int:
+        whole = int(self.updates_per_epoch * self.args.epochs)
+        return min(whole, self.args.max_steps) if self.args.max_steps else whole
+
+    @property
+    def warmup_steps(self) -> int:
+        if self.args.warmup_steps is not None:
+            return int(self.args.warmup_steps)
+        return min(MAX_DEFAULT_WARMUP, self.total_steps // 10)
+
+    # What happens at which update, counted from 0 before it and from 1 behind it.
+
+    def windows(self, step: int) -> npt.NDArray[np.int64]:
+        """Where the windows of update `step` begin; every epoch has each window once, in an order of its own."""
+        epoch, update = divmod(step, self.updates_per_epoch)
+        order = _epoch_order(len(self.starts), self.args.seed, epoch)
+        begin = update * self.windows_per_update
+        return self.starts[order[begin : begin + self.windows_per_update]]
+
+    def learning_rate_factor(self, step: int) -> float:
+        return learning_rate_factor(
+            step,
+            warmup_steps=self.warmup_steps,
+            total_steps=self.total_steps,
+            schedule=self.args.schedule,
+            decay_fraction=self.args.decay_fraction,
+        )
+
+    def epoch(self, step: int) -> int:
+        """The epoch that update `step` (from 1) belongs to, from 1."""
+        return (step - 1) // self.updates_per_epoch + 1
+
+    def epoch_ends(self, step: int) -> bool:
+        return step % self.updates_per_epoch == 0 or step == self.total_steps
+
+    def logs(self, step: int) -> bool:
+        return step % self.args.log_step == 0 or step == self.total_steps
+
+    def saves_checkpoint(self, step: int, seconds_since: float) -> bool:
+        """Whether a checkpoint is due, so long after the last one; there is one at the end of each epoch too."""
+        if self.epoch_ends(step):
+            return True
+        if self.args.save_steps is None:
+            return seconds_since > SAVE_SECONDS
+        return bool(self.args.save_steps) and step % self.args.save_steps == 0
+
+    def validates(self, step: int) -> bool:
+        return self.epoch_ends(step) or (self.args.val_steps > 0 and step % self.args.val_steps == 0)
+
+    def settings(self) -> dict[str, Any]:
+        """What a run that goes on must share with the one before, named as a user would."""
+        shape = {key: value for key, value in vars(self.config).items() if key.startswith("n_") or "pdrop" in key}
+        return {
+            "the corpus (SHA-256)": self.corpus.sha256,
+            "the vocabulary (SHA-256)": sha256_of(self.vocab_file),
+            "the model's shape": json.loads(json.dumps(shape)),
+            **{f"--{name}": getattr(self.args, name) for name in _RESUMED_FLAGS},
+            "--stride": self.stride,
+            "--warmup_steps": self.warmup_steps,
+            "--precision": self.precision,
+            "the kind of device": self.devices[0].type,
+            "the number of updates": self.total_steps,
+        }
+
+
+@lru_cache(maxsize=1)
+def _epoch_order(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    return epoch_order(count, seed=seed, epoch=epoch)
+
+
+def epoch_name(epoch: int) -> str:
+    """The folder of an epoch (from 1) within --output_dir."""
+    return f"model_epoch{epoch}"
+
+
+def choose_vocabulary(vocab_file: str | None, manifest: Mapping[str, Any] | None) -> Path:
+    """The vocabulary that is named, else the one of the pieces' manifest, else the default."""
+    if vocab_file is None and manifest is not None and Path(manifest["vocabulary"]["path"]).is_file():
+        return Path(manifest["vocabulary"]["path"])
+    return Path(vocab_file or DEFAULT_VOCABULARY)
+
+
+def read_prompts(text: str) -> list[str]:
+    """The texts of --sample_prompts: the lines of a file if there is one of that name, else what commas separate."""
+    if not text:
+        return []
+    lines = Path(text).read_text(encoding="utf-8").splitlines() if Path(text).is_file() else text.split(",")
+    return [line.strip() for line in lines if line.strip()]
+
+
+def build_model(args: argparse.Namespace, vocab_file: Path, vocab_size: int) -> GPT2LMHeadModel:
+    """Make a new model of `--model_config`, the same for the same seed, or read `--pretrained_model`."""
+    if args.pretrained_model:
+        return load_model(args.pretrained_model, vocab_file=vocab_file)[0]
+    torch.manual_seed(args.seed)
+    return GPT2LMHeadModel(read_config(args.model_config, vocab_size=vocab_size))
+
+
+def prepare(args: argparse.Namespace, world_size: int, say: Callable[[str], None]) -> tuple[Run, GPT2LMHeadModel]:
+    """Read and check everything, before anything is written, and build the model.
+
+    Args:
+        world_size: of torchrun, or 0 without it.
+        say: is told the notes.
+
+    Raises:
+        ValueError, FileNotFoundError: a flag or a file is wrong; the message names it and what mends it.
+    """
+    # 1) what costs nothing to check: the devices, the places to write to, the model's shape
+    devices, note = choose_devices(args.device)
+    if note:
+        say(f"note: {note}")
+    ranks = world_size or len(devices)
+    if args.batch_size < ranks:
+        raise ValueError(f"--batch_size {args.batch_size} is less than a window for each of {ranks} devices; raise it")
+    precision, precision_note = choose_precision(args, devices[0])
+    if args.amp_backend == "apex":
+        load_apex()
+    for name in [FINAL_MODEL, *(epoch_name(epoch) for epoch in range(1, args.epochs + 1))]:
+        check_replaceable(Path(args.output_dir) / name)
+    if args.pretrained_model and args.embedding_init != "normal":
+        raise ValueError(
+            f"--embedding_init {args.embedding_init} is for new models, and --pretrained_model {args.pretrained_model} "
+            "has an embedding; leave one of them out"
+        )
+    source = Path(args.pretrained_model or args.model_config)
+    config_file = find_config(source) if args.pretrained_model else source
+    n_ctx = read_config(config_file).n_ctx
+    if n_ctx < 2:
+        raise ValueError(f"{config_file}: n_ctx is {n_ctx}, and a window needs a token to predict another from")
+
+    # 2) the vocabulary and the corpus
+    folder = Path(args.tokenized_data_path)
+    manifest = read_manifest(folder)
+    vocab_file = choose_vocabulary(args.vocab_file, manifest)
+    # Pieces without a manifest are the reference's, and so is the way to tokenize a context for their model.
+    compat = manifest is None or bool(manifest["options"]["compat"])
+    tokenizer = Tokenizer.from_file(vocab_file, compat=compat)
+    check_vocabulary(folder, manifest, vocab_file)
+    corpus = read_pieces(
+        folder,
+        vocab_size=len(tokenizer),
+        manifest=manifest,
+        val_fraction=args.val_fraction,
+        token_texts=text_of_tokens(tokenizer.vocabulary),
+    )
+    if corpus.note:
+        say(f"note: {corpus.note}")
+    if args.val_fraction and not corpus.held_out_documents:
+        say("note: the corpus is a single document, so there is no validation set")
+    stride = effective_stride(args.stride, n_ctx)
+    starts = window_starts(corpus.piece_lengths, n_ctx, stride)
+    if len(starts) == 0:
+        raise ValueError(
+            f"{folder} has {len(corpus.tokens):,} tokens to train on, and one window has {n_ctx:,} (n_ctx in "
+            f"{config_file}): there is nothing to train on. Put more text into data/ (100,000 characters are a small "
+            "corpus) and run build_trainfile.py, make-vocab.py and make-tokenized.py again, or take a --model_config "
+            "with a smaller n_ctx (config/model_config_mini.json has 128)"
+        )
+
+    # 3) the model
+    model = build_model(args, vocab_file, len(tokenizer))
+    run = Run(
+        args=args,
+        devices=devices,
+        precision=precision,
+        precision_note=precision_note,
+        vocab_file=vocab_file,
+        config_file=config_file,
+        config=model.config,
+        tokenizer=tokenizer,
+        corpus=corpus,
+        starts=starts,
+        stride=stride,
+        prompts={text: [MASK_ID, *tokenizer.encode(text)] for text in read_prompts(args.sample_prompts)},
+    )
+    return run, model

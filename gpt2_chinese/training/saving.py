@@ -1,0 +1,135 @@
+"""Model folders, checkpoints, and how a run goes on from one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt2_chinese.model_folder import save_model
+from gpt2_chinese.training.checkpoints import (
+    check_settings,
+    checkpoints_in,
+    delete_old,
+    latest_valid,
+    random_state,
+    read_checkpoint,
+    set_random_state,
+    verify,
+    write_checkpoint,
+)
+from gpt2_chinese.training.loss import unpadded
+from gpt2_chinese.training.ranks import Rank
+from gpt2_chinese.training.run import CHECKPOINTS, Run
+from gpt2_chinese.training.state import RunningLoss, TrainingState
+from gpt2_chinese.training.trainable import Trainable
+
+
+def save_model_folder(run: Run, trainable: Trainable, state: TrainingState, name: str, *, epoch: int) -> Path:
+    """Write the model as it stands, after so many epochs, to a folder of --output_dir."""
+    facts = {
+        "epoch": epoch,
+        "updates": state.step,
+        "loss": state.epoch_loss,
+        "corpus_tokens": len(run.corpus.tokens),
+        "settings": vars(run.args),
+    }
+    with unpadded(trainable.model, trainable.vocab_rows):
+        save_model(run.output / name, trainable.model, run.tokenizer, facts=facts)
+    return run.output / name
+
+
+def save_checkpoint(run: Run, rank: Rank, trainable: Trainable, state: TrainingState) -> Path:
+    """Write what the run goes on from; every rank calls this, rank 0 writes."""
+    random_states = rank.gather(random_state(rank.device))
+    folder = run.output / CHECKPOINTS
+    if rank.is_main:
+        contents = {
+            "model": trainable.model.state_dict(),
+            "optimizer": trainable.optimizer.state_dict(),
+            "scaler": trainable.precision.state_dict(),
+            "random": random_states,
+            "progress": state.state_dict(),
+            "made_with": _made_with(),
+        }
+        write_checkpoint(folder, state.step, contents, run.settings() | {"ranks": rank.world_size})
+        delete_old(folder, keep=run.args.keep_checkpoints)
+    return folder / f"step_{state.step}"
+
+
+def restore(run: Run, rank: Rank, trainable: Trainable, resume: Path | None) -> TrainingState:
+    """The state at the beginning of a run, or exactly that of a checkpoint, of which only rank 0 reads the files.
+
+    Args:
+        resume: the checkpoint, found valid (`find_checkpoint`); the model, the optimizer and the random states of every
+            rank become its own.
+    """
+    saved = rank.broadcast(read_checkpoint(resume) if resume is not None and rank.is_main else None)
+    if saved is None:
+        return TrainingState(RunningLoss(rank.device))
+    if rank.is_main and saved["made_with"] != _made_with():
+        print(f"note: the checkpoint was made with {saved['made_with']}, this is {_made_with()}: not bit for bit")
+    trainable.model.load_state_dict(saved["model"])
+    trainable.optimizer.load_state_dict(saved["optimizer"])
+    trainable.precision.load_state_dict(saved["scaler"])
+    set_random_state(saved["random"][rank.number], rank.device)
+    return TrainingState.from_state_dict(saved["progress"], rank.device)
+
+
+def _made_with() -> str:
+    """What decides the order of sums, and so their last bits."""
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def find_checkpoint(run: Run, ranks: int) -> Path | None:
+    """The checkpoint to resume, found valid and of the same settings; None for a new run, after making room for it.
+
+    Raises:
+        ValueError: there is no valid one, or it is of another run, or an interrupted run would be lost.
+    """
+    folder, resume = run.output / CHECKPOINTS, run.args.resume
+    if resume in (None, "none"):
+        _make_room(folder, asked=resume == "none")
+        return None
+    if resume == "auto":
+        path = latest_valid(folder, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
+        if path is None:
+            print(f"note: there is no checkpoint in {folder}: starting at the beginning")
+            return None
+    else:
+        path = Path(resume)
+        if not path.is_dir():
+            raise FileNotFoundError(f"--resume {path}: there is no such checkpoint; they are in {folder}")
+    manifest = verify(path)
+    check_settings(path, manifest["settings"], run.settings() | {"ranks": ranks})
+    # What came after it will come again.
+    delete_old(folder, keep=run.args.keep_checkpoints, up_to=manifest["step"])
+    print(f"resuming from {path}, after update {manifest['step']:,} of {run.total_steps:,}")
+    return path
+
+
+def _make_room(folder: Path, *, asked: bool) -> None:
+    """Delete the checkpoints of an earlier run; those of an interrupted one only if that was asked for."""
+    found = checkpoints_in(folder)
+    if found and not asked:
+        step, path = found[0]
+        total = _settings_of(path).get("the number of updates")
+        if step != total:
+            raise ValueError(
+                f"{path} is of a run that was interrupted after update {step:,} of {total or 'an unknown number'}: "
+                "continue it with --resume, take another --output_dir, or start anew with --resume none, which "
+                "deletes it"
+            )
+    if found:
+        print(f"note: the checkpoints of an earlier run in {folder} are deleted")
+    delete_old(folder, keep=0)
+
+
+def _settings_of(path: Path) -> dict[str, Any]:
+    """The settings of a checkpoint, or nothing if it is damaged."""
+    try:
+        return dict(verify(path)["settings"])
+    except ValueError:
+        return {}

@@ -1,0 +1,124 @@
+"""Where a run stands: with the weights and the random states it decides all that follows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class RunningLoss:
+    """Sums over the updates of the epoch at hand, kept on the device so that adding to them waits for nothing.
+
+    Reading a property waits for the device.
+    """
+
+    def __init__(self, device: torch.device, sums: Sequence[float] = (0.0, 0.0, 0.0, 0.0)) -> None:
+        # loss times windows; windows; updates with a bad loss or gradient, in a row; the same, in all
+        self._sums = torch.tensor(sums, dtype=torch.float64, device=device)
+
+    def add(self, loss: Tensor, is_finite: Tensor, windows: int) -> None:
+        """Count an update: its mean loss over so many windows, or that it was bad and is left out."""
+        one = torch.ones_like(self._sums[0])
+        self._sums[:2] += torch.where(is_finite, torch.stack([loss.double(), one]) * windows, 0.0)
+        self._sums[2] = torch.where(is_finite, 0.0, self._sums[2] + 1)
+        self._sums[3] += ~is_finite
+
+    @property
+    def windows(self) -> int:
+        return int(self._sums[1])
+
+    @property
+    def mean(self) -> float:
+        """The mean loss, in nats for a token; `windows` must not be 0."""
+        loss_sum, windows, *_ = self._sums.tolist()
+        return float(loss_sum / windows)
+
+    @property
+    def bad_in_a_row(self) -> int:
+        return int(self._sums[2])
+
+    @property
+    def bad(self) -> int:
+        return int(self._sums[3])
+
+    def start_epoch(self) -> None:
+        self._sums[:2] = 0.0
+
+    def tolist(self) -> list[float]:
+        return list(self._sums.tolist())
+
+
+@dataclass
+class TrainingState:
+    """
+    Attributes:
+        step: updates so far.
+        skipped: of them left out because fp16 overflowed; the learning rate waits for them.
+        epoch_seconds: in the epoch at hand.
+        epoch_loss: mean of the last whole epoch.
+    """
+
+    running: RunningLoss
+    step: int = 0
+    skipped: int = 0
+    epoch_seconds: float = 0.0
+    epoch_loss: float = math.nan
+
+    def advance(self, loss: Tensor, grad_norm: Tensor, *, windows: int, may_skip: bool) -> None:
+        """Count an update, given its mean loss, of so many windows, and the norm of its gradient.
+
+        Args:
+            may_skip: in fp16 a gradient that is not finite is no fault but an update that was left out.
+        """
+        self.step += 1
+        if may_skip:
+            self.skipped += not math.isfinite(grad_norm)
+        self.running.add(loss, torch.isfinite(grad_norm) & torch.isfinite(loss), windows)
+
+    def check_finite(self, loss: Tensor, grad_norm: Tensor, *, max_bad_updates: int) -> None:
+        """Stop a run whose weights are lost before it saves them. Reading the figures waits for the device.
+
+        Raises:
+            ValueError: so many updates in a row had a loss or a gradient that is not finite.
+        """
+        bad = self.running.bad_in_a_row
+        if bad >= max_bad_updates:
+            raise ValueError(
+                f"update {self.step}: the loss is {loss.item()}, the norm of its gradient {grad_norm.item()}, {bad} "
+                "updates in a row; take a lower --lr with --resume none (the model folders of earlier epochs and the "
+                "checkpoints are untouched)"
+            )
+
+    def end_epoch(self, epoch: int) -> None:
+        """Take the mean loss of an epoch (from 1).
+
+        Raises:
+            ValueError: every one of its updates was skipped.
+        """
+        if not self.running.windows:
+            raise ValueError(f"every update of epoch {epoch} overflowed in fp16; take --precision fp32 or bf16")
+        self.epoch_loss = self.running.mean
+
+    def start_epoch(self) -> None:
+        self.running.start_epoch()
+        self.epoch_seconds = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers, as checkpoints keep them."""
+        return {
+            "step": self.step,
+            "skipped": self.skipped,
+            "sums": self.running.tolist(),
+            "epoch_seconds": self.epoch_seconds,
+            "epoch_loss": self.epoch_loss,
+        }
+
+    @classmethod
+    def from_state_dict(cls, values: dict[str, Any], device: torch.device) -> TrainingState:
+        rest = {name: value for name, value in values.items() if name != "sums"}
+        return cls(RunningLoss(device, values["sums"]), **rest)

@@ -1,0 +1,96 @@
+"""The model on its device with all that updates it: the loss, the optimizer, the precision."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import GPT2LMHeadModel
+
+from gpt2_chinese.precision import Precision, has_bf16, load_apex
+from gpt2_chinese.training.allocator import keep_freed_memory
+from gpt2_chinese.training.embedding_init import init_embedding_from_cooccurrence
+from gpt2_chinese.training.estimates import flops_per_token
+from gpt2_chinese.training.loss import WindowLoss, compiler_problem, pad_vocabulary, should_compile
+from gpt2_chinese.training.optimizers import make_optimizer
+from gpt2_chinese.training.ranks import Rank
+from gpt2_chinese.training.run import Run
+
+PADDED_DEVICES = {"cuda"}  # a CPU gains nothing by whole tiles
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """
+    Attributes:
+        model: the bare model.
+        window_loss: `WindowLoss` of it, or DistributedDataParallel around that.
+        vocab_rows: of the embedding, those that are tokens; the model may have more (see `pad_vocabulary`).
+        micro_batch: windows that go through the model at once on this device, at most.
+        flops_per_token: of a forward and a backward pass.
+    """
+
+    model: GPT2LMHeadModel
+    window_loss: nn.Module
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    vocab_rows: int
+    micro_batch: int
+    flops_per_token: float
+
+
+def build(run: Run, rank: Rank, model: GPT2LMHeadModel, *, is_new: bool) -> Trainable:
+    """Move a model to its device and prepare it for training; `is_new` for one that no checkpoint will replace."""
+    args, device = run.args, rank.device
+    # DistributedDataParallel gives the other ranks rank 0's weights.
+    if args.embedding_init == "cooccurrence" and rank.is_main and is_new:
+        counted = init_embedding_from_cooccurrence(model, run.corpus.tokens, seed=args.seed)
+        print(f"embedding  initialised from the co-occurrences of {counted:,} tokens")
+    torch.manual_seed(args.seed + rank.number)  # every rank drops out other units
+    if device.type == "cpu":
+        keep_freed_memory()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    rows = pad_vocabulary(model) if device.type in PADDED_DEVICES else run.config.vocab_size
+    model.to(device).train()  # type: ignore[arg-type]
+    if run.precision == "fp16-only":
+        model.half()
+    window_loss = WindowLoss(model, rows=rows, recompute=args.gradient_checkpointing)
+    micro_batch = math.ceil(args.batch_size / rank.world_size)
+    flops = flops_per_token(run.config, parameters)
+    if should_compile(
+        args.compile,
+        run_flops=flops * args.epochs * len(run.starts) * run.config.n_ctx,
+        device=device,
+        ranks=rank.world_size,
+        recompute=args.gradient_checkpointing,
+    ):
+        problem = compiler_problem(device)
+        if not problem:
+            window_loss.compile_for((micro_batch, run.config.n_ctx))
+        if rank.is_main:
+            print(f"note: not compiled: {problem}" if problem else "compiling: the first update takes a minute or so")
+    optimizer = make_optimizer(
+        model,
+        args.lr,
+        optimizer=args.optimizer,
+        muon_lr=args.muon_lr,
+        dtype=torch.bfloat16 if has_bf16(device) else torch.float32,
+    )
+    apex = load_apex() if args.amp_backend == "apex" else None
+    trained: nn.Module = window_loss
+    if apex is not None:
+        trained, optimizer = apex.initialize(window_loss, optimizer, opt_level=args.fp16_opt_level)
+    if rank.world_size > 1:
+        trained = DistributedDataParallel(trained, gradient_as_bucket_view=True)
+    return Trainable(
+        model=model,
+        window_loss=trained,
+        optimizer=optimizer,
+        precision=Precision(run.precision, device, apex),
+        vocab_rows=rows,
+        micro_batch=micro_batch,
+        flops_per_token=flops,
+    )

@@ -1,0 +1,76 @@
+"""The windows of a training run: where they begin, in which order they come, which rank reads which.
+
+Example:
+    >>> starts = window_starts(corpus.piece_lengths, n_ctx=128, stride=127)
+    >>> order = epoch_order(len(starts), seed=42, epoch=0)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+
+def effective_stride(stride: int, n_ctx: int) -> int:
+    """The stride that leaves no token out: one less than a window, since a window's first token is not predicted."""
+    return min(stride, n_ctx - 1)
+
+
+def window_starts(piece_lengths: Sequence[int], n_ctx: int, stride: int) -> npt.NDArray[np.int64]:
+    """Where the windows begin in `Corpus.tokens`: `n_ctx` tokens every `stride`, the last one of a piece right-aligned.
+
+    A piece that is shorter than a window is joined with the next ones, at the end with the one before, so every token
+    is in a window; there is none if all pieces together are shorter than one. With `stride` below `n_ctx` every
+    token but the first of a piece is also predicted from one before it.
+
+    Example:
+        >>> window_starts([10], n_ctx=4, stride=3)
+        array([0, 3, 6])
+        >>> window_starts([2, 3, 9, 1], n_ctx=4, stride=3)
+        array([ 0,  1,  5,  8, 11])
+    """
+    assert 1 <= stride <= n_ctx
+    spans: list[list[int]] = []  # begin and end of pieces, or of joined ones
+    begin = end = 0
+    for length in piece_lengths:
+        end += length
+        if end - begin >= n_ctx:
+            spans.append([begin, end])
+            begin = end
+    if end > begin and spans:
+        spans[-1][1] = end
+    starts = [np.append(np.arange(begin, end - n_ctx, stride), end - n_ctx) for begin, end in spans]
+    return np.concatenate([np.empty(0, np.int64), *starts])
+
+
+def epoch_order(count: int, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """The order of an epoch's windows: a permutation that only the seed and the epoch decide."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def window_batch(tokens: npt.NDArray[Any], starts: npt.NDArray[np.int64], n_ctx: int) -> torch.Tensor:
+    """Cut windows out of the corpus: int64 [len(starts), n_ctx]."""
+    return torch.from_numpy(tokens[starts[:, None] + np.arange(n_ctx)].astype(np.int64))
+
+
+def share_of_rank(
+    starts: npt.NDArray[np.int64], rank: int, world_size: int, batch_size: int
+) -> list[npt.NDArray[np.int64]]:
+    """Split an update's windows into the micro-batches of one rank; every window is in exactly one of one rank.
+
+    A micro-batch of all ranks together has `batch_size` windows. The list is empty if there are fewer windows than
+    ranks.
+    """
+    own = starts[rank::world_size]
+    size = math.ceil(batch_size / world_size)
+    return [own[begin : begin + size] for begin in range(0, len(own), size)]
+
+
+def to_device(input_ids: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy to a GPU from pinned memory, so that the copy waits for no update; nothing on a CPU."""
+    return input_ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else input_ids

@@ -1,0 +1,175 @@
+"""The compiled words of stages 2 and 3 are those of the tokenizer, whatever the batches and the workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt2_chinese.parallel import default_workers, open_workers
+from gpt2_chinese.text import preparation, word_table
+from gpt2_chinese.text.preparation import (
+    Tokenizing,
+    batches,
+    count_batch,
+    count_batch_of_reference,
+    fold_counts,
+    shared_segmenter,
+    tokenize_batch,
+)
+from gpt2_chinese.text.tokenizer import BYTE_TOKENS, LINE_BREAK, Tokenizer, WordSplitter, fold_word
+from gpt2_chinese.text.vocabulary import CLS_ID, MASK_ID, SPECIAL_TOKENS
+from gpt2_chinese.text.word_table import DOCUMENT_END, LINE_BREAK_WORD, WordTable
+
+TEXT = st.text(
+    st.one_of(
+        st.sampled_from("的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出就分对成会可主发年动同工"),
+        st.sampled_from("abcXYZéÉßΣσİﬁ0123456789#[]<>.,!?-_/'\"，。！？：；“”《》（）…—￥％ＡＢ１２"),
+        st.sampled_from(" \t\u3000\u00a0\n\r\u2028\x1c\x85\u200b\u0000\ufffd\u0301\u0300"),
+        st.sampled_from("😀👍🏻👨‍👩‍👧♀️ℙ①Ⅳ½한국어ひらがなカタカナРусскийภาษาไทยعربية"),
+        st.characters(),
+    ),
+    max_size=40,
+)
+VOCABULARY = (*SPECIAL_TOKENS, "的", "中", "大", "a", "##b", "中国", "1", "##2", *BYTE_TOKENS)
+
+
+def numbered_words(table: WordTable, documents: list[str]) -> list[list[str]]:
+    """The folded words of each document, from the table's numbers."""
+    result: list[list[str]] = [[]]
+    sequence = table.number(documents)
+    words = table.words.read(0)
+    for number in sequence.tolist():
+        if number == DOCUMENT_END:
+            result.append([])
+        elif number == LINE_BREAK_WORD:
+            result[-1].append(LINE_BREAK)
+        else:
+            result[-1] += fold_word(*words[number])[0]
+    assert result.pop() == []
+    return result
+
+
+@settings(max_examples=300, deadline=None)
+@given(documents=st.lists(TEXT, min_size=1, max_size=5))
+def test_numbered_words_are_those_of_the_splitter(documents):
+    splitter = WordSplitter(shared_segmenter())
+    table = WordTable(shared_segmenter())
+    expected = [splitter(document) for document in documents]
+    assert numbered_words(table, documents) == expected
+    assert numbered_words(table, documents[::-1]) == expected[::-1], "a second batch, with words known already"
+
+
+def test_the_table_grows_and_forgets(monkeypatch):
+    table = WordTable(shared_segmenter())
+    documents = [f"{number} 和{number * 7}" for number in range(40_000)]
+    splitter = WordSplitter(shared_segmenter())
+    assert numbered_words(table, documents) == [splitter(document) for document in documents]
+    assert table.words.count > 1 << 15, "more words than the table has places at first"
+    monkeypatch.setattr(word_table, "MAX_WORDS", 10)
+    assert numbered_words(table, ["中国"]) == [["中国"]]
+    assert table.words.count == 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(documents=st.lists(TEXT, max_size=5), min_length=st.integers(0, 3))
+def test_formatted_ids_are_those_of_the_tokenizer(documents, min_length):
+    tokenizer = Tokenizer(VOCABULARY, segmenter=shared_segmenter())
+    text, report = tokenize_batch((Tokenizing(VOCABULARY, False, min_length), documents))
+    kept = [ids for d in documents if len(d) > min_length and (ids := tokenizer.encode(d))]
+    expected = [id_ for ids in kept for id_ in (MASK_ID, *ids, CLS_ID)]
+    assert text.decode() == "".join(f"{id_} " for id_ in expected)
+    assert (report.documents, report.tokens) == (len(kept), len(expected))
+    assert report.documents + report.too_short + report.empty == len(documents)
+
+
+@settings(max_examples=100, deadline=None)
+@given(documents=st.lists(TEXT, min_size=1, max_size=5))
+def test_counts_are_those_of_the_splitter_in_order_of_appearance(documents):
+    splitter = WordSplitter(shared_segmenter())
+    expected: dict[str, int] = {}
+    for document in [*documents, documents[0]]:
+        for word in splitter(document):
+            if word != LINE_BREAK:
+                expected[word] = expected.get(word, 0) + 1
+    counts = fold_counts([count_batch(documents), count_batch(documents[:1])])
+    assert list(counts.items()) == list(expected.items())
+
+
+@settings(max_examples=100, deadline=None)
+@given(documents=st.lists(TEXT, min_size=1, max_size=5))
+def test_counts_of_the_reference_are_those_of_the_segmenter(documents):
+    expected: dict[str, int] = {}
+    for document in documents:
+        for word in shared_segmenter().cut(document):
+            if word != "\n":
+                expected[word] = expected.get(word, 0) + 1
+    assert list(count_batch_of_reference(documents).items()) == list(expected.items())
+
+
+def test_a_table_that_forgot_its_words_gives_no_stale_ids(monkeypatch):
+    tokenizing = Tokenizing(VOCABULARY, False, 0)
+    expected = [tokenize_batch((tokenizing, [text]))[0] for text in ("中国a", "大的12", "的中大")]
+    monkeypatch.setattr(word_table, "MAX_WORDS", 1)
+    for _ in range(3):
+        assert [tokenize_batch((tokenizing, [text]))[0] for text in ("中国a", "大的12", "的中大")] == expected
+
+
+def test_batches_keep_every_document_in_order(monkeypatch):
+    monkeypatch.setattr(preparation, "BATCH_CHARACTERS", 5)
+    documents = ["abc", "def", "", "ghijklmn", "o"]
+    assert [d for batch in batches(documents) for d in batch] == documents
+    assert len(list(batches(documents))) == 3
+
+
+def square(number: int) -> int:
+    time.sleep(0.01 * (number % 3))
+    return number * number
+
+
+def die(number: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_results_come_in_the_order_of_the_items(workers):
+    with open_workers(workers) as map_in_order:
+        assert list(map_in_order(square, range(20))) == [number * number for number in range(20)]
+
+
+def test_items_are_taken_only_as_results_are():
+    taken = []
+
+    def items():
+        for number in range(1000):
+            taken.append(number)
+            yield number
+
+    with open_workers(2) as map_in_order:
+        results = map_in_order(square, items())
+        next(results)
+        assert len(taken) <= 7
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_a_worker_that_dies_is_an_error_that_says_so():
+    with pytest.raises(OSError, match="a worker process died"), open_workers(2) as map_in_order:
+        list(map_in_order(die, range(4)))
+
+
+def test_default_workers_are_the_processors_of_this_process():
+    assert 1 <= default_workers() <= (os.cpu_count() or 1)
+
+
+def test_dask_that_is_not_there_is_explained():
+    with (
+        pytest.raises(ValueError, match="--scheduler .*distributed|no Dask scheduler answers"),
+        open_workers(2, "tcp://127.0.0.1:1"),
+    ):
+        pass

@@ -1,0 +1,883 @@
+"""server.py over real sockets with a tiny model: answers, events, keys, load, and life and death."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+from served import GOOD, check_error, check_good, error_of, events, raw, served, wait_until
+from tiny_model import endless_model, save_tiny_model, tiny_model, tiny_tokenizer
+
+from gpt2_chinese.decoding.completion import Settings
+from gpt2_chinese.decoding.engine import Engine
+from gpt2_chinese.serving.connections import simple_post
+
+ROOT = Path(__file__).resolve().parents[3]
+LONG = {"context": "一", "maxlength": 1_000_000, "samples": 8}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server(script):
+    return script("server")
+
+
+# Answers.
+
+
+def test_the_answer_is_an_array_of_strings_in_utf8_that_begin_with_the_context(server):
+    async def test(client):
+        for path in ("/generate", "/"):
+            for context in ("一丁", "", "Hello ", "\x00😀\n"):
+                async with client.post(path, json={"context": context}) as response:
+                    assert response.status == 200
+                    assert response.headers["Content-Type"] == "application/json; charset=utf-8"
+                    body = await response.read()
+                texts = json.loads(body.decode("utf-8"))
+                assert len(texts) == 5 and all(text.startswith(context) for text in texts)
+                assert b"\\u4e" not in body
+
+    served(test)
+
+
+def test_a_seed_repeats_and_the_settings_reach_the_engine(server):
+    engine = Engine(tiny_model(), tiny_tokenizer(), rows=8)
+
+    async def test(client):
+        assert await check_good(client) == await check_good(client)
+        wish = GOOD | {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "repetition_penalty": 1.5}
+        async with client.post("/generate", json=wish) as response:
+            texts = await response.json()
+        settings = Settings(temperature=0.5, top_k=3, top_p=0.9, repetition_penalty=1.5)
+        expected = await asyncio.to_thread(engine.complete, "一丁", samples=2, length=6, settings=settings, seed=1)
+        assert texts == expected
+
+    served(test, engine=engine)
+
+
+def test_null_is_not_given_and_a_bom_and_any_content_type_are_taken(server):
+    async def test(client):
+        for data in (json.dumps(GOOD).encode("utf-8-sig"), json.dumps(GOOD | {"top_k": None}).encode()):
+            for kind in ("application/json", "application/x-www-form-urlencoded", "text/plain; charset=gbk"):
+                async with client.post("/generate", data=data, headers={"Content-Type": kind}) as response:
+                    assert response.status == 200
+
+    served(test)
+
+
+def test_many_clients_get_what_they_would_get_alone(server):
+    async def ask(client, seed):
+        wish = {"context": "一" * (seed % 7), "seed": seed, "samples": 1 + seed % 5, "maxlength": 3 + seed % 20}
+        async with client.post("/generate", json=wish) as response:
+            return await response.json()
+
+    async def test(client):
+        alone = [await ask(client, seed) for seed in range(40)]
+        assert await asyncio.gather(*(ask(client, seed) for seed in range(40))) == alone
+
+    served(test)
+
+
+def test_a_context_that_does_not_fit_is_said_in_a_header(server):
+    async def test(client):
+        async with client.post("/generate", json=GOOD | {"context": "一" * 100}) as response:
+            assert response.headers["X-Context-Cut"] == "75"
+            assert all(text.startswith("一" * 100) for text in await response.json())
+        async with client.post("/generate", json=GOOD) as response:
+            assert "X-Context-Cut" not in response.headers
+
+    served(test)
+
+
+def test_the_page_and_health(server):
+    async def test(client):
+        async with client.get("/") as response:
+            assert response.status == 200 and response.content_type == "text/html"
+            assert "续写" in await response.text()
+        async with client.get("/health") as response:
+            assert response.status == 200
+            facts = await response.json()
+        assert facts["status"] == "ready" and facts["model"] == "tiny" and facts["device"] == "cpu"
+        assert (facts["running"], facts["waiting"], facts["n_ctx"]) == (0, 0, 32)
+        assert (facts["maxlength"], facts["samples"]) == (1024, 32)
+
+    served(test)
+
+
+def test_cors_admits_every_site_without_credentials(server):
+    origin = {"Origin": "https://example.org"}
+
+    async def test(client):
+        asked = origin | {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+        async with client.options("/generate", headers=asked) as response:
+            assert response.status == 200
+            assert response.headers["Access-Control-Allow-Methods"] == "POST"
+            assert response.headers["Access-Control-Allow-Headers"].lower() == "content-type"
+            assert "Access-Control-Allow-Credentials" not in response.headers
+        for body, status in ((json.dumps(GOOD), 200), ("[", 400)):
+            async with client.post("/generate", data=body, headers=origin) as response:
+                assert response.status == status
+                assert response.headers["Access-Control-Allow-Origin"] == "https://example.org"
+                assert response.headers["Vary"] == "Origin"
+                assert "Access-Control-Allow-Credentials" not in response.headers
+
+    served(test)
+
+
+# Streams and stop strings.
+
+
+def test_a_stream_has_the_texts_of_the_array(server):
+    async def test(client):
+        for stop in (None, "丐", ["乐", "丑丐"]):
+            wish = {"context": "一丁", "maxlength": 30, "samples": 4, "seed": 5, "stop": stop}
+            async with client.post("/generate", json=wish) as response:
+                expected = await response.json()
+                drawn = int(response.headers["X-Tokens"])
+            async with client.post("/generate", json=wish | {"stream": True}) as response:
+                assert response.headers["Cache-Control"] == "no-store"
+                found = await events(response)
+            texts = ["一丁"] * 4
+            ended = {}
+            for name, data in found[:-1]:
+                if name == "text":
+                    assert data["sample"] not in ended
+                    texts[data["sample"]] += data["text"]
+                else:
+                    assert name == "end"
+                    ended[data["sample"]] = data["finish_reason"]
+            assert texts == expected
+            assert set(ended) == {0, 1, 2, 3} and set(ended.values()) <= {"stop", "length"}
+            name, data = found[-1]
+            assert name == "done" and data["tokens"] == drawn and data["seconds"] >= 0
+
+    served(test)
+
+
+def test_pieces_come_while_the_model_works_and_a_client_that_leaves_frees_its_rows(server):
+    engine = Engine(endless_model(), tiny_tokenizer(), rows=8)
+
+    async def test(client):
+        async with client.post("/generate", json=LONG | {"stream": True}) as response:
+            first = await response.content.readuntil(b"\n\n")
+            assert first.startswith(b"event: text\ndata: ")
+            assert engine.running == 8
+        left = time.monotonic()
+        await wait_until(lambda: not engine.running)
+        assert time.monotonic() - left < 1
+        await check_good(client)
+
+    served(test, engine=engine, length=1_000_000)
+
+
+def test_errors_behind_the_beginning_of_a_stream_are_events(server, monkeypatch, caplog):
+    engine = Engine(endless_model(), tiny_tokenizer(), rows=8)
+
+    async def test(client):
+        async with client.post("/generate", json=LONG | {"stream": True}) as response:
+            name, data = (await events(response))[-1]
+            assert name == "error" and data["error"]["code"] == "timeout"
+        await wait_until(lambda: not engine.running)
+        async with client.post(
+            "/v1/completions", json={"prompt": "一", "max_tokens": 1000, "stream": True}
+        ) as response:
+            await response.content.readuntil(b"\n\n")
+            monkeypatch.setattr(engine.decoder, "step", lambda *_: 1 / 0)
+            name, data = (await events(response))[-1]
+            assert name == "error" and data["error"]["code"] == "engine_stopped"
+
+    served(test, engine=engine, length=1_000_000, request_seconds=0.3)
+
+
+def test_a_client_that_does_not_read_is_let_go(server):
+    engine = Engine(endless_model(), tiny_tokenizer(), rows=32)
+
+    async def test(client):
+        body = json.dumps({"context": "一", "maxlength": 1_000_000, "samples": 32, "stream": True}).encode()
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((client.host, client.port))
+            connection.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            await wait_until(lambda: engine.running)
+            await wait_until(lambda: not engine.running, 60)
+        await check_good(client)
+
+    served(test, engine=engine, length=1_000_000, body_seconds=0.3, send_buffer=4096)
+
+
+# Keys, origins and metrics.
+
+
+def test_a_key_is_asked_for_everywhere_but_on_the_page_and_health(server):
+    async def test(client):
+        guarded = [
+            ("POST", "/generate"),
+            ("POST", "/"),
+            ("POST", "/v1/completions"),
+            ("GET", "/v1/models"),
+            ("GET", "/v1/models/tiny"),
+            ("GET", "/metrics"),
+            ("GET", "/openapi.json"),
+            ("GET", "/nothing"),
+        ]
+        wrong = [None, "Bearer", "Bearer ", "Bearer wrong", "Basic one", "Bearer öne", "one", "Bearer one two"]
+        for method, path in guarded:
+            for header in wrong:
+                headers = {"Authorization": header} if header else {}
+                async with client.request(method, path, headers=headers, json=GOOD) as response:
+                    assert response.headers["WWW-Authenticate"] == "Bearer"
+                    error = await check_error(response, 401, "invalid_api_key")
+                    assert error["type"] == "authentication_error"
+        for key in ("one", "two"):
+            async with client.post("/generate", json=GOOD, headers={"Authorization": f"bearer {key}"}) as response:
+                assert response.status == 200
+        for path in ("/", "/health"):
+            async with client.get(path) as response:
+                assert response.status == 200
+        asked = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+        asked["Access-Control-Request-Headers"] = "authorization"
+        async with client.options("/generate", headers=asked) as response:
+            assert response.status == 200
+
+    served(test, keys=(b"one", b"two"))
+
+
+def test_keys_come_from_flags_a_file_and_the_environment(server, tmp_path, monkeypatch):
+    file = tmp_path / "keys.txt"
+    file.write_text("b\n\n c \n", encoding="utf-8")
+    monkeypatch.setenv("GPT2_CHINESE_API_KEY", "d")
+    args = server.parse_args(["--api_key", "a", "--api_key", "b", "--api_key_file", str(file)])
+    assert server.read_keys(args) == (b"a", b"b", b"c", b"d")
+    for wrong in ("", "a b", "ключ", "a\nb"):
+        with pytest.raises(ValueError, match="--api_key: a key must have"):
+            server.read_keys(server.parse_args([f"--api_key={wrong}"]))
+    file.write_text("\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="has no key; write one on a line"):
+        server.read_keys(server.parse_args(["--api_key_file", str(file)]))
+
+
+def test_only_the_sites_that_are_named_are_admitted(server):
+    async def allowed(client, origin):
+        async with client.post("/generate", json=GOOD, headers={"Origin": origin}) as response:
+            assert response.status == 200
+            return response.headers.get("Access-Control-Allow-Origin")
+
+    async def one(client):
+        assert await allowed(client, "https://a.example") == "https://a.example"
+        assert await allowed(client, "https://b.example") is None
+
+    async def none(client):
+        assert await allowed(client, "https://a.example") is None
+
+    served(one, cors=tuple(server.origins("https://a.example, http://c.example:8080")))
+    served(none, cors=tuple(server.origins("none")))
+    for wrong in ("a.example", "https://a.example/", "ftp://a.example", ""):
+        with pytest.raises(ValueError, match="is not \\*, none or a site"):
+            server.origins(wrong)
+
+
+def test_metrics_count_requests_tokens_and_times(server):
+    async def test(client):
+        await check_good(client)
+        async with client.post("/v1/completions", json={"prompt": "一丁", "max_tokens": 5, "stream": True}) as response:
+            await response.read()
+        async with client.post("/generate", data="{") as response:
+            assert response.status == 400
+        async with client.get("/nothing") as response:
+            assert response.status == 404
+        async with client.get("/metrics") as response:
+            assert response.content_type == "text/plain"
+            text = await response.text()
+        values = {}
+        for line in text.splitlines():
+            if not line.startswith("#"):
+                name, _, value = line.rpartition(" ")
+                values[name.replace('model="tiny",device="cpu"', "").replace('device="cpu"', "")] = float(value)
+        for route, status, count in [
+            ("/generate", 200, 1),
+            ("/generate", 400, 1),
+            ("/v1/completions", 200, 1),
+            ("other", 404, 1),
+        ]:
+            assert values[f'gpt2_http_requests_total{{,route="{route}",status="{status}"}}'] == count
+        assert values["gpt2_running_sequences{}"] == values["gpt2_waiting_sequences{}"] == 0
+        assert values["gpt2_ready{}"] == 1
+        assert values["gpt2_prompt_tokens_total{}"] == 3 + 3 + 3  # with the warm-up
+        assert 3 <= values["gpt2_generated_tokens_total{}"] <= 2 + 12 + 5
+        assert values["gpt2_time_to_first_token_seconds_count{}"] == 2
+        assert values['gpt2_time_to_first_token_seconds_bucket{,le="+Inf"}'] == 2
+        assert 0 < values["gpt2_time_to_first_token_seconds_sum{}"] < 10
+
+    served(test)
+
+
+# Several models.
+
+
+def test_requests_choose_among_several_models(server):
+    endless = Engine(endless_model(), tiny_tokenizer(), rows=8)
+
+    async def test(client):
+        async with client.get("/v1/models") as response:
+            assert [model["id"] for model in (await response.json())["data"]] == ["tiny", "endless"]
+        async with client.get("/v1/models/endless") as response:
+            assert (await response.json())["id"] == "endless"
+        asked = {"context": "一丁", "maxlength": 20, "samples": 1, "seed": 7}
+        answers = {}
+        for name in (None, "tiny", "endless"):
+            async with client.post("/generate", json=asked | {"model": name}) as response:
+                assert response.status == 200
+                answers[name] = (await response.json())[0]
+        assert answers[None] == answers["tiny"] != answers["endless"]
+        async with client.post("/generate", json=asked | {"model": "other"}) as response:
+            error = await check_error(response, 404, "model_not_found", "model")
+            assert "tiny, endless" in error["message"]
+        async with client.get("/metrics") as response:
+            lines = (await response.text()).splitlines()
+        for name, count in (("tiny", 2), ("endless", 1)):
+            assert f'gpt2_time_to_first_token_seconds_count{{model="{name}",device="cpu"}} {count}' in lines
+        kinds = [line for line in lines if line.startswith("#")]
+        assert len(kinds) == len(set(kinds)), "a metric's samples must stand together"
+
+    served(test, others={"endless": endless})
+
+
+def test_a_model_that_dies_leaves_the_others_working_and_health_says_which(server):
+    endless = Engine(endless_model(), tiny_tokenizer(), rows=8)
+
+    async def test(client):
+        endless.close()
+        async with client.post("/generate", json=GOOD | {"model": "endless"}) as response:
+            await check_error(response, 503, "engine_stopped")
+        await check_good(client)
+        async with client.get("/health") as response:
+            facts = await response.json()
+        assert response.status == 503 and facts["status"] == "dead"
+        assert {model["model"]: model["status"] for model in facts["models"]} == {"tiny": "ready", "endless": "dead"}
+
+    served(test, others={"endless": endless})
+
+
+# Loading.
+
+
+def test_the_port_answers_while_the_model_loads(server):
+    loaded = threading.Event()
+
+    def load():
+        assert loaded.wait(60)
+        return Engine(tiny_model(), tiny_tokenizer(), rows=8)
+
+    async def test(client):
+        async with client.get("/health") as response:
+            assert response.status == 503 and (await response.json())["status"] == "loading"
+        for path in ("/generate", "/v1/completions"):
+            async with client.post(path, json=GOOD) as response:
+                assert response.headers["Retry-After"]
+                await check_error(response, 503, "loading")
+        for path in ("/", "/metrics", "/openapi.json", "/v1/models"):
+            async with client.get(path) as response:
+                assert response.status == 200
+        loaded.set()
+        await client.service.settled.wait()
+        await check_good(client)
+        async with client.get("/health") as response:
+            assert response.status == 200
+
+    served(test, load=load, wait=False)
+
+
+def test_full_speed_is_said_when_the_compiled_decoder_has_taken_over(server):
+    engine = Engine(tiny_model(), tiny_tokenizer(), rows=8)
+    compiling: Future = Future()
+    engine._next_decoder = compiling
+
+    async def facts(client):
+        async with client.get("/metrics") as response:
+            text = await response.text()
+        async with client.get("/health") as response:
+            return (await response.json())["full_speed"], 'gpt2_full_speed{model="tiny",device="cpu"} 1' in text
+
+    async def test(client):
+        assert await facts(client) == (False, False)
+        await check_good(client)
+        compiling.set_result(engine.decoder)
+        await check_good(client)
+        assert await facts(client) == (True, True)
+
+    served(test, engine=engine)
+
+
+def test_a_model_that_cannot_be_loaded_is_dead_and_said_so(server):
+    def load():
+        raise ValueError("it is broken")
+
+    async def test(client):
+        await client.service.settled.wait()
+        assert str(client.service.error) == "it is broken"
+        async with client.get("/health") as response:
+            assert response.status == 503 and (await response.json())["status"] == "dead"
+        async with client.post("/generate", json=GOOD) as response:
+            error = await check_error(response, 503, "engine_stopped")
+            assert "broken" not in error["message"]
+
+    served(test, load=load, wait=False)
+
+
+# Load, time and death.
+
+
+def test_a_server_that_drains_finishes_what_it_has_and_takes_nothing_new(server):
+    engine = Engine(endless_model(), tiny_tokenizer(), rows=8)
+
+    async def test(client):
+        busy = asyncio.create_task(client.post("/generate", json={"context": "一", "maxlength": 500, "samples": 8}))
+        await wait_until(lambda: engine.running)
+        client.service.draining = True
+        async with client.post("/generate", json=GOOD) as response:
+            assert response.headers["Retry-After"] and response.headers["Connection"] == "close"
+            await check_error(response, 503, "draining")
+        async with client.get("/health") as response:
+            assert response.status == 503 and (await response.json())["status"] == "draining"
+        assert client.service.admitted == 1
+        response = await busy
+        assert response.status == 200 and len(await response.json()) == 8
+        assert client.service.admitted == 0
+
+    served(test, engine=engine)
+
+
+def test_connections_beyond_the_limit_are_refused_at_once(server):
+    async def test(client):
+        held = [await asyncio.open_connection(client.host, client.port) for _ in range(5)]
+        for _, writer in held:
+            writer.write(b"GET /hea")
+        await asyncio.sleep(0.05)
+        answer = await raw(client, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 503 ") and b"Retry-After: 1" in answer
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "too_many_connections"
+        for _, writer in held:
+            writer.close()
+            await writer.wait_closed()
+        await asyncio.sleep(0.05)
+        await check_good(client)
+
+    served(test, connections=5)
+
+
+def test_slow_and_silent_connections_are_closed_and_disturb_no_one(server):
+    """No bytes, half a head, a byte of the head now and then, half a body: all are closed in time."""
+
+    async def slow(client, begin: bytes, drip: bytes) -> float:
+        reader, writer = await asyncio.open_connection(client.host, client.port)
+        writer.write(begin)
+        start = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - start < 8:
+                if drip:
+                    writer.write(drip)
+                with contextlib.suppress(asyncio.TimeoutError):
+                    if await asyncio.wait_for(reader.read(65536), 0.1) == b"":
+                        break
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+        return time.monotonic() - start
+
+    async def test(client):
+        kinds = [
+            (b"", b""),
+            (b"GET /health HTT", b""),
+            (b"POST /generate HTTP/1.1\r\n", b"X"),
+            (b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n", b" "),
+            (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b""),
+            (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /he", b"a"),
+        ]
+        many = [asyncio.create_task(slow(client, *kind)) for kind in kinds for _ in range(6)]
+        await asyncio.sleep(0.1)
+        while not all(task.done() for task in many):
+            start = time.monotonic()
+            await check_good(client)
+            assert time.monotonic() - start < 1
+            await asyncio.sleep(0.05)
+        assert max(task.result() for task in many) < 4
+
+    served(test, idle_seconds=0.5, body_seconds=0.5)
+
+
+def test_health_answers_while_the_model_works(server):
+    engine = Engine(endless_model(), tiny_tokenizer(), rows=8)
+
+    async def test(client):
+        wish = {"context": "一", "maxlength": 1024, "samples": 8}
+        busy = asyncio.create_task(client.post("/generate", json=wish))
+        await wait_until(lambda: engine.running)
+        for _ in range(10):
+            async with client.get("/health") as response:
+                assert response.status == 200
+        assert engine.running and not busy.done()
+        response = await busy
+        assert len(await response.json()) == 8
+
+    served(test, engine=engine)
+
+
+def test_a_request_that_takes_too_long_is_504_and_frees_its_rows(server):
+    engine = Engine(endless_model(), tiny_tokenizer(), rows=8)
+
+    async def test(client):
+        wish = {"context": "一", "maxlength": 1_000_000, "samples": 8}
+        async with client.post("/generate", json=wish) as response:
+            await check_error(response, 504, "timeout")
+        await wait_until(lambda: not engine.running)
+        await check_good(client)
+
+    served(test, engine=engine, length=1_000_000, request_seconds=0.3)
+
+
+def test_a_client_that_goes_away_frees_its_rows(server):
+    engine = Engine(endless_model(), tiny_tokenizer(), rows=8)
+
+    async def test(client):  # TestServer cancels handlers, as main() does
+        wish = {"context": "一", "maxlength": 1_000_000, "samples": 8}
+        busy = asyncio.create_task(client.post("/generate", json=wish))
+        await wait_until(lambda: engine.running)
+        busy.cancel()
+        await wait_until(lambda: not engine.running)
+        await check_good(client)
+
+    served(test, engine=engine, length=1_000_000)
+
+
+def test_too_much_work_is_429_with_retry_after(server):
+    engine = Engine(endless_model(), tiny_tokenizer(), rows=1, max_waiting=2)
+
+    async def test(client):
+        wish = {"context": "一", "maxlength": 200, "samples": 2}
+        responses = await asyncio.gather(*(client.post("/generate", json=wish) for _ in range(8)))
+        statuses = [response.status for response in responses]
+        assert 200 in statuses and set(statuses) == {200, 429}
+        refused = responses[statuses.index(429)]
+        assert refused.headers["Retry-After"]
+        await check_error(refused, 429, "full")
+        await check_good(client)
+
+    served(test, engine=engine)
+
+
+def test_the_short_refusal_says_what_the_long_one_says_and_keeps_the_connection(server):
+    engine = Engine(endless_model(), tiny_tokenizer(), rows=1, max_waiting=2)
+
+    def request(path: str, *lines: str) -> bytes:
+        head = "".join(f"{line}\r\n" for line in (f"POST {path} HTTP/1.1", "Host: x", "Content-Length: 2", *lines))
+        return head.encode() + b"\r\n{}"
+
+    def parts(answer: bytes) -> tuple[str, dict[str, str], dict]:
+        head, _, body = answer.decode().partition("\r\n\r\n")
+        first, *lines = head.split("\r\n")
+        headers = dict(line.split(": ", 1) for line in lines)
+        assert int(headers.pop("Content-Length")) == len(body.encode()) and headers.pop("Date").endswith("GMT")
+        headers.pop("Server", None)
+        return first, headers, error_of(body, "full")
+
+    async def test(client):
+        wish = {"context": "一", "maxlength": 1_000_000, "samples": 3}
+        busy = asyncio.create_task(client.post("/generate", json=wish))
+        await wait_until(lambda: engine.running and engine.waiting == 2)
+        for path in ("/", "/generate", "/v1/completions"):
+            long = parts(await raw(client, request(path, "Origin: https://a.example"), wait=0.3))
+            assert long[1].pop("Access-Control-Allow-Origin")
+            assert long[1].pop("Access-Control-Expose-Headers")
+            short = parts(await raw(client, request(path), wait=0.3))
+            assert short == long
+        assert sum(client.service.requests[path, 429] for path in ("/", "/generate", "/v1/completions")) == 6
+        twice = await raw(client, request("/") + request("/", "Origin: https://a.example") + request("/"), wait=0.3)
+        assert twice.count(b"HTTP/1.1 429 Too Many Requests\r\n") == 3
+        assert [part.count(b"Allow-Origin") for part in twice.split(b"HTTP/1.1 429")[1:]] == [0, 1, 0]
+        closed = await raw(client, request("/", "Connection: close"))
+        assert b"Connection: close" in closed
+        busy.cancel()
+        await wait_until(lambda: not engine.running)
+        await check_good(client)
+
+    served(test, engine=engine, length=1_000_000)
+
+
+@pytest.mark.parametrize(
+    ("lines", "body", "path"),
+    [
+        (["Content-Length: 2"], b"{}", "/generate"),
+        (["Host: x", "content-length:2", "Connection: keep-alive", "X-Origin: y"], b"{}", "/generate"),
+        (["Content-Length: 0"], b"", "/generate"),
+        (["Content-Length: 3"], b"{}", None),  # the rest is still to come
+        (["Content-Length: 1"], b"{}", None),  # and another request
+        (["Content-Length: 2", "Content-Length: 2"], b"{}", None),
+        (["Content-Length : 2"], b"{}", None),
+        (["Content-Length: 2x"], b"{}", None),
+        (["Content-Length: -2"], b"{}", None),
+        ([], b"{}", None),
+        (["Transfer-Encoding: chunked", "Content-Length: 2"], b"{}", None),
+        (["Content-Length: 2", "expect: 100-continue"], b"{}", None),
+        (["Content-Length: 2", "Origin: https://a.example"], b"{}", None),
+        (["Content-Length: 2", "Connection: close"], b"{}", None),
+        (["Content-Length: 2", "Connection: Upgrade, keep-alive"], b"{}", None),
+        (["Content-Length: 2", "Upgrade: websocket"], b"{}", None),
+        (["Content-Length: 2", "X: a\nTransfer-Encoding: chunked"], b"{}", None),
+        (["Content-Length: 2", "X: " + "x" * 5000], b"{}", None),
+    ],
+)
+def test_only_a_whole_request_that_asks_for_nothing_else_gets_a_short_answer(lines, body, path):
+    head = "".join(f"{line}\r\n" for line in ("POST /generate HTTP/1.1", *lines))
+    data = head.encode() + b"\r\n" + body
+    assert simple_post(data) == path
+    assert simple_post(data[: len(head) // 2]) is None
+    for other in (b"GET" + data[4:], data.replace(b"1.1", b"1.0", 1), b"\r\n" + data, b""):
+        assert simple_post(other) is None
+
+
+def test_a_large_request_that_is_refused_does_not_keep_the_small_ones_out(server):
+    engine = Engine(endless_model(), tiny_tokenizer(), rows=1, max_waiting=16)
+
+    async def test(client):
+        model = client.service.models[0]
+        long = {"context": "一", "maxlength": 1_000_000, "samples": 2}
+        busy = [asyncio.create_task(client.post("/generate", json=long)) for _ in range(2)]
+        await wait_until(lambda: engine.running and engine.waiting == 3)
+        async with client.post("/generate", json=long | {"samples": 14}) as response:
+            await check_error(response, 429, "full")
+        small = asyncio.create_task(client.post("/generate", json=long | {"samples": 1}))
+        await wait_until(lambda: engine.waiting == 4)
+        assert model.last == 1
+        for task in (*busy, small):
+            task.cancel()
+        await wait_until(lambda: not engine.running and not engine.waiting)
+
+    served(test, engine=engine, length=1_000_000)
+
+
+def test_once_there_was_no_room_there_must_be_room_for_several(server):
+    engine = Engine(endless_model(), tiny_tokenizer(), rows=1, max_waiting=32)
+
+    async def test(client):
+        ask = {"context": "一", "maxlength": 1_000_000, "samples": 1}
+        busy = [asyncio.create_task(client.post("/generate", json=ask))]
+        await wait_until(lambda: engine.running and not engine.waiting)
+        busy += [asyncio.create_task(client.post("/generate", json=ask)) for _ in range(32)]
+        await wait_until(lambda: engine.waiting == 32)
+        assert client.service.refusal().status == 429
+        for left in range(1, 4):
+            busy.pop().cancel()
+            await wait_until(lambda left=left: engine.waiting == 32 - left)
+            assert client.service.refusal().status == 429
+        busy.pop().cancel()
+        await wait_until(lambda: engine.waiting == 28)
+        assert client.service.refusal() is None
+        for task in busy:
+            task.cancel()
+        await wait_until(lambda: not engine.running and not engine.waiting)
+        await check_good(client)
+
+    served(test, engine=engine, length=1_000_000)
+
+
+def test_answers_keep_their_turn_and_a_body_is_never_taken_for_a_request(server):
+    engine = Engine(endless_model(), tiny_tokenizer(), rows=1, max_waiting=2)
+
+    def request(body: bytes, path: str = "/generate") -> bytes:
+        return f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+    async def statuses(client, *parts: bytes, wait: float = 0.5) -> list[bytes]:
+        """Send the parts one after the other, so that each is read for itself; the statuses in the order they come."""
+        reader, writer = await asyncio.open_connection(client.host, client.port)
+        for part in parts:
+            writer.write(part)
+            await writer.drain()
+            await asyncio.sleep(0.05)
+        answer = b""
+        with contextlib.suppress(asyncio.TimeoutError):
+            while part := await asyncio.wait_for(reader.read(65536), wait):
+                answer += part
+        writer.close()
+        return re.findall(rb"HTTP/1\.[01] (\d{3}) ", answer)
+
+    async def test(client):
+        bad, inner = request(b"{"), request(b"{}")
+        assert await statuses(client, bad, bad, bad) == [b"400"] * 3
+        wish = {"context": "一", "maxlength": 400, "samples": 3}
+        slow = request(json.dumps(wish).encode())
+        # The first fills the server; what comes behind it on its connection is refused, but answered after it.
+        answers = await statuses(client, slow, bad, bad, wait=5)
+        assert answers[0] == b"200" and len(answers) == 3
+        busy = asyncio.create_task(client.post("/generate", json=wish | {"maxlength": 1_000_000}))
+        await wait_until(lambda: engine.running and engine.waiting == 2)
+        assert await statuses(client, bad, bad, inner) == [b"429"] * 3
+        # A body that looks like a request; one that comes in parts; two requests at once; more than one part of both.
+        head, _, body = request(inner).partition(b"\r\n\r\n")
+        assert await statuses(client, head + b"\r\n\r\n", body) == [b"429"]
+        assert await statuses(client, inner, head + b"\r\n", b"\r\n", body, inner) == [b"429"] * 3
+        assert await statuses(client, inner + inner[:-1], inner[-1:] + inner, inner) == [b"429"] * 4
+        # What a proxy might read otherwise is left to aiohttp, which refuses it as it does on every day.
+        doubled = inner.replace(b"Host: x", b"Host: x\r\nContent-Length: 9")
+        assert await statuses(client, doubled) == [b"400"]
+        chunked = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
+        assert await statuses(client, chunked, inner) == [b"429"] * 2
+        busy.cancel()
+        await wait_until(lambda: not engine.running)
+        await check_good(client)
+
+    served(test, engine=engine, length=1_000_000)
+
+
+def test_who_has_no_key_is_not_told_how_full_it_is(server):
+    engine = Engine(endless_model(), tiny_tokenizer(), rows=1, max_waiting=2)
+
+    async def test(client):
+        wish = {"context": "一", "maxlength": 1_000_000, "samples": 3}
+        mine = {"Authorization": "Bearer k"}
+        busy = asyncio.create_task(client.post("/generate", json=wish, headers=mine))
+        await wait_until(lambda: engine.waiting)
+        async with client.post("/generate", json=wish) as response:
+            await check_error(response, 401, "invalid_api_key")
+        async with client.post("/generate", json=wish, headers=mine) as response:
+            await check_error(response, 429, "full")
+        busy.cancel()
+
+    served(test, engine=engine, length=1_000_000, keys=(b"k",))
+
+
+def test_a_dead_model_thread_is_503_everywhere_and_no_one_waits(server, monkeypatch, caplog):
+    engine = Engine(endless_model(), tiny_tokenizer(), rows=8)
+
+    async def test(client):
+        await check_good(client)
+        monkeypatch.setattr(engine.decoder, "step", lambda *_: 1 / 0)
+        for _ in range(2):
+            async with client.post("/generate", json=GOOD) as response:
+                error = await check_error(response, 503, "engine_stopped")
+                assert "ZeroDivision" not in error["message"]
+        async with client.get("/health") as response:
+            assert response.status == 503
+            assert (await response.json())["status"] == "dead"
+
+    served(test, engine=engine)
+
+
+def test_a_fault_of_ours_is_logged_and_tells_the_client_nothing(server, monkeypatch, caplog):
+    engine = Engine(tiny_model(), tiny_tokenizer(), rows=8)
+
+    async def test(client):
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "submit", lambda *_, **__: 1 / 0)
+            async with client.post("/generate", json=GOOD) as response:
+                error = await check_error(response, 500, "internal_error")
+        assert "ZeroDivision" not in str(error)
+        await check_good(client)
+
+    served(test, engine=engine)
+    assert "ZeroDivisionError" in caplog.text
+
+
+# Starting.
+
+
+def test_a_port_in_use_is_named_before_the_model_is_loaded(server, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"port {port} on 127.0.0.1 is in use; .*--port"):
+            server.main(["--port", str(port), "--model_path", str(tmp_path / "none")])
+
+
+def test_no_model_folder_and_one_without_weights_are_clear(server, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no model folder"):
+        server.main(["--port", "0", "--model_path", str(tmp_path / "none")])
+    folder = save_tiny_model(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="has no weights"):
+        server.main(["--port", "0", "--model_path", str(folder)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--port", "70000"], "--port must be from 0 to 65535"),
+        (["--host", "no.such.host.invalid"], "--host no.such.host.invalid"),
+        (["--host", "192.0.2.1"], "on 192.0.2.1 cannot be used"),
+        (["--max_samples", "0"], "--max_samples must be 1 or more"),
+        (["--body_timeout", "0"], "--body_timeout must be above 0"),
+        (["--request_timeout", "nan"], "--request_timeout must be above 0"),
+        (
+            ["--model_path", "a/m", "--model_path", "b/m"],
+            "2 models are called m; give each --model_path",
+        ),
+        (
+            ["--model_path", "a", "--model_path", "b", "--model_name", "x"],
+            "--model_name is given 1 times and",
+        ),
+        (["--model_name", ""], "a model has no name"),
+    ],
+)
+def test_a_wrong_flag_is_named(server, flags, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        server.main(["--port", "0", *flags])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_the_process_drops_who_has_gone_and_finishes_what_it_has_begun_at_sigterm(tmp_path):
+    folder = save_tiny_model(tmp_path / "model", endless_model())
+    command = [sys.executable, "server.py", "--port", "0", "--model_path", str(folder)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            url = ""
+            for line in process.stdout:
+                if line.startswith("serving on "):  # when the model is ready
+                    url = line.split()[2]
+                if line.lstrip().startswith("Windows"):
+                    break
+            assert '\\"context\\": \\"\\u4f60\\u597d\\"' in line
+            host, port = url.removeprefix("http://").split(":")
+            body = json.dumps({"context": "一", "maxlength": 1000, "samples": 32}).encode()
+            head = f"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+
+            def running() -> int:
+                with urllib.request.urlopen(f"{url}/health", timeout=60) as response:
+                    return json.load(response)["running"]
+
+            with socket.create_connection((host, int(port)), timeout=60) as connection:
+                connection.sendall(head.encode() + body)
+                while running() != 32:
+                    pass
+            gone = time.monotonic()
+            while running():
+                pass
+            left_after = time.monotonic() - gone
+            with socket.create_connection((host, int(port)), timeout=60) as connection:
+                connection.sendall(head.encode() + body)
+                while running() != 32:
+                    pass
+                start = time.monotonic()
+                process.send_signal(signal.SIGTERM)
+                answer = b""
+                while part := connection.recv(65536):
+                    answer += part
+            assert left_after < (time.monotonic() - start) / 2, "the rows of a client that had gone went on"
+            assert answer.startswith(b"HTTP/1.1 200 OK")
+            assert len(json.loads(answer.partition(b"\r\n\r\n")[2])) == 32
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert out.strip() == "stopped"
+    assert all(line.startswith("note: ") for line in err.splitlines()), err

@@ -1,0 +1,69 @@
+"""The head and the loss in one against autograd's, which is not in the project's hands."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gpt2_chinese.training.loss import HEAD_ROWS, HeadLoss
+
+ROWS = 2 * HEAD_ROWS + 5  # the last rows are not a whole chunk
+
+
+def tensors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(ROWS, 16, generator=generator)
+    head = torch.randn(50, 16, generator=generator)
+    targets = torch.randint(50, (ROWS,), generator=generator)
+    return hidden.requires_grad_(), head.requires_grad_(), targets
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_its_loss_and_gradients_are_autograd_s(dtype, tolerance):
+    (hidden, head, targets), (their_hidden, their_head, _) = tensors(), tensors()
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss = HeadLoss.apply(hidden, head, targets)
+        expected = F.cross_entropy(F.linear(their_hidden, their_head).float(), targets, reduction="sum")
+    assert loss.dtype == torch.float32
+    (loss * 0.5).backward()
+    (expected * 0.5).backward()
+    torch.testing.assert_close(loss, expected, rtol=min(tolerance, 1e-3), atol=0)
+    for mine, theirs in ((hidden.grad, their_hidden.grad), (head.grad, their_head.grad)):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_target_of_no_probability_has_a_loss_all_the_same(dtype):
+    hidden, head = torch.ones(1, 2), torch.tensor([[100.0, 100.0], [-100.0, -100.0], [0.0, 0.0]])
+    hidden.requires_grad_()
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss = HeadLoss.apply(hidden, head.requires_grad_(), torch.tensor([1]))
+    loss.backward()
+    assert loss.item() == 400
+    assert hidden.grad.tolist() == [[200, 200]]  # the likeliest row of the head less the target's
+
+
+def test_hidden_states_of_lower_precision_get_gradients_of_theirs():
+    hidden, head, targets = tensors()
+    lower = hidden.detach().bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        HeadLoss.apply(lower, head, targets).backward()
+    assert lower.grad.dtype == torch.bfloat16 and head.grad.dtype == torch.float32
+
+
+def test_a_loss_that_is_no_number_is_not_hidden():
+    hidden, head, targets = tensors()
+    with torch.no_grad():
+        hidden[3, 2] = torch.nan
+    loss = HeadLoss.apply(hidden, head, targets)
+    loss.backward()
+    assert loss.isnan() and head.grad.isnan().any()
+
+
+def test_a_second_pass_over_one_loss_is_an_error_not_a_wrong_gradient():
+    loss = HeadLoss.apply(*tensors())
+    (loss * 2).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (loss * 2).backward()
