@@ -32,8 +32,8 @@ from gpt2_chinese.text.preparation import (
     fold_counts,
     shared_segmenter,
 )
-from gpt2_chinese.text.tokenizer import BYTE_TOKENS, PART_PREFIX, fold, is_spaced, spelling
 from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS
+from gpt2_chinese.text.word_tokenizer import BYTE_TOKENS, PART_PREFIX, fold, is_spaced, spelling
 
 REPORT_SIZES = (1000, 2000, 5000, 10000, 20000, 50000)
 LEARNT_COUNT = 5  # a word that is seen less often is hardly learnt

@@ -29,18 +29,14 @@ from transformers import GPT2Config, GPT2LMHeadModel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from book_order import CLS_ID, MASK_ID, NEVER_PRODUCED, PAD_ID  # noqa: E402
+
 from gpt2_chinese.decoding.completion import Prompt  # noqa: E402
 from gpt2_chinese.decoding.engine import Engine  # noqa: E402
 from gpt2_chinese.model_folder import save_model  # noqa: E402
 from gpt2_chinese.precision import has_bf16  # noqa: E402
-from gpt2_chinese.text.tokenizer import Tokenizer  # noqa: E402
-from gpt2_chinese.text.vocabulary import (  # noqa: E402
-    CLS_ID,
-    MASK_ID,
-    NEVER_PRODUCED,
-    PAD_ID,
-    SPECIAL_TOKENS,
-)
+from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS  # noqa: E402
+from gpt2_chinese.text.word_tokenizer import WordTokenizer  # noqa: E402
 
 VOCABULARY = [*SPECIAL_TOKENS, *(f"词{number}" for number in range(50_000))]
 TOP_K = 30
@@ -131,7 +127,7 @@ def generate_of_ctranslate2(folder: Path, compute_type: str, threads: int, devic
 def convert_for_ctranslate2(model: GPT2LMHeadModel, folder: Path) -> Path:
     from ctranslate2.converters import TransformersConverter
 
-    save_model(folder / "model", model, Tokenizer(VOCABULARY), facts={})
+    save_model(folder / "model", model, WordTokenizer(VOCABULARY), facts={})
     TransformersConverter(str(folder / "model"), trust_remote_code=True).convert(str(folder / "converted"))
     return folder / "converted"
 
@@ -184,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     transformers.logging.set_verbosity_error()
     model = random_model(args.layers)
-    tokenizer = Tokenizer(VOCABULARY)
+    tokenizer = WordTokenizer(VOCABULARY)
     threads = torch.get_num_threads()
     device = args.device if args.device == "cpu" else torch.cuda.get_device_name(torch.device(args.device))
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {threads} threads, {device}")

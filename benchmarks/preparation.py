@@ -24,13 +24,13 @@ from gpt2_chinese.text.corpus import train_json_writer  # noqa: E402
 
 BASELINE = """
 import sys, time, thulac
-from tensorflow.keras.preprocessing.text import Tokenizer
+from tensorflow.keras.preprocessing.text import WordTokenizer
 documents = open(sys.argv[1], encoding="utf-8").read().splitlines()
 cutter = thulac.thulac(seg_only=True)
 begin = time.perf_counter()
 lines = [cutter.cut(document, text=True) for document in documents]
 cut = time.perf_counter() - begin
-Tokenizer(num_words=50000).fit_on_texts(lines)
+WordTokenizer(num_words=50000).fit_on_texts(lines)
 print("RESULT", cut, time.perf_counter() - begin)
 """
 
@@ -124,8 +124,9 @@ def json_documents(corpus: Path):  # noqa: ANN201
 
 
 def held_out(args: argparse.Namespace, folder: Path) -> None:
-    from gpt2_chinese.text.tokenizer import Tokenizer
-    from gpt2_chinese.text.vocabulary import UNK_ID
+    from book_order import UNK_ID
+
+    from gpt2_chinese.text.word_tokenizer import WordTokenizer
 
     for text in args.texts:
         documents = [line for line in text.read_text(encoding="utf-8").splitlines() if line]
@@ -139,7 +140,7 @@ def held_out(args: argparse.Namespace, folder: Path) -> None:
             flags = ["--raw_data_path", folder / "train.json", "--vocab_file", vocabulary]
             config = ["--model_config", ROOT / "config" / "model_config_small.json"]
             stage("make-vocab.py", *flags, *(["--compat"] if compat else config))
-            tokenizer = Tokenizer.from_file(vocabulary, compat=compat)
+            tokenizer = WordTokenizer.from_file(vocabulary, compat=compat)
             tokens = unknown = characters = whole = 0
             for document in documents[cut:]:
                 ids = tokenizer.encode(document)

@@ -1,6 +1,6 @@
 """Muon for the hidden matrices of a GPT-2, AdamW for its embeddings, norms and biases, as one optimizer.
 
-Muon (Keller Jordan, 2024) steps along the orthogonalize momentum: every direction in which a matrix can change is
+Muon (Keller Jordan, 2024) steps along the orthogonalized momentum: every direction in which a matrix can change is
 changed by as much. It wants the same learning rate as AdamW here, since a step has the root mean square of AdamW's
 (Moonlight, 2025: 0.2 times the root of the longer side).
 """
@@ -66,7 +66,7 @@ class Muon(torch.optim.Optimizer):
         lr: of AdamW.
         muon_lr: of Muon.
         momentum: of Muon, in Nesterov's way.
-        dtype: in which Muon orthogonalises; bfloat16 is enough, where the device computes it.
+        dtype: in which Muon orthogonalizes; bfloat16 is enough, where the device computes it.
 
     A tensor `found_inf`, set as an attribute before `step`, leaves the step out where it is not 0, on the device.
     """
@@ -156,7 +156,7 @@ class Muon(torch.optim.Optimizer):
                     if part.shape[0] > part.shape[1]:
                         weights, part = weights.mT, part.mT
                     shapes[tuple(part.shape)].append((weights, part, group["lr"]))
-        # 2) orthogonalize, and added
+        # 2) orthogonalized, and added
         for (_, longer), members in shapes.items():
             steps = orthogonalize(torch.stack([part for _, part, _ in members]), self._dtype)
             if found_inf is not None:

@@ -19,9 +19,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from gpt2_chinese.artifacts import sha256_of
 from gpt2_chinese.model_folder import check_replaceable, find_config, load_model, read_config
 from gpt2_chinese.precision import choose_devices, choose_precision, load_apex
-from gpt2_chinese.text.pieces import check_vocabulary, read_manifest, text_of_tokens
-from gpt2_chinese.text.tokenizer import Tokenizer
-from gpt2_chinese.text.vocabulary import MASK_ID
+from gpt2_chinese.text.pieces import check_vocabulary, read_manifest, read_pieces_tokenizer, text_of_tokens
+from gpt2_chinese.text.tokenizers import Tokenizer
 from gpt2_chinese.training.optimizers import learning_rate_factor
 from gpt2_chinese.training.token_cache import Corpus, read_pieces
 from gpt2_chinese.training.windows import effective_stride, epoch_order, window_starts
@@ -218,16 +217,15 @@ def prepare(args: argparse.Namespace, world_size: int, say: Callable[[str], None
     folder = Path(args.tokenized_data_path)
     manifest = read_manifest(folder)
     vocab_file = choose_vocabulary(args.vocab_file, manifest)
-    # Pieces without a manifest are the reference's, and so is the way to tokenize a context for their model.
-    compat = manifest is None or bool(manifest["options"]["compat"])
-    tokenizer = Tokenizer.from_file(vocab_file, compat=compat)
     check_vocabulary(folder, manifest, vocab_file)
+    tokenizer = read_pieces_tokenizer(manifest, vocab_file).build()
     corpus = read_pieces(
         folder,
         vocab_size=len(tokenizer),
+        marks=tokenizer.marks,
         manifest=manifest,
         val_fraction=args.val_fraction,
-        token_texts=text_of_tokens(tokenizer.vocabulary),
+        token_texts=text_of_tokens(tokenizer),
     )
     if corpus.note:
         say(f"note: {corpus.note}")
@@ -257,6 +255,6 @@ def prepare(args: argparse.Namespace, world_size: int, say: Callable[[str], None
         corpus=corpus,
         starts=starts,
         stride=stride,
-        prompts={text: [MASK_ID, *tokenizer.encode(text)] for text in read_prompts(args.sample_prompts)},
+        prompts={text: [tokenizer.marks.begin, *tokenizer.encode(text)] for text in read_prompts(args.sample_prompts)},
     )
     return run, model

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from book_order import CLS_ID, MASK_ID, PAD_ID
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2_chinese.model_folder import save_model
-from gpt2_chinese.text.tokenizer import Tokenizer
-from gpt2_chinese.text.vocabulary import CLS_ID, MASK_ID, PAD_ID, SPECIAL_TOKENS
+from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS
+from gpt2_chinese.text.word_tokenizer import WordTokenizer
 
 torch.set_num_threads(1)
 
@@ -29,8 +30,8 @@ class Characters:
         return words
 
 
-def tiny_tokenizer(*, words: list[str] | None = None) -> Tokenizer:
-    return Tokenizer([*SPECIAL_TOKENS, *(words or WORDS)], segmenter=Characters())
+def tiny_tokenizer(*, words: list[str] | None = None) -> WordTokenizer:
+    return WordTokenizer([*SPECIAL_TOKENS, *(words or WORDS)], segmenter=Characters())
 
 
 def tiny_model(*, n_ctx: int = 32, n_positions: int | None = None, vocab_size: int = 200) -> GPT2LMHeadModel:

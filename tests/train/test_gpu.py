@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from book_order import CLS_ID, MASK_ID, PAD_ID, UNK_ID
 from small_run import assert_same_weights, scalars, weights, write_documents, write_shape
 from tiny_model import endless_model, save_tiny_model, tiny_model, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -21,7 +22,6 @@ from gpt2_chinese.decoding.engine import Engine, choose_device
 from gpt2_chinese.decoding.graph_decoder import GraphDecoder
 from gpt2_chinese.decoding.sampling import draw, row_seed, uniforms
 from gpt2_chinese.model_folder import load_model, load_weights
-from gpt2_chinese.text.vocabulary import CLS_ID, MASK_ID, PAD_ID, UNK_ID
 from gpt2_chinese.training.checkpoints import checkpoints_in
 from gpt2_chinese.training.loss import WindowLoss
 

@@ -18,8 +18,8 @@ from gpt2_chinese import model_folder as checkpoint
 from gpt2_chinese.artifacts import write_lines
 from gpt2_chinese.decoding.decoder import Decoder
 from gpt2_chinese.model_folder import load_model, load_weights, read_config, save_model
-from gpt2_chinese.text.tokenizer import Tokenizer
 from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS
+from gpt2_chinese.text.word_tokenizer import WordTokenizer
 from gpt2_chinese.training.loss import WindowLoss
 
 torch.set_num_threads(1)
@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {"n_ctx": 12, "n_positions": 16, "n_embd": 8, "n_head": 2, "n_layer": 2, "vocab_size": 20}
 
 
-def make_tokenizer(size: int = 20, *, compat: bool = False) -> Tokenizer:
-    return Tokenizer([*SPECIAL_TOKENS, *(chr(0x4E00 + number) for number in range(size - 5))], compat=compat)
+def make_tokenizer(size: int = 20, *, compat: bool = False) -> WordTokenizer:
+    return WordTokenizer([*SPECIAL_TOKENS, *(chr(0x4E00 + number) for number in range(size - 5))], compat=compat)
 
 
 def make_model(path: Path, **shape: object) -> GPT2LMHeadModel:

@@ -1,4 +1,4 @@
-"""Stage 2 in process: train.json to vocab_user.txt; Keras' Tokenizer and the thulac package are the oracles."""
+"""Stage 2 in process: train.json to vocab_user.txt; Keras' WordTokenizer and the thulac package are the oracles."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import warnings
 from pathlib import Path
 
 import pytest
+from book_order import UNK_ID
 
-from gpt2_chinese.text.tokenizer import BYTE_TOKENS, Tokenizer
-from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS, UNK_ID, read_vocabulary
+from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS, read_vocabulary
+from gpt2_chinese.text.word_tokenizer import BYTE_TOKENS, WordTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
@@ -45,8 +46,8 @@ def thulac_cut():
 
 @pytest.mark.parametrize("vocab_size", [10, 50000])
 def test_compat_equals_thulac_and_keras(make_vocab, thulac_cut, vocab_size):
-    """The reference's own way: THULAC's text form, fitted by Keras' Tokenizer document by document."""
-    from tensorflow.keras.preprocessing.text import Tokenizer as KerasTokenizer
+    """The reference's own way: THULAC's text form, fitted by Keras' WordTokenizer document by document."""
+    from tensorflow.keras.preprocessing.text import WordTokenizer as KerasTokenizer
 
     keras = KerasTokenizer(num_words=vocab_size)
     keras.fit_on_texts([thulac_cut(document, text=True) for document in DOCUMENTS])
@@ -55,7 +56,7 @@ def test_compat_equals_thulac_and_keras(make_vocab, thulac_cut, vocab_size):
 
 
 def test_keras_loaded_alone_is_the_keras_of_tensorflow():
-    """The shortcut past TensorFlow's import must not become another Tokenizer, nor leave half a Keras behind."""
+    """The shortcut past TensorFlow's import must not become another WordTokenizer, nor leave half a Keras behind."""
     code = """
 import importlib.util, inspect, sys
 spec = importlib.util.spec_from_file_location("make_vocab", "make-vocab.py")
@@ -64,8 +65,8 @@ sys.modules["make_vocab"] = module
 spec.loader.exec_module(module)
 alone = module.load_keras_text()
 assert not {"tensorflow", "keras"} & set(sys.modules), "TensorFlow was imported after all"
-from tensorflow.keras.preprocessing.text import Tokenizer
-print(inspect.getfile(Tokenizer) == alone.__file__, Tokenizer.__module__ == alone.__name__)
+from tensorflow.keras.preprocessing.text import WordTokenizer
+print(inspect.getfile(WordTokenizer) == alone.__file__, WordTokenizer.__module__ == alone.__name__)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "True"]
@@ -78,7 +79,7 @@ def test_default_ranks_by_count_then_first_appearance(make_vocab):
 
 def test_default_covers_what_the_reference_loses(make_vocab):
     vocabulary = make_vocab(DOCUMENTS)
-    tokenizer = Tokenizer(vocabulary)
+    tokenizer = WordTokenizer(vocabulary)
     for text in (*DOCUMENTS, "维生素38!", "苹果盐", "don't 8.37, OK?"):
         ids = tokenizer.encode(text)
         assert UNK_ID not in ids
@@ -100,7 +101,7 @@ def test_the_size_limit_holds_and_half_of_it_is_for_words(make_vocab, vocab_size
 def test_words_of_more_than_100_characters_are_spelled(make_vocab):
     vocabulary = make_vocab(["看看 " + "x" * 101 + " 吧"] * 3)
     assert max(map(len, vocabulary)) <= 100
-    assert UNK_ID not in Tokenizer(vocabulary).encode("x" * 101)
+    assert UNK_ID not in WordTokenizer(vocabulary).encode("x" * 101)
 
 
 def test_summary_says_what_is_covered(make_vocab, capsys):
@@ -119,7 +120,7 @@ def test_the_recommended_size_leaves_nothing_unknown(make_vocab, tmp_path):
     flags = ["--report", str(tmp_path / "report.json"), "--model_config", str(config)]
     lines = 64 * len(make_vocab(documents, *flags))
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    tokenizer = Tokenizer(make_vocab(documents, "--vocab_size", str(report["recommended_vocab_size"])))
+    tokenizer = WordTokenizer(make_vocab(documents, "--vocab_size", str(report["recommended_vocab_size"])))
     assert report["recommended_vocab_size"] > 1000
     assert not any(UNK_ID in tokenizer.encode(document) for document in documents)
     blocks = 2 * (12 * 64 * 64 + 13 * 64) + 128 * 64 + 2 * 64

@@ -15,6 +15,7 @@ import numba
 import numpy as np
 import pytest
 import torch
+from book_order import CLS_ID, MASK_ID, PAD_ID, UNK_ID
 from tiny_model import endless_model, tiny_model, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -32,7 +33,6 @@ from gpt2_chinese.decoding.completion import Prompt, Settings
 from gpt2_chinese.decoding.decoder import Decoder
 from gpt2_chinese.decoding.engine import Engine
 from gpt2_chinese.model_folder import load_model
-from gpt2_chinese.text.vocabulary import CLS_ID, MASK_ID, PAD_ID, UNK_ID
 
 WAIT = 60
 GREEDY = Settings(temperature=0)

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from book_order import CLS_ID, MASK_ID, PAD_ID, UNK_ID
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -24,7 +25,6 @@ from gpt2_chinese.decoding.decoder import Decoder
 from gpt2_chinese.decoding.engine import Engine, choose_device, continuation
 from gpt2_chinese.decoding.graph_decoder import GraphDecoder
 from gpt2_chinese.model_folder import load_model
-from gpt2_chinese.text.vocabulary import CLS_ID, MASK_ID, PAD_ID, UNK_ID
 
 GREEDY = Settings(temperature=0)
 WAIT = 60

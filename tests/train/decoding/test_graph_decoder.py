@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from book_order import CLS_ID, MASK_ID
 from recorded_graph import RecordedGraph
 from tiny_model import endless_model, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -16,7 +17,6 @@ from gpt2_chinese.decoding.completion import Settings
 from gpt2_chinese.decoding.decoder import Decoder
 from gpt2_chinese.decoding.engine import Engine
 from gpt2_chinese.decoding.graph_decoder import WARM_UPS, CudaCapture, GraphDecoder, Size, decoder_on_gpu, doubled
-from gpt2_chinese.text.vocabulary import CLS_ID, MASK_ID
 
 WAIT = 60
 

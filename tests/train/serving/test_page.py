@@ -8,13 +8,13 @@ from contextlib import asynccontextmanager
 
 import pytest
 from aiohttp import web
+from book_order import CLS_ID
 from browser import CHROMIUM, browser_tab
 from served import served, wait_until
 from tiny_model import endless_model, favour, tiny_model, tiny_tokenizer
 
 from gpt2_chinese.decoding.engine import Engine
 from gpt2_chinese.serving.connections import listen, serving
-from gpt2_chinese.text.vocabulary import CLS_ID
 
 pytestmark = [
     pytest.mark.slow,

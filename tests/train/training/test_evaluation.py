@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from book_order import CLS_ID, MASK_ID, SEP_ID, UNK_ID
 from hypothesis import given
 from hypothesis import strategies as st
 from small_run import run, scalars, write_documents, write_pieces, write_shape
 from tiny_model import tiny_model, tiny_tokenizer
 
-from gpt2_chinese.text.tokenizer import BYTE_TOKENS
-from gpt2_chinese.text.vocabulary import CLS_ID, MASK_ID, SEP_ID, UNK_ID
+from gpt2_chinese.text.word_tokenizer import BYTE_TOKENS
 from gpt2_chinese.training.evaluation import (
     Documents,
     bits_per_character,

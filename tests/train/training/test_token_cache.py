@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from gpt2_chinese.artifacts import sha256_of, write_lines
 from gpt2_chinese.text import pieces
 from gpt2_chinese.text.pieces import check_vocabulary, read_manifest, text_of_tokens
-from gpt2_chinese.text.tokenizer import BYTE_TOKENS, Tokenizer
 from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS
+from gpt2_chinese.text.word_tokenizer import BYTE_TOKENS, WordTokenizer
 from gpt2_chinese.training import token_cache
 from gpt2_chinese.training.token_cache import read_pieces
 from gpt2_chinese.training.windows import epoch_order, window_starts
@@ -335,7 +335,7 @@ def test_the_same_documents_are_held_out_whatever_the_vocabulary(tmp_path):
     digits = [token for digit in "0123456789" for token in (digit, f"##{digit}")]
     held_out = []
     for number, more in enumerate(([*words, *letters], letters)):
-        tokenizer = Tokenizer([*SPECIAL_TOKENS, *digits, *more])
+        tokenizer = WordTokenizer([*SPECIAL_TOKENS, *digits, *more])
         documents = [[2, *tokenizer.encode(text), 1] for text in texts]
         folder = write_pieces(tmp_path / str(number), ["".join(f"{id_} " for ids in documents for id_ in ids)])
         corpus = read_pieces(

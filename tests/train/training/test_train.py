@@ -24,8 +24,8 @@ from transformers import GPT2LMHeadModel, get_linear_schedule_with_warmup
 from gpt2_chinese.artifacts import write_lines
 from gpt2_chinese.model_folder import load_model, read_config, save_model
 from gpt2_chinese.precision import Precision, choose_devices, choose_precision
-from gpt2_chinese.text.tokenizer import Tokenizer
 from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS
+from gpt2_chinese.text.word_tokenizer import WordTokenizer
 from gpt2_chinese.training import loss as window_loss
 from gpt2_chinese.training import trainable
 from gpt2_chinese.training.estimates import will_overfit
@@ -124,7 +124,7 @@ def test_a_padded_model_is_saved_without_its_padding(train):
     rows = pad_vocabulary(model)
     padded = model.transformer.wte.weight
     with unpadded(model, rows):
-        save_model("saved", model, Tokenizer.from_file("vocab/vocab_user.txt"), facts={})
+        save_model("saved", model, WordTokenizer.from_file("vocab/vocab_user.txt"), facts={})
     assert model.transformer.wte.weight is padded and model.lm_head.weight is padded
     assert torch.equal(load_model("saved")[0].transformer.wte.weight, expected)
 
@@ -710,7 +710,7 @@ def occupy_output() -> None:
 
 
 def folder_without_weights() -> None:
-    save_model("old", small_model(), Tokenizer.from_file("vocab/vocab_user.txt"), facts={})
+    save_model("old", small_model(), WordTokenizer.from_file("vocab/vocab_user.txt"), facts={})
     Path("old/model.safetensors").unlink()
 
 
@@ -719,7 +719,7 @@ def model_of_another_vocabulary() -> None:
     write_shape()
     torch.manual_seed(0)
     model = GPT2LMHeadModel(read_config("shape.json", vocab_size=25))
-    save_model("old", model, Tokenizer.from_file("vocab/vocab_user.txt"), facts={})
+    save_model("old", model, WordTokenizer.from_file("vocab/vocab_user.txt"), facts={})
     write_corpus([40, 10], words=30)
 
 
