@@ -72,6 +72,11 @@ class CharSegmenter:
         return code_points, ends
 
 
+def fold_characters(raw: str, *, lowercase: bool = True) -> list[str]:
+    """The words of a single character or of a run of others: folded, punctuation apart, white space gone."""
+    return " ".join(split_punctuation(fold_as_bert(raw) if lowercase else raw)).split()
+
+
 class CharJoiner:
     """Joins WordPiece tokens to text. White space is lost in them and so it is guessed: a space between two words of
     letters or digits, also with a comma, colon, semicolon, question or exclamation mark behind the first, but not
@@ -188,9 +193,8 @@ class CharTokenizer:
         return words
 
     def fold(self, raw: str) -> list[str]:
-        """The words of a single character or of a run of others: folded, punctuation apart, white space gone."""
-        folded = fold_as_bert(raw) if self.lowercase else raw
-        return " ".join(split_punctuation(folded)).split()
+        """The words of a single character or of a run of others, folded as `lowercase` says."""
+        return fold_characters(raw, lowercase=self.lowercase)
 
     def _reference_words(self, text: str) -> list[str]:
         """As `words`, with the special tokens that a text names."""

@@ -49,8 +49,13 @@ def check_vocabulary(folder: str | Path, manifest: dict[str, Any] | None, vocab_
     """Refuse a vocabulary other than the one that the pieces were made with.
 
     Raises:
+        FileNotFoundError: there is none.
         ValueError: it is another; the message names both files and the command that mends it.
     """
+    if not Path(vocab_file).is_file():
+        raise FileNotFoundError(
+            f"there is no vocabulary {vocab_file}: run make-vocab.py first, or name the file with --vocab_file"
+        )
     if manifest is not None and manifest["vocabulary"]["sha256"] != sha256_of(vocab_file):
         raise ValueError(
             f"{vocab_file} is not the vocabulary that {Path(folder) / MANIFEST} was made with; "

@@ -73,9 +73,15 @@ def _shared_table(kind: str, rules: int = RULES_VERSION, digits: bool = False) -
     return WordTable(shared_segmenter(), partial(class_by_rules, rules=RULES[rules]))
 
 
-def count_batch(documents: list[str], kind: str = "word") -> CountedWords:
-    """Count the words that the tokenizer of that kind will look up, before they are folded."""
-    table = _shared_table(kind)
+def count_batch(documents: list[str]) -> CountedWords:
+    """Count the words that the tokenizer will look up, before they are folded."""
+    table = _shared_table("word")
+    return table.count(table.number(documents))
+
+
+def count_batch_of_characters(documents: list[str]) -> CountedWords:
+    """Count single characters and the runs of others between them, before they are folded."""
+    table = _shared_table("char")
     return table.count(table.number(documents))
 
 
@@ -94,7 +100,7 @@ def fold_counts(batches: Iterable[CountedWords]) -> dict[str, int]:
 
 
 def fold_character_counts(batches: Iterable[CountedWords], fold: Callable[[str], list[str]]) -> dict[str, int]:
-    """The same for single characters and runs of others, folded as `CharTokenizer.fold` does."""
+    """The same for single characters and runs of others, folded as `CharTokenizer` does."""
     return _fold_counts(batches, lambda word, _: fold(word))
 
 

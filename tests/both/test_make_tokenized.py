@@ -104,7 +104,7 @@ def test_vocabulary_without_parts_is_warned_about(tokenize, capsys):
     [
         (["--min_length", "128"], DOCUMENTS, VOCABULARY, "none of the 5 documents .* --min_length 128"),
         ([], [], VOCABULARY, "there is no document"),
-        ([], DOCUMENTS, VOCABULARY[1:], "first five lines"),
+        ([], DOCUMENTS, VOCABULARY[3:], r"vocab\.txt has no \[MASK\], which begins a document"),
         ([], DOCUMENTS, [*VOCABULARY, "水"], "stands in line 7 already"),
         ([], ["a", 1], VOCABULARY, "a string is missing"),
     ],
