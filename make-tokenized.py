@@ -88,7 +88,7 @@ def choose_tokenizer(args: argparse.Namespace) -> tuple[TokenizerSpec, Path]:
         ValueError, FileNotFoundError: there is none, or the flags contradict it; the message names file and mend.
     """
     path = Path(args.vocab_filename)
-    spec = read_tokenizer(path, kind=args.tokenizer, compat=args.compat)
+    spec = read_tokenizer(path, kind=args.tokenizer, compat=args.compat or None)
     if args.tokenizer not in (None, spec.kind):
         raise ValueError(f"{path} has a tokenizer of kind {spec.kind}, not {args.tokenizer}; leave --tokenizer out")
     if args.compat and spec.kind == "bpe":

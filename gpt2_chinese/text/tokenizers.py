@@ -130,13 +130,13 @@ class TokenizerSpec:
 
 
 def read_tokenizer(
-    path: str | Path, *, kind: str | None = None, compat: bool = False, settings: dict[str, Any] | None = None
+    path: str | Path, *, kind: str | None = None, compat: bool | None = None, settings: dict[str, Any] | None = None
 ) -> TokenizerSpec:
     """Read a vocabulary file, a tokenizer.json, a folder with one of them, or GPT-2's vocab.json with merges.txt.
 
     Args:
         kind: word, char or bpe; None tells by what is there (`recognise`).
-        compat: as GPT2-Chinese.
+        compat: as GPT2-Chinese; None is no for a file, and for a folder what it tells, or yes where it tells nothing.
         settings: what a manifest kept (`TokenizerSpec.settings`), which decides instead.
 
     Raises:
@@ -153,7 +153,7 @@ def read_tokenizer(
     if settings is not None:
         spec = TokenizerSpec(**settings, vocabulary=tuple(tokens))
     else:
-        spec = TokenizerSpec(kind or recognise(tokens), tuple(tokens), compat=compat)
+        spec = TokenizerSpec(kind or recognise(tokens), tuple(tokens), compat=bool(compat))
     if spec.kind == "bpe":
         raise ValueError(f"{path} is a vocabulary of words or characters; for --tokenizer bpe give a tokenizer.json")
     if spec.kind == "word" and not spec.compat:
