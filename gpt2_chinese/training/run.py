@@ -20,9 +20,10 @@ from gpt2_chinese.artifacts import sha256_of
 from gpt2_chinese.model_folder import check_replaceable, find_config, load_model, read_config
 from gpt2_chinese.precision import choose_devices, choose_precision, load_apex
 from gpt2_chinese.text.pieces import check_vocabulary, read_manifest, read_pieces_tokenizer, text_of_tokens
-from gpt2_chinese.text.tokenizers import Tokenizer
+from gpt2_chinese.text.tokenizers import Tokenizer, vocabulary_of_folder
 from gpt2_chinese.training.optimizers import learning_rate_factor
 from gpt2_chinese.training.token_cache import Corpus, read_pieces
+from gpt2_chinese.training.vocabulary_transfer import transfer_vocabulary
 from gpt2_chinese.training.windows import effective_stride, epoch_order, window_starts
 
 DEFAULT_VOCABULARY = Path("vocab/vocab_user.txt")
@@ -172,12 +173,33 @@ def read_prompts(text: str) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def build_model(args: argparse.Namespace, vocab_file: Path, vocab_size: int) -> GPT2LMHeadModel:
-    """Make a new model of `--model_config`, the same for the same seed, or read `--pretrained_model`."""
-    if args.pretrained_model:
+def build_model(
+    args: argparse.Namespace, vocab_file: Path, tokenizer: Tokenizer, say: Callable[[str], None] = lambda _: None
+) -> GPT2LMHeadModel:
+    """Make a new model of `--model_config`, the same for the same seed, or read `--pretrained_model`.
+
+    A pretrained model whose vocabulary is not the pieces' keeps its layers and gets rows for the other vocabulary if
+    that one is named with `--vocab_file`.
+    """
+    if not args.pretrained_model:
+        torch.manual_seed(args.seed)
+        return GPT2LMHeadModel(read_config(args.model_config, vocab_size=len(tokenizer), marks=tokenizer.marks))
+    own = vocabulary_of_folder(args.pretrained_model)
+    if own is None or own.read_bytes().split() == vocab_file.read_bytes().split():
         return load_model(args.pretrained_model, vocab_file=vocab_file)[0]
-    torch.manual_seed(args.seed)
-    return GPT2LMHeadModel(read_config(args.model_config, vocab_size=vocab_size))
+    if args.vocab_file is None:
+        raise ValueError(
+            f"the pieces were made with {vocab_file}, and the model was trained with {own}: make the pieces again with "
+            f"make-tokenized.py --vocab_filename {args.pretrained_model}; or add --vocab_file {vocab_file}, which keeps "
+            "the model's layers and gives the tokens of that vocabulary rows of their own"
+        )
+    model, old = load_model(args.pretrained_model)
+    report = transfer_vocabulary(model, old, tokenizer, seed=args.seed)
+    say(
+        f"embedding  {len(tokenizer):,} tokens of {vocab_file} on the layers of {args.pretrained_model}: "
+        f"{report.found:,} rows found in {own}, {report.composed:,} composed of several, {report.new:,} new"
+    )
+    return model
 
 
 def prepare(args: argparse.Namespace, world_size: int, say: Callable[[str], None]) -> tuple[Run, GPT2LMHeadModel]:
@@ -242,7 +264,7 @@ def prepare(args: argparse.Namespace, world_size: int, say: Callable[[str], None
         )
 
     # 3) the model
-    model = build_model(args, vocab_file, len(tokenizer))
+    model = build_model(args, vocab_file, tokenizer, say)
     run = Run(
         args=args,
         devices=devices,
