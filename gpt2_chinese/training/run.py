@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2_chinese.artifacts import sha256_of
@@ -42,6 +43,8 @@ _RESUMED_FLAGS = (
     "optimizer",
     "embedding_init",
     "muon_lr",
+    "weight_decay",
+    "muon_weight_decay",
     "max_grad_norm",
     "seed",
     "val_fraction",
@@ -181,17 +184,37 @@ def build_model(
     A pretrained model whose vocabulary is not the pieces' keeps its layers and gets rows for the other vocabulary if
     that one is named with `--vocab_file`.
     """
-    if not args.pretrained_model:
-        torch.manual_seed(args.seed)
-        return GPT2LMHeadModel(read_config(args.model_config, vocab_size=len(tokenizer), marks=tokenizer.marks))
+    if args.pretrained_model:
+        model = _read_pretrained(args, vocab_file, tokenizer, say)
+        if args.dropout is not None:
+            _set_dropout(model.config, args.dropout)
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = args.dropout
+        return model
+    config = read_config(args.model_config, vocab_size=len(tokenizer), marks=tokenizer.marks)
+    if args.dropout is not None:
+        _set_dropout(config, args.dropout)
+    torch.manual_seed(args.seed)
+    return GPT2LMHeadModel(config)
+
+
+def _set_dropout(config: GPT2Config, dropout: float) -> None:
+    config.embd_pdrop = config.attn_pdrop = config.resid_pdrop = dropout
+
+
+def _read_pretrained(
+    args: argparse.Namespace, vocab_file: Path, tokenizer: Tokenizer, say: Callable[[str], None]
+) -> GPT2LMHeadModel:
+    """Read `--pretrained_model`, whose vocabulary is the pieces' or is replaced by it."""
     own = vocabulary_of_folder(args.pretrained_model)
     if own is None or own.read_bytes().split() == vocab_file.read_bytes().split():
         return load_model(args.pretrained_model, vocab_file=vocab_file)[0]
     if args.vocab_file is None:
         raise ValueError(
-            f"the pieces were made with {vocab_file}, and the model was trained with {own}: make the pieces again with "
-            f"make-tokenized.py --vocab_filename {args.pretrained_model}; or add --vocab_file {vocab_file}, which keeps "
-            "the model's layers and gives the tokens of that vocabulary rows of their own"
+            f"the pieces were made with {vocab_file}, the model was trained with {own}: make the pieces again with "
+            f"make-tokenized.py --vocab_filename {args.pretrained_model}; or add --vocab_file {vocab_file}, which "
+            "keeps the model's layers and gives the tokens of that vocabulary rows of their own"
         )
     model, old = load_model(args.pretrained_model)
     report = transfer_vocabulary(model, old, tokenizer, seed=args.seed)
