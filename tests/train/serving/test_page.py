@@ -8,13 +8,15 @@ from contextlib import asynccontextmanager
 
 import pytest
 from aiohttp import web
-from browser import CHROMIUM, browser_tab
 from served import served, wait_until
 from tiny_model import endless_model, favour, tiny_model, tiny_tokenizer
 
 from gpt2_chinese.decoding.engine import Engine
 from gpt2_chinese.serving.connections import open_socket, start_listening
 from gpt2_chinese.text.vocabulary import CLS_ID
+
+pytest.importorskip("playwright", reason="the playwright package is not installed")
+from browser import CHROMIUM, browser_tab  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
@@ -109,7 +111,7 @@ def test_typing_shows_suggestions_and_a_choice_lands_in_the_text():
         await tab.until(FRESH)
         candidates = await tab.js(CANDIDATES)
         assert 1 <= len(candidates) <= 5
-        assert await tab.until("document.querySelector('#speed').textContent.includes('词元/秒')")
+        assert await tab.until("document.querySelector('#speed').textContent.includes('token/秒')")
         assert "模型 tiny" in await tab.js("document.body.innerText")
         await tab.press("2")
         assert await tab.js(TEXT) == "一丁" + candidates[1]
@@ -169,10 +171,10 @@ def test_an_input_method_is_left_alone(server):
     async def test(tab, scripted):
         await tab.type("一")
         await tab.until(FRESH)
-        await tab.call("Input.imeSetComposition", text="nihao", selectionStart=5, selectionEnd=5)
+        await tab.call("Input.imeSetComposition", {"text": "nihao", "selectionStart": 5, "selectionEnd": 5})
         await asyncio.sleep(0.6)
         assert len(scripted.requests) == 1 and await tab.js(CANDIDATES) == []
-        await tab.call("Input.insertText", text="你好")
+        await tab.call("Input.insertText", {"text": "你好"})
         await tab.until(FRESH)
         assert scripted.requests[-1]["context"] == "一你好" and len(scripted.requests) == 2
         assert await tab.js(TEXT) == "一你好"
@@ -208,7 +210,7 @@ def test_a_long_text_streams_and_can_be_stopped():
         await tab.type("一丁")
         await tab.js("document.querySelector('#longlength').value = 40")
         await tab.click("#go")
-        await tab.until("document.querySelector('#progress').textContent.startsWith('续写了 40 个词')")
+        await tab.until("document.querySelector('#progress').textContent.startsWith('生成了 40 个 token')")
         text = await tab.js(TEXT)
         assert text.startswith("一丁") and len(text) > 30
         await tab.js("document.querySelector('#longlength').value = 1000000")
@@ -237,7 +239,7 @@ def test_a_server_that_dies_is_said_and_when_it_is_back_the_page_goes_on(server)
             await tab.type("丁")
             await tab.until("document.querySelector('#state').dataset.state === 'gone'")
             assert time.monotonic() - begin < 5
-            assert "连不上服务器" in await tab.js(SAYS) and await tab.js(CANDIDATES) == []
+            assert "无法连接服务器" in await tab.js(SAYS) and await tab.js(CANDIDATES) == []
             async with scripted.up(scripted.port):
                 await tab.until(FRESH)
                 assert scripted.requests[-1]["context"] == "一丁"
@@ -266,7 +268,7 @@ def test_a_model_that_loads_and_one_that_has_nothing_to_say_are_said(server):
 
     async def test(tab, scripted):
         await tab.type("一")
-        await tab.until(f"{SAYS}.includes('正在加载')")
+        await tab.until(f"{SAYS}.includes('模型加载中')")
         assert scripted.requests == []
         scripted.health["status"] = "ready"
         await tab.until(f"{SAYS}.includes('没有可续写的内容')")
@@ -300,7 +302,7 @@ def test_a_busy_a_slow_and_a_stingy_server_are_said(server):
 
     async def test(tab, _):
         await tab.type("一")
-        await tab.until(f"{SAYS}.includes('还在想')")
+        await tab.until(f"{SAYS}.includes('仍在生成')")
         await tab.until(FRESH)
         assert await tab.js(SAYS) == ""
         await tab.type("丁")
