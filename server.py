@@ -261,9 +261,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 
 
 def printable(args: argparse.Namespace, keys: int) -> argparse.Namespace:
-    """The flags without the API keys themselves and without what is internal."""
-    shown = {name: value for name, value in vars(args).items() if name not in ("api_key", "listen_fd", "ready_fd")}
-    return argparse.Namespace(**shown, api_keys=keys)
+    """The flags for the log: how many API keys there are instead of the keys, and no internal flags."""
+    flags = {name: value for name, value in vars(args).items() if name not in ("listen_fd", "ready_fd")}
+    return argparse.Namespace(**flags | {"api_key": f"<{keys} keys>"})
 
 
 def served_models(args: argparse.Namespace) -> list[ServedModel]:

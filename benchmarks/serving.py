@@ -1,6 +1,6 @@
-"""server.py under load, beyond its capacity, under abuse, under SIGTERM and with slow connections; loopback only.
+"""server.py under load, at four times its capacity, under abuse, at SIGTERM, and beside slow connections.
 
-Run in the training environment; each starts its own server and prints what it counted:
+Run in the training environment. Each starts its own server on the loopback interface and prints what it counted:
 
     .venv-train/bin/python benchmarks/serving.py load     --model_path demo/model/final_model
     .venv-train/bin/python benchmarks/serving.py overload --model_path demo/model/final_model
@@ -35,14 +35,14 @@ import aiohttp
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXTS = ["孩子", "感冒了，", "高血压患者", "睡不着", "", "每天早上起来"]
 MAX_CONNECTIONS = 400
-"""Connections that overload opens at the most; server.py takes 800."""
+"""The most that `overload` opens; server.py accepts 800."""
 TICK = 0.002
-"""Seconds between two looks of overload at what is due and what has come."""
+"""Seconds between two steps of `overload`, each of which sends what is due and reads what has arrived."""
 BAD = [b"", b"{", b"[]", b'{"context": 5}', b'{"context": "\xff"}', b'{"context": "a", "samples": 99999}']
 
 
 class Server:
-    """A server.py of its own on a free port; `with Server(...) as server:` ends it."""
+    """A process of server.py on a free port; `with Server(...) as server:` ends it."""
 
     def __init__(self, model_path: str, *flags: str) -> None:
         command = [sys.executable, str(ROOT / "server.py"), "--model_path", model_path, "--port", "0", *flags]
@@ -84,7 +84,7 @@ class Server:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value in milliseconds that `share` of the values in seconds do not exceed."""
+    """The percentile in milliseconds of values in seconds, `share` from 0 to 1."""
     ranked = sorted(values) or [float("nan")]
     return ranked[min(len(ranked) - 1, int(share * len(ranked)))] * 1000
 
@@ -110,7 +110,7 @@ async def post_generate(session: aiohttp.ClientSession, fields: dict[str, Any]) 
 
 
 async def post_stream(session: aiohttp.ClientSession, fields: dict[str, Any]) -> tuple[int, list[str]]:
-    """The same from a stream; one that is cut off gives a status of 0."""
+    """The same from a stream; the status is 0 if it breaks off."""
     async with session.post("/generate", json=fields | {"stream": True}) as response:
         if response.status != 200:
             return response.status, []
@@ -154,7 +154,7 @@ async def watch_health(session: aiohttp.ClientSession, latencies: list[float]) -
 
 
 async def load(url: str, *, clients: int, seconds: float) -> dict[str, Any]:
-    """Clients that ask without a pause, every answer compared with what its seed gave alone."""
+    """Clients that send one request after the other; every answer is compared with that of its seed without load."""
     async with open_session(url) as session:
         requests = sample_requests(60)
         alone = [(await post_generate(session, fields))[1] for fields in requests]
@@ -194,9 +194,9 @@ async def load(url: str, *, clients: int, seconds: float) -> dict[str, Any]:
 
 
 class Connections:
-    """Kept connections for one request, sent again and again; the one that has rested longest first.
+    """Keep-alive connections that send one request repeatedly, the longest idle connection first.
 
-    Bytes go out and a status comes back, with as little as can be: the processors are the server's too.
+    Of the answers only the status is parsed, since the client shares the processors with the server.
     """
 
     def __init__(self, port: int, fields: dict[str, Any]) -> None:
@@ -219,7 +219,7 @@ class Connections:
         self.opened += count
 
     def send(self) -> bool:
-        """Send the request on a free connection; False if there is none."""
+        """Send the request on an idle connection; False if there is none."""
         if not self.free:
             return False
         connection = self.free.popleft()
@@ -228,9 +228,9 @@ class Connections:
         return True
 
     def answered(self, seconds: float) -> list[tuple[int, float]]:
-        """Wait so long at the most; the statuses that have come, 0 for a connection that has ended, and after how long.
+        """Wait at most `seconds`; the status of each answer, 0 for a connection that was closed, and its latency.
 
-        A connection that ends while it rests has no request to lose.
+        An idle connection that is closed loses no request and is not reported.
         """
         found = []
         for key, _ in self.selector.select(seconds):
@@ -269,7 +269,7 @@ class Connections:
 
 
 def length_of(answer: bytes) -> float:
-    """Bytes of an answer whose beginning is given; endless while its head is not there."""
+    """The length in bytes of an answer that begins so; infinite while its head is incomplete."""
     end = answer.find(b"\r\n\r\n")
     if end < 0:
         return float("inf")
@@ -278,7 +278,7 @@ def length_of(answer: bytes) -> float:
 
 
 def peak(connections: Connections, *, clients: int, seconds: float) -> float:
-    """Answers per second to `clients` that ask without a pause."""
+    """Answers per second to `clients` that each send one request after the other."""
     served = 0
     begin = time.perf_counter()
     for _ in range(clients):
@@ -295,18 +295,18 @@ def peak(connections: Connections, *, clients: int, seconds: float) -> float:
 
 @dataclass
 class Overload:
-    """What became of the requests of `send_at_rate`."""
+    """The outcome of `send_at_rate`; rates per second."""
 
-    sent: float = 0.0  # per second
+    sent: float = 0.0
     served: float = 0.0
     outcomes: Counter[str] = field(default_factory=Counter)
     refusals: list[float] = field(default_factory=list)  # seconds
 
 
 def send_at_rate(connections: Connections, *, rate: float, seconds: float) -> Overload:
-    """Requests at so many per second, whether answered or not; what is due is sent every TICK."""
+    """Send `rate` requests per second, whether they are answered or not; what is due is sent every TICK."""
     result = Overload()
-    ramp = seconds / 4  # what waits at the beginning is no measure of the rate
+    ramp = seconds / 4  # while the queue fills, the rate is not that of overload
     served = 0
 
     def look() -> None:
@@ -339,7 +339,7 @@ def send_at_rate(connections: Connections, *, rate: float, seconds: float) -> Ov
 
 
 def overload(port: int, *, clients: int, seconds: float, rounds: int = 1, times: float = 4) -> dict[str, Any]:
-    """The peak, then requests at `times` that rate, in turns, since machines change their speed; medians."""
+    """The peak rate, then `times` that rate, alternating because the speed of machines drifts; medians."""
     connections = Connections(port, {"context": "孩子", "maxlength": 20, "samples": 2, "temperature": 0.8})
     connections.open(4 * clients)
     peaks, overloads = [], []
@@ -362,7 +362,7 @@ def overload(port: int, *, clients: int, seconds: float, rounds: int = 1, times:
 
 
 async def abort(url: str, port: int) -> float:
-    """Begin a long request, leave, and give the milliseconds until its slots are free."""
+    """Begin a long request, disconnect, and give the milliseconds until its slots are free."""
     async with open_session(url) as session:
 
         async def running() -> int:
@@ -383,9 +383,9 @@ async def abort(url: str, port: int) -> float:
 
 
 async def abuse(server: Server, *, requests: int, clients: int = 32, idle: float = 7) -> dict[str, Any]:
-    """Many requests of which a fifth are bad or left in the middle; what the process holds before and after.
+    """Many requests, a fifth of them invalid or abandoned midway; the process's resources before and after.
 
-    `idle` seconds after the last request, more than --idle_timeout, no connection is left.
+    `idle` is more than --idle_timeout, so that no connection is left when the resources are counted.
     """
 
     async def measured() -> dict[str, int]:
@@ -448,7 +448,7 @@ async def left_in_the_middle(port: int, number: int) -> None:
 
 
 async def terminated(server: Server, *, clients: int, after: float) -> Counter[str]:
-    """One SIGTERM under load; a request that was sent before it and not answered is lost."""
+    """One SIGTERM under load; a request that was sent before it and is not answered counts as lost."""
     outcomes: Counter[str] = Counter()
     ended_at = float("inf")
     requests = sample_requests(60, longest=60)
@@ -480,7 +480,7 @@ async def terminated(server: Server, *, clients: int, after: float) -> Counter[s
 
 
 async def slow(url: str, port: int, *, connections: int, seconds: float) -> dict[str, Any]:
-    """The p99 of good requests alone, then beside slow and silent connections; how long those stay open."""
+    """The p99 of good requests without and with slow and silent connections; how long those stay open."""
     fields = {"context": "孩子", "maxlength": 10, "samples": 1}
 
     async def good(session: aiohttp.ClientSession) -> list[float]:

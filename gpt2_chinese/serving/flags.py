@@ -87,19 +87,28 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     limits = Limits()
     parser.add_argument(
-        "--max_samples", type=int, default=limits.samples, help="most completions per prompt (default: %(default)s)"
+        "--max_samples",
+        type=int,
+        default=limits.samples,
+        help="maximum number of completions per prompt (default: %(default)s)",
     )
     parser.add_argument(
-        "--max_length", type=int, default=limits.length, help="most tokens per completion (default: %(default)s)"
+        "--max_length",
+        type=int,
+        default=limits.length,
+        help="maximum number of tokens per completion (default: %(default)s)",
     )
     parser.add_argument(
         "--max_prompts",
         type=int,
         default=limits.prompts,
-        help="most prompts in a request of /v1/completions (default: %(default)s)",
+        help="maximum number of prompts in a request of /v1/completions (default: %(default)s)",
     )
     parser.add_argument(
-        "--max_body", type=int, default=limits.body_bytes, help="most bytes of a request body (default: %(default)s)"
+        "--max_body",
+        type=int,
+        default=limits.body_bytes,
+        help="maximum size of a request body in bytes (default: %(default)s)",
     )
     parser.add_argument(
         "--body_timeout",
@@ -123,17 +132,17 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         "--max_connections",
         type=int,
         default=limits.connections,
-        help="most open connections per process (default: %(default)s)",
+        help="maximum number of open connections per process (default: %(default)s)",
     )
     parser.add_argument(
-        "--batch_size", type=int, default=32, help="most sequences decoded together (default: %(default)s)"
+        "--batch_size", type=int, default=32, help="maximum number of sequences decoded together (default: %(default)s)"
     )
     parser.add_argument(
         "--max_waiting",
         type=int,
         default=512,
-        help="most sequences in the queue; when it is full, requests are answered with 429 until an eighth of it is "
-        "free (default: %(default)s)",
+        help="maximum number of sequences in the queue; when it is full, requests are answered with 429 until an "
+        "eighth of it is free (default: %(default)s)",
     )
 
 

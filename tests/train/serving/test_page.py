@@ -367,6 +367,7 @@ def test_on_a_phone_nothing_is_cut_off_and_in_the_dark_it_is_dark(server, tmp_pa
         await tab.open(await tab.js("location.href"))
         await tab.type("天气很好，")
         await tab.until(FRESH)
+        assert await tab.js("innerWidth") == 360
         assert await tab.js("document.documentElement.scrollWidth") <= 360
         assert not await tab.js("document.querySelector('#settings').open")
         assert await tab.js("document.querySelector('#candidates button').getBoundingClientRect().bottom") < 640

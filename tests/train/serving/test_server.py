@@ -264,6 +264,8 @@ def test_keys_come_from_flags_a_file_and_the_environment(server, tmp_path, monke
     monkeypatch.setenv("GPT2_CHINESE_API_KEY", "d")
     args = parse_args(["--api_key", "a", "--api_key", "b", "--api_key_file", str(file)])
     assert read_keys(args) == (b"a", b"b", b"c", b"d")
+    shown = server.printable(parse_args(["--api_key", "secret"]), 1)
+    assert shown.api_key == "<1 keys>" and "secret" not in str(shown)
     for wrong in ("", "a b", "ключ", "a\nb"):
         with pytest.raises(ValueError, match="--api_key: a key must be printable ASCII"):
             read_keys(parse_args([f"--api_key={wrong}"]))
