@@ -38,7 +38,10 @@ def format_event(value: Any, name: str | None = None) -> bytes:
 async def stream_sse(
     request: web.Request, running: RunningRequest, events: EventFormat, headers: Mapping[str, str]
 ) -> web.StreamResponse:
-    """Send each delta as it comes, then the end; an error after the response has begun is an event too."""
+    """Send each delta as it comes, then the end; an error after the response has begun is an event too.
+
+    Stop strings are not handled here: decoding/completion.py (IncrementalDetokenizer) has cut the deltas already.
+    """
     headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store", **headers}
     response = web.StreamResponse(headers=headers)
 

@@ -129,6 +129,26 @@ def test_typing_shows_suggestions_and_a_choice_lands_in_the_text():
     with_page(test, engine=Engine(endless_model(), tiny_tokenizer(), rows=8))
 
 
+def test_every_text_is_there_in_every_language(server):
+    paths = (
+        "Object.values(LANGUAGES).map((texts) => Object.entries(texts).flatMap(([name, text]) =>"
+        " typeof text === 'object' ? Object.keys(text).map((key) => `${name}.${key}`) : [name]).sort().join())"
+    )
+    missing = (
+        "['text', 'label', 'title', 'placeholder'].flatMap((kind) =>"
+        " [...document.querySelectorAll(`[data-${kind}]`)].map((one) => one.dataset[kind]))"
+        ".filter((name) => typeof TEXTS[name] !== 'string')"
+    )
+
+    async def test(tab, _):
+        assert len(set(await tab.js(paths))) == 1
+        assert await tab.js(missing) == []
+        assert await tab.js("document.querySelector('h1').textContent") == "续写"
+        assert await tab.js("document.documentElement.lang") == "zh-CN"
+
+    with_scripted(server, fast_path, test)
+
+
 def test_fast_typing_asks_once_with_the_settings_and_choices_stand_where_the_caret_is(server):
     async def test(tab, scripted):
         await tab.js("document.querySelector('#top_p').value = 0.9; document.querySelector('#samples').value = 3")
