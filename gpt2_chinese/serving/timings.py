@@ -13,8 +13,8 @@ PER_TOKEN_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25,
 class Histogram:
     """Counts of values by bucket, and their sum.
 
-    prometheus_client's own Histogram takes 1 µs for a value, this one 0.2; and it knows its labels from the beginning,
-    while the device of a model is known when the model has been loaded.
+    Not prometheus_client's Histogram, which needs its labels before the first value: the device is one of them, and is
+    known only when the model has been loaded. Observing a value is also several times faster here.
     """
 
     def __init__(self, upper_bounds: tuple[float, ...]) -> None:
