@@ -35,7 +35,7 @@ from aiohttp import web
 
 from gpt2_chinese.command_line import run_script
 from gpt2_chinese.decoding.completion import PRECISIONS, Completion, EngineStopped, Prompt, TextDelta, TokenLogprob
-from gpt2_chinese.decoding.engine_process import EngineOptions, EngineProcess
+from gpt2_chinese.decoding.process import EngineOptions, EngineProcess
 from gpt2_chinese.serving.api import (
     DEFAULT_LENGTH,
     DEFAULT_SAMPLES,

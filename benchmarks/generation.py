@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             precisions = ["bf16", "int8", "fp32"]
         else:
             precisions = ["bf16", "fp32"] if has_bf16(model.device) else ["fp32"]
-        engines = [Engine(model, tokenizer, rows=32, precision=precision) for precision in precisions]
+        engines = [Engine(model, tokenizer, max_num_seqs=32, precision=precision) for precision in precisions]
         contenders["transformers generate, fp32"] = generate_of_transformers(model)
         models = {"fp32": model}
         if has_bf16(model.device):

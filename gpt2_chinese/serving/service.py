@@ -73,7 +73,7 @@ class ServedModel:
 
         def make() -> list[Prompt]:
             return [
-                engine.prompt(context, length) if isinstance(context, str) else engine.prompt_of_ids(context, length)
+                engine.prompt(context, length) if isinstance(context, str) else engine.prompt_from_ids(context, length)
                 for context in contexts
             ]
 
@@ -256,7 +256,7 @@ class RunningRequest:
     @property
     def cut(self) -> int:
         """Tokens of the longest context that did not fit the model."""
-        return max(prompt.cut for prompt in self.prompts)
+        return max(prompt.truncated for prompt in self.prompts)
 
     def echoed(
         self, place: int, logprobs: tuple[TokenLogprob, ...], *, begun: bool = False
@@ -301,11 +301,11 @@ async def asked(service: Service, wish: CompletionRequest) -> AsyncIterator[Runn
                     prompt,
                     samples=wish.samples,
                     length=wish.length,
-                    settings=wish.settings,
+                    sampling_params=wish.settings,
                     seed=wish.seed,
                     stop=wish.stop,
                     logprobs=wish.logprobs,
-                    scored=wish.scored,
+                    score_prompt=wish.scored,
                     on_delta=None if arrivals is None else partial(arrivals.put, place),
                 )
                 result.tickets.append(ticket)

@@ -15,11 +15,11 @@ from small_run import assert_same_weights, scalars, weights, write_documents, wr
 from tiny_model import endless_model, save_tiny_model, tiny_model, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2_chinese.decoding.completion import Prompt, Settings
+from gpt2_chinese.decoding.completion import Prompt, SamplingParams
 from gpt2_chinese.decoding.decoder import Decoder
 from gpt2_chinese.decoding.engine import Engine, choose_device
 from gpt2_chinese.decoding.graph_decoder import GraphDecoder
-from gpt2_chinese.decoding.sampling import draw, row_seed, uniforms
+from gpt2_chinese.decoding.sampling import draw, sequence_seed, uniforms
 from gpt2_chinese.model_folder import load_model, load_weights
 from gpt2_chinese.text.vocabulary import CLS_ID, MASK_ID, PAD_ID, UNK_ID
 from gpt2_chinese.training.checkpoints import checkpoints_in
@@ -154,7 +154,7 @@ def test_two_gpus_equal_one(train):
 
 WAIT = 600
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-GREEDY = Settings(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 
 
 def wide_model(n_positions: int = 300) -> GPT2LMHeadModel:
@@ -178,7 +178,7 @@ def random_texts(count: int, longest: int) -> list[list[int]]:
 def load(decoder: Decoder, texts: list[list[int]]) -> list[int]:
     with torch.inference_mode():
         for row, ids in enumerate(texts):
-            decoder.load(row, decoder.prefill(ids))
+            decoder.load_prefill(row, decoder.prefill(ids))
     return [len(ids) for ids in texts]
 
 
@@ -228,8 +228,8 @@ def test_greedy_on_a_gpu_is_that_of_transformers():
     prompts = [
         Prompt("", (MASK_ID, *(source.randrange(5, 200) for _ in range(source.randrange(16)))), 0) for _ in range(40)
     ]
-    with Engine(model, tiny_tokenizer(), rows=16) as engine:
-        tickets = [engine.submit(prompt, samples=1, length=15, settings=GREEDY) for prompt in prompts]
+    with Engine(model, tiny_tokenizer(), max_num_seqs=16) as engine:
+        tickets = [engine.submit(prompt, samples=1, length=15, sampling_params=GREEDY) for prompt in prompts]
         ours = [list(ticket.future.result(WAIT)[0].ids) for ticket in tickets]
         assert isinstance(engine.decoder, GraphDecoder) and engine.decoder._graphs and engine.decoder.capture
     for prompt, ids in zip(prompts, ours, strict=True):
@@ -249,15 +249,23 @@ def test_a_seed_on_a_gpu_gives_the_same_alone_in_a_crowd_and_streamed(precision)
     model = endless_model(n_ctx=100).cuda()
     model = model.half() if precision == "fp16" else model
     source = random.Random(1)
-    with Engine(model, tiny_tokenizer(), rows=8, precision="auto" if precision == "fp16" else precision) as engine:
+    with Engine(
+        model, tiny_tokenizer(), max_num_seqs=8, precision="auto" if precision == "fp16" else precision
+    ) as engine:
 
         def submit(seed: int, on_delta=None):
-            settings = Settings(
+            settings = SamplingParams(
                 [0, 0.7, 1.5][seed % 3], [0, 30][seed % 2], [0, 0.8][seed % 5 == 0], [1, 1.2][seed % 4 == 0]
             )
             prompt = engine.prompt(contexts[seed], lengths[seed])
             return engine.submit(
-                prompt, samples=2, length=lengths[seed], settings=settings, seed=seed, on_delta=on_delta, logprobs=2
+                prompt,
+                samples=2,
+                length=lengths[seed],
+                sampling_params=settings,
+                seed=seed,
+                on_delta=on_delta,
+                logprobs=2,
             )
 
         lengths = [source.randint(1, 150) for _ in range(12)]
@@ -276,7 +284,7 @@ def test_a_seed_on_a_gpu_gives_the_same_alone_in_a_crowd_and_streamed(precision)
 
 def test_tokens_drawn_on_a_gpu_are_those_of_the_cpu_and_are_waited_for_once():
     logits = torch.randn(24, 5005, generator=torch.Generator().manual_seed(0)).mul(3).round(decimals=1)
-    numbers = uniforms([row_seed(3, row) for row in range(24)], range(24))
+    numbers = uniforms([sequence_seed(3, row) for row in range(24)], range(24))
     temperature = torch.tensor([0.0, 0.7, 1.0] * 8)
     top_k, top_p = torch.tensor([0, 30, 200, 5] * 6), torch.tensor([0.0, 0.0, 0.9] * 8)
     expected = draw(logits, numbers, temperature, top_k, top_p)
@@ -320,7 +328,7 @@ def test_what_cuda_does_not_capture_is_decoded_without_a_graph(capsys):
 def test_a_model_folder_is_decoded_on_the_last_gpu(tmp_path):
     device = choose_device(str(torch.cuda.device_count() - 1))
     folder = save_tiny_model(tmp_path / "model")
-    with Engine(*load_weights(folder, device=device), rows=3, precision="bf16") as engine:
+    with Engine(*load_weights(folder, device=device), max_num_seqs=3, precision="bf16") as engine:
         texts = engine.complete("一丁", samples=3, length=20, seed=4)
         assert engine.complete("一丁", samples=2, length=20, seed=4) == texts[:2]
         assert engine.decoder.device == device and engine.decoder.dtype == torch.bfloat16

@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 from browser import CHROMIUM, browser_tab
 from served import served, wait_until
-from tiny_model import endless_model, favour, tiny_model, tiny_tokenizer
+from tiny_model import endless_model, set_likeliest, tiny_model, tiny_tokenizer
 
 from gpt2_chinese.decoding.engine import Engine
 from gpt2_chinese.serving.connections import listen, serving
@@ -124,7 +124,7 @@ def test_typing_shows_suggestions_and_a_choice_lands_in_the_text():
         await tab.click("#candidates li:last-child button")
         assert await tab.js(TEXT) == text + last
 
-    with_page(test, engine=Engine(endless_model(), tiny_tokenizer(), rows=8))
+    with_page(test, engine=Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8))
 
 
 def test_fast_typing_asks_once_with_the_settings_and_choices_stand_where_the_caret_is(server):
@@ -201,7 +201,7 @@ def test_digits_and_tab_are_themselves_where_no_suggestion_is_shown(server):
 
 
 def test_a_long_text_streams_and_can_be_stopped():
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=8)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(tab, client):
         await tab.click("#tab-long")
@@ -248,7 +248,7 @@ def test_a_server_that_dies_is_said_and_when_it_is_back_the_page_goes_on(server)
 
 
 def test_a_model_thread_that_dies_is_said(monkeypatch, caplog):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=8)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(tab, client):
         await tab.type("一")
@@ -277,13 +277,13 @@ def test_a_model_that_loads_and_one_that_has_nothing_to_say_are_said(server):
 
 def test_an_untrained_end_of_everything_is_said_by_the_real_server():
     model = tiny_model()
-    favour(model, CLS_ID)
+    set_likeliest(model, CLS_ID)
 
     async def test(tab, client):
         await tab.type("一")
         await tab.until(f"{SAYS}.includes('没有可续写的内容')")
 
-    with_page(test, engine=Engine(model, tiny_tokenizer(), rows=8))
+    with_page(test, engine=Engine(model, tiny_tokenizer(), max_num_seqs=8))
 
 
 def test_a_busy_a_slow_and_a_stingy_server_are_said(server):

@@ -21,7 +21,7 @@ import pytest
 from served import GOOD, check_error, check_good, error_of, events, raw, served, wait_until
 from tiny_model import endless_model, save_tiny_model, tiny_model, tiny_tokenizer
 
-from gpt2_chinese.decoding.completion import Settings
+from gpt2_chinese.decoding.completion import SamplingParams
 from gpt2_chinese.decoding.engine import Engine
 from gpt2_chinese.serving.connections import simple_post
 
@@ -53,14 +53,14 @@ def test_the_answer_is_an_array_of_strings_in_utf8_that_begin_with_the_context(s
 
 
 def test_a_seed_repeats_and_the_settings_reach_the_engine(server):
-    engine = Engine(tiny_model(), tiny_tokenizer(), rows=8)
+    engine = Engine(tiny_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(client):
         assert await check_good(client) == await check_good(client)
         wish = GOOD | {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "repetition_penalty": 1.5}
         async with client.post("/generate", json=wish) as response:
             texts = await response.json()
-        settings = Settings(temperature=0.5, top_k=3, top_p=0.9, repetition_penalty=1.5)
+        settings = SamplingParams(temperature=0.5, top_k=3, top_p=0.9, repetition_penalty=1.5)
         expected = await asyncio.to_thread(engine.complete, "一丁", samples=2, length=6, settings=settings, seed=1)
         assert texts == expected
 
@@ -167,7 +167,7 @@ def test_a_stream_has_the_texts_of_the_array(server):
 
 
 def test_pieces_come_while_the_model_works_and_a_client_that_leaves_frees_its_rows(server):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=8)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(client):
         async with client.post("/generate", json=LONG | {"stream": True}) as response:
@@ -183,7 +183,7 @@ def test_pieces_come_while_the_model_works_and_a_client_that_leaves_frees_its_ro
 
 
 def test_errors_behind_the_beginning_of_a_stream_are_events(server, monkeypatch, caplog):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=8)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(client):
         async with client.post("/generate", json=LONG | {"stream": True}) as response:
@@ -202,7 +202,7 @@ def test_errors_behind_the_beginning_of_a_stream_are_events(server, monkeypatch,
 
 
 def test_a_client_that_does_not_read_is_let_go(server):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=32)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=32)
 
     async def test(client):
         body = json.dumps({"context": "一", "maxlength": 1_000_000, "samples": 32, "stream": True}).encode()
@@ -327,7 +327,7 @@ def test_metrics_count_requests_tokens_and_times(server):
 
 
 def test_requests_choose_among_several_models(server):
-    endless = Engine(endless_model(), tiny_tokenizer(), rows=8)
+    endless = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(client):
         async with client.get("/v1/models") as response:
@@ -355,7 +355,7 @@ def test_requests_choose_among_several_models(server):
 
 
 def test_a_model_that_dies_leaves_the_others_working_and_health_says_which(server):
-    endless = Engine(endless_model(), tiny_tokenizer(), rows=8)
+    endless = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(client):
         endless.close()
@@ -378,7 +378,7 @@ def test_the_port_answers_while_the_model_loads(server):
 
     def load():
         assert loaded.wait(60)
-        return Engine(tiny_model(), tiny_tokenizer(), rows=8)
+        return Engine(tiny_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(client):
         async with client.get("/health") as response:
@@ -400,7 +400,7 @@ def test_the_port_answers_while_the_model_loads(server):
 
 
 def test_full_speed_is_said_when_the_compiled_decoder_has_taken_over(server):
-    engine = Engine(tiny_model(), tiny_tokenizer(), rows=8)
+    engine = Engine(tiny_model(), tiny_tokenizer(), max_num_seqs=8)
     compiling: Future = Future()
     engine._next_decoder = compiling
 
@@ -440,7 +440,7 @@ def test_a_model_that_cannot_be_loaded_is_dead_and_said_so(server):
 
 
 def test_a_server_that_drains_finishes_what_it_has_and_takes_nothing_new(server):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=8)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(client):
         busy = asyncio.create_task(client.post("/generate", json={"context": "一", "maxlength": 500, "samples": 8}))
@@ -518,7 +518,7 @@ def test_slow_and_silent_connections_are_closed_and_disturb_no_one(server):
 
 
 def test_health_answers_while_the_model_works(server):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=8)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(client):
         wish = {"context": "一", "maxlength": 1024, "samples": 8}
@@ -535,7 +535,7 @@ def test_health_answers_while_the_model_works(server):
 
 
 def test_a_request_that_takes_too_long_is_504_and_frees_its_rows(server):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=8)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(client):
         wish = {"context": "一", "maxlength": 1_000_000, "samples": 8}
@@ -548,7 +548,7 @@ def test_a_request_that_takes_too_long_is_504_and_frees_its_rows(server):
 
 
 def test_a_client_that_goes_away_frees_its_rows(server):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=8)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(client):  # TestServer cancels handlers, as main() does
         wish = {"context": "一", "maxlength": 1_000_000, "samples": 8}
@@ -562,7 +562,7 @@ def test_a_client_that_goes_away_frees_its_rows(server):
 
 
 def test_too_much_work_is_429_with_retry_after(server):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=1, max_waiting=2)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=1, max_waiting=2)
 
     async def test(client):
         wish = {"context": "一", "maxlength": 200, "samples": 2}
@@ -578,7 +578,7 @@ def test_too_much_work_is_429_with_retry_after(server):
 
 
 def test_the_short_refusal_says_what_the_long_one_says_and_keeps_the_connection(server):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=1, max_waiting=2)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=1, max_waiting=2)
 
     def request(path: str, *lines: str) -> bytes:
         head = "".join(f"{line}\r\n" for line in (f"POST {path} HTTP/1.1", "Host: x", "Content-Length: 2", *lines))
@@ -648,7 +648,7 @@ def test_only_a_whole_request_that_asks_for_nothing_else_gets_a_short_answer(lin
 
 
 def test_a_large_request_that_is_refused_does_not_keep_the_small_ones_out(server):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=1, max_waiting=16)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=1, max_waiting=16)
 
     async def test(client):
         model = client.service.models[0]
@@ -668,7 +668,7 @@ def test_a_large_request_that_is_refused_does_not_keep_the_small_ones_out(server
 
 
 def test_once_there_was_no_room_there_must_be_room_for_several(server):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=1, max_waiting=32)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=1, max_waiting=32)
 
     async def test(client):
         ask = {"context": "一", "maxlength": 1_000_000, "samples": 1}
@@ -693,7 +693,7 @@ def test_once_there_was_no_room_there_must_be_room_for_several(server):
 
 
 def test_answers_keep_their_turn_and_a_body_is_never_taken_for_a_request(server):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=1, max_waiting=2)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=1, max_waiting=2)
 
     def request(body: bytes, path: str = "/generate") -> bytes:
         return f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
@@ -741,7 +741,7 @@ def test_answers_keep_their_turn_and_a_body_is_never_taken_for_a_request(server)
 
 
 def test_who_has_no_key_is_not_told_how_full_it_is(server):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=1, max_waiting=2)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=1, max_waiting=2)
 
     async def test(client):
         wish = {"context": "一", "maxlength": 1_000_000, "samples": 3}
@@ -758,7 +758,7 @@ def test_who_has_no_key_is_not_told_how_full_it_is(server):
 
 
 def test_a_dead_model_thread_is_503_everywhere_and_no_one_waits(server, monkeypatch, caplog):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=8)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(client):
         await check_good(client)
@@ -775,7 +775,7 @@ def test_a_dead_model_thread_is_503_everywhere_and_no_one_waits(server, monkeypa
 
 
 def test_a_fault_of_ours_is_logged_and_tells_the_client_nothing(server, monkeypatch, caplog):
-    engine = Engine(tiny_model(), tiny_tokenizer(), rows=8)
+    engine = Engine(tiny_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(client):
         with monkeypatch.context() as patch:
