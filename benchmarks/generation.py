@@ -44,7 +44,7 @@ from gpt2_chinese.text.vocabulary import (  # noqa: E402
 
 VOCABULARY = [*SPECIAL_TOKENS, *(f"词{number}" for number in range(50_000))]
 TOP_K = 30
-REFERENCE = "no KV cache, no batch"
+REFERENCE = "loop without KV cache"
 Contender = Callable[[int, int, int], Any]
 """Called with the number of requests, of samples of each, and of tokens of each sample; decodes them."""
 
@@ -53,7 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds (%(default)s)")
     parser.add_argument("--layers", type=int, default=12, help="layers of the model; GPT-2 small has 12 (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=50, help="tokens of a sample, except for the latency (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=50, help="tokens of a sample; the latency has 20 (%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     return parser.parse_args(argv)
 
@@ -177,7 +177,7 @@ def show(title: str, seconds: dict[str, list[float]], tokens: int) -> None:
     for name, median in ours.items():
         line = f"{name}: {theirs[fastest] / median:.2f} times the fastest of the others ({fastest})"
         if REFERENCE in theirs:
-            line += f", {theirs[REFERENCE] / median:.1f} times {REFERENCE}"
+            line += f", {theirs[REFERENCE] / median:.1f} times the {REFERENCE}"
         print(line)
 
 
