@@ -1,9 +1,9 @@
-"""GPT-2 decoding on a CPU, by compiled code over packed weights, at the speed of the memory.
+"""GPT-2 decoding on a CPU, by compiled code over packed weights, limited by the memory bandwidth.
 
-A decode step reads every weight once, whatever the size of the batch, so it takes at least the bytes of the weights
-over the memory bandwidth. The weights are kept in 32, 16 or 8 bits (`precision`). The arithmetic is float32, except for
-products with 8-bit weights: their inputs are quantized to 8 bits too, row by row, which takes far less time for large
-batches, where the arithmetic is the limit. The code is in decoder_kernel.py; compiled.py caches its machine code.
+A decode step reads every weight once, whatever the size of the batch, so its time is the size of the weights over the
+memory bandwidth. The weights are kept in 32, 16 or 8 bits (`precision`). The arithmetic is float32, except for products
+with 8-bit weights: their inputs are quantized to 8 bits too, row by row, which takes far less time for large batches,
+where the arithmetic is the limit. The code is in decoder_kernel.py; compiled.py caches its machine code.
 """
 
 from __future__ import annotations
@@ -275,8 +275,9 @@ class CompiledDecoder:
         scratch = max(MAX_BLOCK_ROWS * PANEL_COLUMNS, self.n_ctx + head_stride)
         scratch = -(-scratch // 64) * 64
         self._tokens, self._slots, self._positions, self._logit_rows = np.zeros((4, max_rows), dtype=np.int64)
-        # Two for each phase (work items taken, work items done), then the number of threads that have left the step.
-        self._counters = np.zeros((2 * (3 + 9 * config.n_layer) + 1, COUNTER_BYTES // 8), dtype=np.int64)
+        phases = 1 + 9 * config.n_layer + 2  # the embedding, those of each layer, the final layer norm and the logits
+        # Two for each phase: work items taken, and work items finished.
+        self._counters = np.zeros((2 * phases, COUNTER_BYTES // 8), dtype=np.int64)
 
         def zeros(shape: tuple[int, ...], dtype: type) -> int:
             return self._address(np.zeros(shape, dtype=dtype))
@@ -332,7 +333,7 @@ class CompiledDecoder:
         return PrefilledPrompt(keys, values, logits[0], length)
 
     def prompt_logits(self, ids: Sequence[int]) -> Iterator[Tensor]:
-        """The logits behind every token of a prompt, in chunks [tokens, V]; the slots do not change."""
+        """The logits after every token of a prompt, in chunks [tokens, V]; the slots do not change."""
         for start in range(0, len(ids), PREFILL_CHUNK):
             part = ids[start : start + PREFILL_CHUNK]
             rows = range(len(part))

@@ -147,7 +147,7 @@ class Decoder:
 
     @torch.inference_mode()
     def prompt_logits(self, ids: Sequence[int]) -> Iterator[Tensor]:
-        """The logits behind every token of a prompt, in chunks [tokens, V]; the slots do not change."""
+        """The logits after every token of a prompt, in chunks [tokens, V]; the slots do not change."""
         hidden, _, _ = self._forward_prompt(ids)
         for part in hidden.split(PROMPT_LOGITS_CHUNK):
             yield self._logits(part)

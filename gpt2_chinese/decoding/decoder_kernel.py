@@ -91,7 +91,7 @@ def _broadcast(builder, value):
 
 
 def _store(builder, vectors, address):
-    """Store vectors of LANES numbers of 4 bytes, one behind the other."""
+    """Store vectors of LANES numbers of 4 bytes, one after the other."""
     for number, value in enumerate(vectors):
         builder.store(value, _pointer(builder, address, value.type, 4 * LANES * number), align=4)
 
@@ -396,7 +396,7 @@ def min_max(_, numbers, vectors, target):
 def quantize_vectors(_, numbers, vectors, inverse_scale, zero_point, codes, stride):
     """So many vectors of float32 times `inverse_scale`, plus `zero_point`, rounded and clamped to codes from 0 to 255.
 
-    GROUP codes are stored beside each other at `codes`, the next ones `stride` bytes behind.
+    GROUP codes are stored beside each other at `codes`, the next ones `stride` bytes further.
     """
 
     def generate(context, builder, signature, arguments):
@@ -645,8 +645,8 @@ def quantize_row(args, source, row, rows, width):
 def multiply_panel(model, args, layer, linear, panel, rows, inputs, tile, destination, is_last):
     """Multiply all rows with one panel of a matrix, and store the results at their destination.
 
-    Unless it `is_last`, the next panel is prefetched meanwhile: its beginning behind the end of this one, or all of it
-    during the second block of rows where there is one.
+    Unless it `is_last`, the next panel is prefetched meanwhile: its beginning after the end of this one, or all of it
+    during the second block of rows, if there is one.
     """
     size_of_panel = panel_bytes(model.precision, linear.in_features)
     weights = linear.weights + panel * size_of_panel
@@ -775,7 +775,7 @@ def softmax(scores, length, scale):
 
 @compiled
 def take_work_item(args, phase):
-    """The number of a work item that no thread has taken yet; past the last one where there is none."""
+    """The number of a work item that no thread has taken yet; past the last one if there is none."""
     return atomic_fetch_add_one(args.counters + 2 * COUNTER_BYTES * phase)
 
 

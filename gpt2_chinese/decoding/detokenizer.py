@@ -13,7 +13,7 @@ character has up to four."""
 
 
 class IncrementalDetokenizer:
-    """Turns sampled tokens into the text behind a prompt, one token after the other, and looks for stop strings.
+    """Turns sampled tokens into the text after a prompt, one token after the other, and looks for stop strings.
 
     A space separates two tokens only where the tokenizer joins with one, and never follows a context that ends with
     white space. Of several stop strings, the one that is completed first ends the text, wherever the tokens begin and

@@ -66,7 +66,7 @@ class GraphDecoder(Decoder):
     there are, since only sizes are used that give the bits of the largest one, as tried in the constructor:
 
     - The matrix products are computed for a multiple of `pad_to_multiple_of` rows, as in Decoder.
-    - Attention is computed for 1, 2, 4 … sequences over 64, 128, 256 … positions. The positions behind a sequence's
+    - Attention is computed for 1, 2, 4 … sequences over 64, 128, 256 … positions. The positions beyond a sequence's
       own length are masked, so that their weights are exactly 0. A kernel that goes over the keys in blocks of a fixed
       size, from the first to the last (SDPA's memory-efficient one does), then adds exactly 0 for them, whatever their
       number. The trial covers this assumption too.
@@ -145,7 +145,7 @@ class GraphDecoder(Decoder):
     def _make_finite(self, tensor: Tensor) -> Tensor:
         """Replace what is not finite among keys or values, since 0 times that is not 0.
 
-        A sequence attends with weight 0 over what an earlier one left behind its own length. Only fp16 can overflow.
+        A sequence attends with weight 0 over what an earlier one left beyond its own length. Only fp16 can overflow.
         """
         return tensor.nan_to_num() if self.dtype == torch.float16 else tensor
 

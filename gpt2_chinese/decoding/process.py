@@ -1,8 +1,8 @@
 """An engine in a child process, so that decoding and answering requests do not compete for one global lock.
 
-`EngineProcess` is the parent's side. It does not need torch, and it survives a child that the system kills, for want of
-memory say, so that a server can still report that. `run_child` is the child's side. They exchange frames, a length and
-a pickle, through the child's stdin and stdout:
+`EngineProcess` is the parent's side. It does not need torch, and it survives a child that the system kills, for example
+when memory runs out, so that a server can still report that. `run_child` is the child's side. They exchange frames, a
+length and a pickle, through the child's stdin and stdout:
 
     to the child    first EngineOptions; then ("submit", number, fields) and ("cancel", number, sample or None)
     from the child  first Ready, or the exception that prevents it; then (EngineState, messages), where a message is

@@ -209,7 +209,8 @@ def load_sampling_kernel() -> Callable[..., None]:
 class CompiledSampler:
     """Compiled sampling on the CPU, for temperature 0 and for a top-k from 1 to MAX_PARTIAL_TOP_K - 1.
 
-    A call takes the arguments of `sample_tokens` and returns the tokens [B], -1 for a sequence left to PyTorch.
+    A call takes the arguments of `sample_tokens` and returns the tokens [B], -1 for a sequence left to PyTorch: the
+    place to leave those with a new parameter that sampling_kernel.py does not know.
     """
 
     def __init__(self, vocab_size: int) -> None:

@@ -125,7 +125,7 @@ def insert_candidate(logits, index, greatest, temperature, threshold, ids, candi
     """Insert a token that reaches the threshold into the sorted candidates: descending, equal ones by their id.
 
     Returns:
-        The number of candidates; more than MAX_CANDIDATES where there is no room.
+        The number of candidates; more than MAX_CANDIDATES if there is no room.
     """
     if not (logits[index] >= threshold and logits[index] > -np.inf):
         return count
