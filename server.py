@@ -25,7 +25,7 @@ import aiohttp_cors
 from aiohttp import web
 
 from gpt2_chinese.command_line import print_settings, run_script
-from gpt2_chinese.decoding.engine_process import EngineOptions, EngineProcess
+from gpt2_chinese.decoding.process import EngineOptions, EngineProcess
 from gpt2_chinese.serving.api import MAX_TOKENS, parse_generate, parse_v1
 from gpt2_chinese.serving.connections import open_socket, url_of
 from gpt2_chinese.serving.devices import run_for_each_device

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NoReturn
 
-from gpt2_chinese.decoding.completion import MAX_LOGPROBS, SETTING_LIMITS, Settings
+from gpt2_chinese.decoding.completion import MAX_LOGPROBS, SAMPLING_LIMITS, SamplingParams
 from gpt2_chinese.serving.errors import ApiError
 
 DEFAULT_LENGTH = 50
@@ -56,7 +56,7 @@ class CompletionRequest:
     contexts: tuple[str | tuple[int, ...], ...]
     length: int
     samples: int
-    settings: Settings
+    settings: SamplingParams
     seed: int | None
     stop: tuple[str, ...] = ()
     stream: bool = False
@@ -95,21 +95,21 @@ def _neutral(description: str, *values: Any) -> Schema:
 
 
 def _sampling(top_k: int, top_p: float) -> dict[str, Schema]:
-    setting = Settings()
+    setting = SamplingParams()
     return {
-        "temperature": _number(setting.temperature, *SETTING_LIMITS["temperature"], "0 is greedy decoding"),
-        "top_k": _whole(top_k, *SETTING_LIMITS["top_k"], "sample from the k most likely tokens; 0 is off"),
+        "temperature": _number(setting.temperature, *SAMPLING_LIMITS["temperature"], "0 is greedy decoding"),
+        "top_k": _whole(top_k, *SAMPLING_LIMITS["top_k"], "sample from the k most likely tokens; 0 is off"),
         "top_p": _number(
             top_p,
-            *SETTING_LIMITS["top_p"],
+            *SAMPLING_LIMITS["top_p"],
             "sample from the fewest tokens whose probabilities add up to p; 1 is off",
         ),
         "repetition_penalty": _number(
             setting.repetition_penalty,
-            *SETTING_LIMITS["repetition_penalty"],
+            *SAMPLING_LIMITS["repetition_penalty"],
             "above 1 makes repetition less likely",
         ),
-        "seed": _whole(None, *SETTING_LIMITS["seed"], "the same seed gives the same texts"),
+        "seed": _whole(None, *SAMPLING_LIMITS["seed"], "the same seed gives the same texts"),
         "stop": {
             "anyOf": [
                 {"type": "null"},
@@ -141,7 +141,7 @@ def generate_fields(limits: Limits) -> dict[str, Schema]:
         "maxlength": _whole(length, 1, limits.length, "maximum tokens of a completion"),
         "samples": _whole(samples, 1, limits.samples, "number of completions"),
         "model": _MODEL,
-        **_sampling(Settings().top_k, Settings().top_p),
+        **_sampling(SamplingParams().top_k, SamplingParams().top_p),
     }
 
 
@@ -278,7 +278,7 @@ def parse_v1(body: bytes, limits: Limits, vocab_size_of: Callable[[str | None], 
         raise ApiError(400, "out_of_range", message, "max_tokens")
     settings = _settings(fields)
     if settings.top_p < MIN_TOP_P:
-        settings = Settings(settings.temperature, settings.top_k, MIN_TOP_P, settings.repetition_penalty)
+        settings = SamplingParams(settings.temperature, settings.top_k, MIN_TOP_P, settings.repetition_penalty)
     return CompletionRequest(
         contexts=contexts,
         length=fields["max_tokens"],
@@ -342,8 +342,8 @@ def _check_scalar(name: str, value: Any, schema: Schema) -> None:
         raise ApiError(400, "unsupported", f"{name} is not supported: {schema['description']}", name)
 
 
-def _settings(fields: dict[str, Any]) -> Settings:
-    return Settings(
+def _settings(fields: dict[str, Any]) -> SamplingParams:
+    return SamplingParams(
         temperature=float(fields["temperature"]),
         top_k=fields["top_k"],
         top_p=float(fields["top_p"]),

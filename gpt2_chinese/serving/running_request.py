@@ -70,7 +70,7 @@ class RunningRequest:
     @property
     def cut_tokens(self) -> int:
         """Tokens of the longest context that did not fit into the model's window."""
-        return max(prompt.cut for prompt in self.prompts)
+        return max(prompt.truncated for prompt in self.prompts)
 
     @property
     def seconds_left(self) -> float:
@@ -175,11 +175,11 @@ async def _queue(running: RunningRequest) -> None:
                 prompt,
                 samples=completion_request.samples,
                 length=completion_request.length,
-                settings=completion_request.settings,
+                sampling_params=completion_request.settings,
                 seed=completion_request.seed,
                 stop=completion_request.stop,
                 logprobs=completion_request.logprobs,
-                scored=completion_request.scored,
+                score_prompt=completion_request.scored,
                 on_delta=None if queue is None else partial(queue.put, index),
             )
             running.requests.append(request)

@@ -80,7 +80,7 @@ class ServedModel:
 
         def tokenize_all() -> list[Prompt]:
             return [
-                engine.prompt(context, length) if isinstance(context, str) else engine.prompt_of_ids(context, length)
+                engine.prompt(context, length) if isinstance(context, str) else engine.prompt_from_ids(context, length)
                 for context in contexts
             ]
 

@@ -33,11 +33,13 @@ class BpeJoiner:
         self._token_bytes = token_bytes
         self._end = end
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._is_first = True
 
     def push(self, id_: int) -> str:
         """Give the text that this token adds to those before it."""
-        if id_ == self._end:
-            return self._decoder.decode(b"", final=True) + "\n\n"
+        is_first, self._is_first = self._is_first, False
+        if id_ == self._end:  # it begins a document too
+            return "" if is_first else self._decoder.decode(b"", final=True) + "\n\n"
         return self._decoder.decode(self._token_bytes[id_])
 
 

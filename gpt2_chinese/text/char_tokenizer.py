@@ -162,6 +162,7 @@ class CharTokenizer:
         self.vocabulary = list(vocabulary)
         self.compat = compat
         self.lowercase = lowercase
+        self.mark_names = begin, end, line_break
         self._id_of = {token: id_ for id_, token in enumerate(self.vocabulary)}
         self.marks = find_marks(self._id_of, begin=begin, end=end, line_break=line_break)
         if self.marks.unknown is None:

@@ -129,6 +129,27 @@ class TokenizerSpec:
         return replace(self, begin=begin, end=end, line_break=None if end == self.line_break else self.line_break)
 
 
+def spec_of(tokenizer: Tokenizer) -> TokenizerSpec:
+    """What makes a tokenizer again, in another process."""
+    if isinstance(tokenizer, HasDefinition):
+        end = tokenizer.vocabulary[tokenizer.marks.end]
+        return TokenizerSpec("bpe", definition=tokenizer.definition, begin=end, end=end, line_break=None)
+    vocabulary = tuple(tokenizer.vocabulary)
+    if isinstance(tokenizer, WordTokenizer):
+        return TokenizerSpec("word", vocabulary, compat=tokenizer.compat, rules=tokenizer.rules.number)
+    assert isinstance(tokenizer, CharTokenizer)
+    begin, end, line_break = tokenizer.mark_names
+    return TokenizerSpec(
+        "char",
+        vocabulary,
+        compat=tokenizer.compat,
+        lowercase=tokenizer.lowercase,
+        begin=begin,
+        end=end,
+        line_break=line_break,
+    )
+
+
 def read_tokenizer(
     path: str | Path, *, kind: str | None = None, compat: bool | None = None, settings: dict[str, Any] | None = None
 ) -> TokenizerSpec:

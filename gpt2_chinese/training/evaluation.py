@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2LMHeadModel
 
-from gpt2_chinese.decoding.sampling import draw, uniforms
+from gpt2_chinese.decoding.sampling import sample_tokens, uniform_random
 from gpt2_chinese.text.pieces import document_begins
 from gpt2_chinese.text.tokenizers import Tokenizer
 from gpt2_chinese.text.vocabulary import Marks
@@ -210,7 +210,7 @@ def complete(model: GPT2LMHeadModel, prompt: list[int], *, rows: int, marks: Mar
             hidden = model.transformer(torch.tensor([ids], device=device), use_cache=False).last_hidden_state
             logits = model.lm_head(hidden[:, -1])[:, :rows].float().cpu()
             logits[:, list(marks.never_produced)] = -torch.inf
-            id_ = int(draw(logits, uniforms([seed], [step]), one, torch.tensor([30]), one))
+            id_ = int(sample_tokens(logits, uniform_random([seed], [step]), one, torch.tensor([30]), one))
             if id_ == marks.end:
                 break
             ids = [*ids, id_]

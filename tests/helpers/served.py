@@ -57,7 +57,7 @@ def served(
     server = sys.modules["server"]
 
     async def run() -> Any:
-        made = engine or (None if load else Engine(tiny_model(), tiny_tokenizer(), rows=8))
+        made = engine or (None if load else Engine(tiny_model(), tiny_tokenizer(), max_num_seqs=8))
         server_limits = Limits(**limits)
         loads = {"tiny": load or (lambda: made)} | {name: lambda one=one: one for name, one in (others or {}).items()}
         models = [ServedModel(name, one) for name, one in loads.items()]

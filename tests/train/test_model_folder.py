@@ -372,9 +372,9 @@ def test_weights_without_transformers_decode_as_its_model_does(tmp_path, shape):
     for load in (load_model, load_weights):
         model, tokenizer = load(tmp_path / "model")
         assert len(tokenizer) == 20
-        decoder = Decoder(model, rows=2)
+        decoder = Decoder(model, max_num_seqs=2)
         for row in range(2):
-            decoder.load(row, decoder.prefill([2, 7 + row, 9]))
+            decoder.load_prefill(row, decoder.prefill([2, 7 + row, 9]))
         steps.append(decoder.step([6, 8], [3, 3]))
     assert torch.equal(steps[0], steps[1])
 
@@ -384,7 +384,7 @@ def test_decoding_does_not_wait_for_the_import_of_transformers(folder):
         "import sys; from gpt2_chinese.model_folder import load_weights\n"
         "from gpt2_chinese.decoding.engine import Engine\n"
         "with Engine(*load_weights(sys.argv[1]), precision='fp32') as engine:\n"
-        "    engine.submit(engine.prompt_of_ids([2, 6, 7], 2), samples=1, length=2).future.result()\n"
+        "    engine.submit(engine.prompt_from_ids([2, 6, 7], 2), samples=1, length=2).future.result()\n"
         "assert 'transformers' not in sys.modules and 'numba' not in sys.modules or 'compiling' in sys.argv[2]"
     )
     command = [sys.executable, "-c", code, str(folder)]

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from tiny_model import tiny_model
 
-from gpt2_chinese.decoding.completion import Settings
+from gpt2_chinese.decoding.completion import SamplingParams
 from gpt2_chinese.decoding.engine import Engine
 from gpt2_chinese.model_folder import save_model
 from gpt2_chinese.text.segmenter import Segmenter
@@ -180,14 +180,17 @@ def test_special_tokens_are_those_of_the_training(answers, vocabulary, name):
 @pytest.fixture(scope="module")
 def greedy(vocabulary, model) -> list[tuple[str, list[int]]]:
     """The engine's likeliest completions: text and ids."""
-    with Engine(model, WordTokenizer(vocabulary), rows=1) as engine:
-        tickets = [
+    with Engine(model, WordTokenizer(vocabulary), max_num_seqs=1) as engine:
+        requests = [
             engine.submit(
-                engine.prompt(context, NEW_TOKENS), samples=1, length=NEW_TOKENS, settings=Settings(temperature=0)
+                engine.prompt(context, NEW_TOKENS),
+                samples=1,
+                length=NEW_TOKENS,
+                sampling_params=SamplingParams(temperature=0),
             )
             for context in CONTEXTS
         ]
-        return [(ticket.future.result()[0].text, list(ticket.future.result()[0].ids)) for ticket in tickets]
+        return [(request.future.result()[0].text, list(request.future.result()[0].ids)) for request in requests]
 
 
 def test_the_pipeline_continues_as_the_engine_does(answers, greedy):

@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 from book_order import CLS_ID
 from served import served, wait_until
-from tiny_model import endless_model, favour, tiny_model, tiny_tokenizer
+from tiny_model import endless_model, set_likeliest, tiny_model, tiny_tokenizer
 
 from gpt2_chinese.decoding.engine import Engine
 from gpt2_chinese.serving.connections import open_socket, start_listening
@@ -126,7 +126,7 @@ def test_typing_shows_suggestions_and_a_choice_lands_in_the_text():
         await tab.click("#candidates li:last-child button")
         assert await tab.js(TEXT) == text + last
 
-    with_page(test, engine=Engine(endless_model(), tiny_tokenizer(), rows=8))
+    with_page(test, engine=Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8))
 
 
 def test_every_text_is_there_in_every_language(server):
@@ -223,7 +223,7 @@ def test_digits_and_tab_are_themselves_where_no_suggestion_is_shown(server):
 
 
 def test_a_long_text_streams_and_can_be_stopped():
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=8)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(tab, client):
         await tab.click("#tab-long")
@@ -270,7 +270,7 @@ def test_a_server_that_dies_is_said_and_when_it_is_back_the_page_goes_on(server)
 
 
 def test_a_model_thread_that_dies_is_said(monkeypatch, caplog):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=8)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(tab, client):
         await tab.type("一")
@@ -299,13 +299,13 @@ def test_a_model_that_loads_and_one_that_has_nothing_to_say_are_said(server):
 
 def test_an_untrained_end_of_everything_is_said_by_the_real_server():
     model = tiny_model()
-    favour(model, CLS_ID)
+    set_likeliest(model, CLS_ID)
 
     async def test(tab, client):
         await tab.type("一")
         await tab.until(f"{SAYS}.includes('没有可续写的内容')")
 
-    with_page(test, engine=Engine(model, tiny_tokenizer(), rows=8))
+    with_page(test, engine=Engine(model, tiny_tokenizer(), max_num_seqs=8))
 
 
 def test_a_busy_a_slow_and_a_stingy_server_are_said(server):

@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from served import GOOD, check_error, check_good, error_of, events, raw, served, wait_until
 from tiny_model import endless_model, save_tiny_model, tiny_model, tiny_tokenizer
 
-from gpt2_chinese.decoding.completion import Settings
+from gpt2_chinese.decoding.completion import SamplingParams
 from gpt2_chinese.decoding.engine import Engine
 from gpt2_chinese.serving.fast_path import simple_post
 from gpt2_chinese.serving.flags import parse_args, parse_origins
@@ -57,14 +57,14 @@ def test_the_answer_is_an_array_of_strings_in_utf8_that_begin_with_the_context(s
 
 
 def test_a_seed_repeats_and_the_settings_reach_the_engine(server):
-    engine = Engine(tiny_model(), tiny_tokenizer(), rows=8)
+    engine = Engine(tiny_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(client):
         assert await check_good(client) == await check_good(client)
         fields = GOOD | {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "repetition_penalty": 1.5}
         async with client.post("/generate", json=fields) as response:
             texts = await response.json()
-        settings = Settings(temperature=0.5, top_k=3, top_p=0.9, repetition_penalty=1.5)
+        settings = SamplingParams(temperature=0.5, top_k=3, top_p=0.9, repetition_penalty=1.5)
         expected = await asyncio.to_thread(engine.complete, "一丁", samples=2, length=6, settings=settings, seed=1)
         assert texts == expected
 
@@ -171,7 +171,7 @@ def test_a_stream_has_the_texts_of_the_array(server):
 
 
 def test_deltas_come_while_the_model_works_and_a_client_that_leaves_frees_its_slots(server):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=8)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(client):
         async with client.post("/generate", json=LONG | {"stream": True}) as response:
@@ -187,7 +187,7 @@ def test_deltas_come_while_the_model_works_and_a_client_that_leaves_frees_its_sl
 
 
 def test_errors_after_a_stream_has_begun_are_events(server, monkeypatch, caplog):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=8)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(client):
         async with client.post("/generate", json=LONG | {"stream": True}) as response:
@@ -357,7 +357,7 @@ def test_metrics_count_requests_tokens_and_times(server):
 
 
 def test_requests_choose_among_several_models(server):
-    endless = Engine(endless_model(), tiny_tokenizer(), rows=8)
+    endless = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(client):
         async with client.get("/v1/models") as response:
@@ -385,7 +385,7 @@ def test_requests_choose_among_several_models(server):
 
 
 def test_a_model_that_dies_leaves_the_others_working_and_health_says_which(server):
-    endless = Engine(endless_model(), tiny_tokenizer(), rows=8)
+    endless = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(client):
         endless.close()
@@ -408,7 +408,7 @@ def test_the_port_answers_while_the_model_loads(server):
 
     def load():
         assert loaded.wait(60)
-        return Engine(tiny_model(), tiny_tokenizer(), rows=8)
+        return Engine(tiny_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(client):
         async with client.get("/health") as response:
@@ -430,7 +430,7 @@ def test_the_port_answers_while_the_model_loads(server):
 
 
 def test_full_speed_is_said_when_the_compiled_decoder_has_taken_over(server):
-    engine = Engine(tiny_model(), tiny_tokenizer(), rows=8)
+    engine = Engine(tiny_model(), tiny_tokenizer(), max_num_seqs=8)
     compiling: Future = Future()
     engine._next_decoder = compiling
 
@@ -470,7 +470,7 @@ def test_a_model_that_cannot_be_loaded_is_dead_and_said_so(server):
 
 
 def test_a_server_that_drains_finishes_what_it_has_and_takes_nothing_new(server):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=8)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(client):
         busy = asyncio.create_task(client.post("/generate", json={"context": "一", "maxlength": 500, "samples": 8}))
@@ -548,7 +548,7 @@ def test_slow_and_silent_connections_are_closed_and_disturb_no_one(server):
 
 
 def test_health_answers_while_the_model_works(server):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=8)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(client):
         fields = {"context": "一", "maxlength": 1024, "samples": 8}
@@ -565,7 +565,7 @@ def test_health_answers_while_the_model_works(server):
 
 
 def test_a_request_that_takes_too_long_is_504_and_frees_its_slots(server):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=8)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(client):
         fields = {"context": "一", "maxlength": 1_000_000, "samples": 8}
@@ -578,7 +578,7 @@ def test_a_request_that_takes_too_long_is_504_and_frees_its_slots(server):
 
 
 def test_a_client_that_goes_away_frees_its_slots(server):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=8)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(client):  # TestServer cancels handlers, as main() does
         fields = {"context": "一", "maxlength": 1_000_000, "samples": 8}
@@ -788,7 +788,7 @@ def test_who_has_no_key_is_not_told_how_full_it_is(server):
 
 
 def test_a_dead_model_thread_is_503_everywhere_and_no_one_waits(server, monkeypatch, caplog):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=8)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(client):
         await check_good(client)
@@ -805,7 +805,7 @@ def test_a_dead_model_thread_is_503_everywhere_and_no_one_waits(server, monkeypa
 
 
 def test_a_fault_of_ours_is_logged_and_tells_the_client_nothing(server, monkeypatch, caplog):
-    engine = Engine(tiny_model(), tiny_tokenizer(), rows=8)
+    engine = Engine(tiny_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(client):
         with monkeypatch.context() as patch:

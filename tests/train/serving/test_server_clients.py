@@ -148,7 +148,7 @@ def test_stop_strings_end_a_text_before_them():
             cut = client.completions.create(model="tiny", prompt="一", seed=2, max_tokens=30, stop=stops).choices[0]
             assert cut.text == whole.text[: whole.text.index(stop)] and cut.finish_reason == "stop"
 
-    with_openai(test, engine=Engine(endless_model(), tiny_tokenizer(), rows=8))
+    with_openai(test, engine=Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8))
 
 
 def test_models_and_errors_are_those_that_the_client_knows():
@@ -186,7 +186,9 @@ def test_too_much_and_too_slow_raise_what_the_client_knows():
         with pytest.raises(openai.APIError, match="no answer within"):
             list(client.completions.create(model="tiny", prompt="一", max_tokens=1_000_000, n=8, stream=True))
 
-    with_openai(test, engine=Engine(endless_model(), tiny_tokenizer(), rows=8), length=1_000_000, request_seconds=0.3)
+    with_openai(
+        test, engine=Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8), length=1_000_000, request_seconds=0.3
+    )
 
 
 def test_a_client_chooses_among_several_models():
@@ -203,7 +205,7 @@ def test_a_client_chooses_among_several_models():
         with pytest.raises(openai.NotFoundError, match="this server has tiny, endless"):
             client.completions.create(model="large", prompt="一丁")
 
-    with_openai(test, others={"endless": Engine(endless_model(), tiny_tokenizer(), rows=8)})
+    with_openai(test, others={"endless": Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8)})
 
 
 # The description.
