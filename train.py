@@ -195,6 +195,8 @@ def tokenize(args: argparse.Namespace) -> None:
     flags += ["--vocab_filename", args.vocab_file or args.pretrained_model or str(DEFAULT_VOCABULARY)]
     if args.segment or args.bpe_token:
         flags += ["--tokenizer", "word" if args.segment else "bpe"]
+    if args.document_marks:
+        flags += ["--document_marks", *args.document_marks]
     script = Path(__file__).with_name("make-tokenized.py")
     if subprocess.run([sys.executable, str(script), *flags], check=False).returncode:
         raise ValueError("--raw: make-tokenized.py ended with the error above; nothing was trained")
@@ -206,7 +208,9 @@ def main(argv: list[str] | None = None) -> int:
     is_main = torchrun is None or torchrun.rank == 0
     if is_main:
         print_settings(args)
-    if args.raw and is_main:
+    if args.raw:
+        if torchrun is not None and torchrun.world_size > 1:
+            raise ValueError("--raw is for a run without torchrun; run make-tokenized.py first, once")
         tokenize(args)
     if args.eval_only:
         return evaluate_folder(args)

@@ -2,8 +2,8 @@
 
     python -m gpt2_chinese.gguf model/final_model model.gguf
 
-BPE is written with its merges, characters as WordPiece; both complete texts in llama.cpp. It has no tokenizer for
-words: such a model takes and gives token ids (`--verbose-prompt`, or the server's `prompt` as a list of numbers).
+BPE is written with its merges, characters as WordPiece; both complete texts in llama.cpp. It has no tokenizer that cuts
+Chinese words: such a model takes token ids (the server's `prompt` as a list of numbers), and gives ids and text.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch
 from gpt2_chinese.command_line import run_script
 from gpt2_chinese.model_folder import load_weights
 from gpt2_chinese.text.tokenizers import HasDefinition, Tokenizer
-from gpt2_chinese.text.word_tokenizer import PART_PREFIX
+from gpt2_chinese.text.word_tokenizer import BYTE_TOKENS, PART_PREFIX
 
 TYPES = ("f32", "f16", "bf16")
 _WORD_BEGIN = "\u2581"  # before what begins a word, in llama.cpp's WordPiece
-_NORMAL, _UNKNOWN, _CONTROL = 1, 2, 3
+_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -68,10 +68,6 @@ def tensors_of(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
     """Write the vocabulary as llama.cpp's tokenizer of that kind wants it."""
     marks = tokenizer.marks
-    if tokenizer.kind == "word":
-        writer.add_tokenizer_model("none")
-        writer.add_vocab_size(len(tokenizer))
-        return
     types = [_NORMAL] * len(tokenizer)
     for id_ in {marks.begin, marks.end, *marks.never_produced}:
         types[id_] = _CONTROL
@@ -83,6 +79,20 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer) -> None:
         writer.add_tokenizer_pre("gpt-2")
         writer.add_token_list(tokenizer.vocabulary)
         writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    elif tokenizer.kind == "word":
+        tokens = list(tokenizer.vocabulary)
+        for id_, token in enumerate(tokens):
+            if token in BYTE_TOKENS:
+                types[id_] = _BYTE
+            elif types[id_] == _NORMAL:
+                tokens[id_] = _sentence_piece(token)
+        if marks.line_break is not None:
+            tokens[marks.line_break], types[marks.line_break] = "\n", _NORMAL
+        writer.add_tokenizer_model("llama")  # SentencePiece: it joins tokens and bytes to text as we do
+        writer.add_token_list(tokens)
+        writer.add_token_scores([0.0] * len(tokens))
+        writer.add_add_space_prefix(False)
+        writer.add_unk_token_id(marks.unknown if marks.unknown is not None else marks.end)
     else:
         writer.add_tokenizer_model("bert")
         writer.add_tokenizer_pre("default")
@@ -108,6 +118,13 @@ def _word_piece(token: str, type_: int) -> str:
         return token
     attached = token.startswith(PART_PREFIX) and len(token) > len(PART_PREFIX)
     return token[len(PART_PREFIX) :] if attached else _WORD_BEGIN + token
+
+
+def _sentence_piece(token: str) -> str:
+    """A word as llama.cpp's SentencePiece has it: a space only before what begins with a Latin letter or a digit."""
+    if token.startswith(PART_PREFIX) and len(token) > len(PART_PREFIX):
+        return token[len(PART_PREFIX) :]
+    return _WORD_BEGIN + token if token[:1].isascii() and token[:1].isalnum() else token
 
 
 def write_gguf(folder: str | Path, output: str | Path, *, vocab_file: str | None = None, type_: str = "f32") -> None:
