@@ -271,3 +271,13 @@ def test_make_help_lists_every_target():
     makefile = text_of("Makefile")
     targets = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split()
     assert targets == re.findall(r"^([a-z-]+):.*## ", makefile, re.MULTILINE)
+    for page in PAGES + OTHERS:
+        for target in re.findall(r"`make ([a-z-]+)", text_of(page)):
+            assert target in targets, f"{page}: make {target}"
+
+
+def test_the_fast_tests_are_there():
+    names = re.findall(r"(?:both|vocab|train|text|decoding|serving|training)/[\w/]*test_\w+\.py", text_of("Makefile"))
+    there = {name.removeprefix("tests/") for name in tracked_files()}
+    assert len(names) >= 10
+    assert not [name for name in names if name not in there and f"train/{name}" not in there]
