@@ -1,6 +1,6 @@
-"""Complete texts: a model folder and a beginning in, completions out, on the screen and in samples.txt.
+"""Complete texts with a trained model: on the screen, and in samples.txt.
 
-Reads   model/final_model/     what train.py wrote, or a folder of GPT2-Chinese
+Reads   model/final_model/     a model folder from train.py, or of the GPT2-Chinese family
 Writes  samples.txt            with --save_samples, in --save_samples_path
 
     python generate.py
@@ -18,7 +18,7 @@ from queue import SimpleQueue
 
 from gpt2_chinese.artifacts import atomic_write
 from gpt2_chinese.command_line import run_script
-from gpt2_chinese.decoding.completion import PRECISIONS, SETTING_LIMITS, Settings, TextDelta
+from gpt2_chinese.decoding.completion import PRECISIONS, SAMPLING_LIMITS, SamplingParams, TextDelta
 from gpt2_chinese.decoding.engine import Engine, choose_device
 from gpt2_chinese.model_folder import load_weights
 
@@ -32,34 +32,39 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # the model
     parser.add_argument("--model_path", default="model/final_model", help="model folder (%(default)s)")
     parser.add_argument("--vocab_file", help="vocabulary of a model folder that has none, such as GPT2-Chinese's")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or a GPU's number (%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or the number of a GPU (%(default)s)")
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
         default="auto",
-        help="how a CPU keeps the weights: fp32 is exact, bf16 (auto) twice as fast for few texts; int8 also "
-        "multiplies integers, is twice as fast again and less exact; a GPU computes in fp32 (auto) or bf16",
+        help="of the weights; on a CPU fp32 is exact, bf16 (auto) twice as fast for small batches, and int8, which "
+        "also quantizes the inputs of matrix products, twice as fast again but less exact; on a GPU fp32, bf16 or the "
+        "model's own (auto)",
     )
-    # what to write
-    parser.add_argument("--prefix", help="the text to complete; without it the script asks")
-    parser.add_argument("--length", type=int, default=50, help="tokens of a completion, -1 is n_ctx (%(default)s)")
-    parser.add_argument("--nsamples", type=int, default=5, help="completions of a text (%(default)s)")
-    parser.add_argument("--batch_size", type=int, default=32, help="completions at once, for memory (%(default)s)")
-    # how tokens are drawn
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest (%(default)s)")
-    parser.add_argument("--topk", type=int, default=30, help="draw from the k likeliest, 0 is off (%(default)s)")
-    parser.add_argument("--topp", type=float, default=0.0, help="draw from the likeliest that make p, 0 is off")
-    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 avoids repeats (%(default)s)")
-    parser.add_argument("--seed", type=int, help="the same seed gives the same texts (a random one)")
-    # where to save
-    parser.add_argument("--save_samples", action="store_true", help=f"write {SAMPLES_FILE} too, replacing an old one")
+    # the completions
+    parser.add_argument("--prefix", help="the text to complete; without it the script asks for texts")
+    parser.add_argument("--length", type=int, default=50, help="most tokens of a completion, -1 is n_ctx (%(default)s)")
+    parser.add_argument("--nsamples", type=int, default=5, help="completions of each text (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=32, help="completions decoded at once, at most (%(default)s)")
+    # sampling
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (%(default)s)")
+    parser.add_argument(
+        "--topk", type=int, default=30, help="sample from the k likeliest tokens, 0 is off (%(default)s)"
+    )
+    parser.add_argument(
+        "--topp", type=float, default=0.0, help="sample from the likeliest tokens of total probability p, 0 is off"
+    )
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 avoids repetition (%(default)s)")
+    parser.add_argument("--seed", type=int, help="the same seed gives the same completions (random)")
+    # the output file
+    parser.add_argument("--save_samples", action="store_true", help=f"also write {SAMPLES_FILE}, replacing an old one")
     parser.add_argument("--save_samples_path", default=".", help=f"folder of {SAMPLES_FILE} (the current one)")
     return parser.parse_args(argv)
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raise ValueError for a flag whose value makes no sense."""
-    for name, (low, high) in SETTING_LIMITS.items():
+def check_args(args: argparse.Namespace) -> None:
+    """Raise ValueError for a flag whose value is out of its range."""
+    for name, (low, high) in SAMPLING_LIMITS.items():
         flag = {"top_k": "topk", "top_p": "topp"}.get(name, name)
         value = getattr(args, flag)
         if value is not None and not low <= value <= high:
@@ -73,8 +78,8 @@ def check(args: argparse.Namespace) -> None:
         raise NotADirectoryError(f"--save_samples_path {args.save_samples_path} is not a folder")
 
 
-def asked_contexts() -> Iterator[str]:
-    """What is typed, line by line, up to an empty line or the end of the input."""
+def typed_contexts() -> Iterator[str]:
+    """Lines that the user types, up to an empty one or the end of the input."""
     while True:
         try:
             context = input("text (an empty line ends): ")
@@ -82,76 +87,77 @@ def asked_contexts() -> Iterator[str]:
             print()
             return
         except UnicodeDecodeError as error:
-            raise ValueError(f"what was typed is not in this terminal's encoding, {error.encoding}") from error
+            raise ValueError(f"the typed text is not in this terminal's encoding, {error.encoding}") from error
         if not context:
             return
         yield context
 
 
 def complete(
-    engine: Engine, context: str, length: int, samples: int, settings: Settings, seed: int, *, show: bool
+    engine: Engine, context: str, length: int, samples: int, params: SamplingParams, seed: int, *, stream: bool
 ) -> list[str]:
-    """Complete one context, and say so on stderr if its beginning did not fit the model.
+    """Complete one context. If it does not fit the model and is truncated, say so on stderr.
 
-    With `show` the completions are printed while they are decoded: all at once, shown one after the other.
+    With `stream` the completions are printed while they are decoded: all at once, printed one after the other.
     """
     prompt = engine.prompt(context, length)
-    if prompt.cut:
-        print(
-            f"note: the text is longer than the model's {engine.n_ctx} tokens; its first {prompt.cut} were cut off",
-            file=sys.stderr,
-        )
-    pieces: SimpleQueue[TextDelta | None] = SimpleQueue()
-    on_delta = pieces.put if show else None
-    ticket = engine.submit(prompt, samples=samples, length=length, settings=settings, seed=seed, on_delta=on_delta)
-    if show:
-        ticket.future.add_done_callback(lambda _: pieces.put(None))  # also when the model's thread has died
-        print_pieces(context, pieces, samples)
-    return [completion.text for completion in ticket.future.result()]
+    if prompt.truncated:
+        note = f"the text is longer than the model's {engine.n_ctx} tokens; its first {prompt.truncated} were cut off"
+        print(f"note: {note}", file=sys.stderr)
+    deltas: SimpleQueue[TextDelta | None] = SimpleQueue()
+    on_delta = deltas.put if stream else None
+    request = engine.submit(
+        prompt, samples=samples, length=length, sampling_params=params, seed=seed, on_delta=on_delta
+    )
+    if stream:
+        request.future.add_done_callback(lambda _: deltas.put(None))  # also when the model thread has failed
+        print_deltas(context, deltas, samples)
+    return [completion.text for completion in request.future.result()]
 
 
-def print_pieces(context: str, pieces: SimpleQueue[TextDelta | None], samples: int) -> None:
-    """Print the samples in their order, each as far as it has come; `pieces` ends with None."""
-    arrived = [""] * samples
-    ended: set[int] = set()
-    for number in range(samples):
-        print(f"{number + 1}  {context}{arrived[number]}", end="", flush=True)
-        while number not in ended:
-            piece = pieces.get()
-            if piece is None:
+def print_deltas(context: str, deltas: SimpleQueue[TextDelta | None], samples: int) -> None:
+    """Print the samples in their order, each as far as it is decoded; the queue ends with None."""
+    texts = [""] * samples
+    finished: set[int] = set()
+    for sample in range(samples):
+        print(f"{sample + 1}  {context}{texts[sample]}", end="", flush=True)
+        while sample not in finished:
+            delta = deltas.get()
+            if delta is None:
                 return
-            arrived[piece.sample] += piece.text
-            if piece.finish_reason:
-                ended.add(piece.sample)
-            if piece.sample == number:
-                print(piece.text, end="", flush=True)
+            texts[delta.sample] += delta.text
+            if delta.finish_reason:
+                finished.add(delta.sample)
+            if delta.sample == sample:
+                print(delta.text, end="", flush=True)
         print(flush=True)
 
 
-def titled(number: int, text: str) -> str:
-    """A sample under its number, as samples.txt has it."""
+def format_sample(number: int, text: str) -> str:
+    """A sample under its header, as in samples.txt."""
     return f"{'=' * 40} SAMPLE {number} {'=' * 40}\n{text}\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = parse_args(argv)
-    check(args)
+    check_args(args)
     if args.seed is None:
         args.seed = secrets.randbits(32)
     print("settings: " + ", ".join(f"{name} {value}" for name, value in vars(args).items()))
-    settings = Settings(args.temperature, args.topk, args.topp, args.repetition_penalty)
+    params = SamplingParams(args.temperature, args.topk, args.topp, args.repetition_penalty)
     model, tokenizer = load_weights(args.model_path, device=choose_device(args.device), vocab_file=args.vocab_file)
-    tokenizer.encode("你好")  # loads the segmenter before the first question instead of behind it
+    tokenizer.encode("你好")  # loads the segmenter now, and not after the first text is typed
 
     saved: list[str] = []
-    with Engine(model, tokenizer, rows=min(args.batch_size, args.nsamples), precision=args.precision) as engine:
+    max_num_seqs = min(args.batch_size, args.nsamples)
+    with Engine(model, tokenizer, max_num_seqs=max_num_seqs, precision=args.precision) as engine:
         length = engine.n_ctx if args.length == -1 else args.length
-        contexts = asked_contexts() if args.prefix is None else iter([args.prefix])
-        for asked, context in enumerate(contexts):
-            # The second text asked for gets the next seed, or asking twice would give the same completions.
+        contexts = typed_contexts() if args.prefix is None else iter([args.prefix])
+        for index, context in enumerate(contexts):
+            # Each text has a seed of its own, so that the same text typed twice gets other completions.
+            seed, stream = args.seed + index, args.prefix is None
             try:
-                show = args.prefix is None
-                texts = complete(engine, context, length, args.nsamples, settings, args.seed + asked, show=show)
+                texts = complete(engine, context, length, args.nsamples, params, seed, stream=stream)
             except ValueError as error:
                 if args.prefix is not None:
                     raise ValueError(f"--prefix: {error}") from error
@@ -159,12 +165,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
                 continue
             if args.prefix is not None:
                 for number, text in enumerate(texts, start=1):
-                    print(titled(number, text), flush=True)
+                    print(format_sample(number, text), flush=True)
             if args.save_samples:
                 saved += texts
                 # Written after every text, so that Ctrl-C loses none.
                 with atomic_write(Path(args.save_samples_path) / SAMPLES_FILE) as file:
-                    file.writelines(titled(number, text) + "\n" for number, text in enumerate(saved, start=1))
+                    file.writelines(format_sample(number, text) + "\n" for number, text in enumerate(saved, start=1))
     if saved:
         print(f"{len(saved)} samples written to {Path(args.save_samples_path) / SAMPLES_FILE}")
     return None

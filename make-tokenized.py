@@ -33,10 +33,11 @@ from gpt2_chinese.text.preparation import (
     shared_segmenter,
     tokenize_batch,
 )
-from gpt2_chinese.text.tokenizer import PART_PREFIX, RULES_VERSION
-from gpt2_chinese.text.vocabulary import read_vocabulary
+from gpt2_chinese.text.tokenizers import KINDS, TokenizerSpec, read_tokenizer, vocabulary_of_folder
+from gpt2_chinese.text.word_tokenizer import PART_PREFIX, RULES_VERSION
 
 MANIFEST_FORMAT = 1
+DESCRIPTIONS = {"word": "words", "char": "characters (WordPiece)", "bpe": "byte-level BPE"}
 HELD_CHARACTERS = 1 << 25  # 64 MiB of Chinese text in memory
 
 
@@ -46,12 +47,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     # files
     parser.add_argument("--raw_data_path", default="data/train.json", help="the corpus, from build_trainfile.py")
-    parser.add_argument("--vocab_filename", default="vocab/vocab_user.txt", help="the vocabulary, from make-vocab.py")
+    parser.add_argument(
+        "--vocab_filename",
+        "--tokenizer_path",
+        default="vocab/vocab_user.txt",
+        help="the vocabulary, from make-vocab.py or elsewhere; a tokenizer.json; or a model folder",
+    )
     parser.add_argument("--tokenized_data_path", default="tokenized/", help="the folder to write to")
     # what is kept, and how
     parser.add_argument("--num_pieces", type=int, default=100, help="files to split the documents into")
     parser.add_argument("--min_length", type=int, default=128, help="documents of more characters than this are kept")
     parser.add_argument("--compat", action="store_true", help="write GPT2-Chinese's ids byte for byte, with its [UNK]s")
+    parser.add_argument(
+        "--tokenizer",
+        choices=KINDS,
+        help="THULAC's words, BERT's WordPiece over single characters, or byte-level BPE; by default recognised by the "
+        "vocabulary",
+    )
+    parser.add_argument(
+        "--document_marks",
+        nargs=2,
+        metavar=("BEGIN", "END"),
+        help="tokens around a document, by default those of the tokenizer: [MASK] and [CLS] as GPT2-Chinese has them, "
+        "[CLS] and [SEP] for a folder with BERT's tokenizer, the end of text for BPE",
+    )
     # where it runs
     parser.add_argument("--workers", type=int, default=default_workers(), help="processes on this machine")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler to run on, such as tcp://host:8786")
@@ -60,6 +79,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, flag) < least:
             parser.error(f"--{flag} {getattr(args, flag)}: give {least} or more")
     return args
+
+
+def choose_tokenizer(args: argparse.Namespace) -> tuple[TokenizerSpec, Path]:
+    """The tokenizer that the flags ask for, and the file of its vocabulary.
+
+    Raises:
+        ValueError, FileNotFoundError: there is none, or the flags contradict it; the message names file and mend.
+    """
+    path = Path(args.vocab_filename)
+    spec = read_tokenizer(path, kind=args.tokenizer, compat=args.compat or None)
+    if args.tokenizer not in (None, spec.kind):
+        raise ValueError(f"{path} has a tokenizer of kind {spec.kind}, not {args.tokenizer}; leave --tokenizer out")
+    if args.compat and spec.kind == "bpe":
+        raise ValueError("--compat is for words and characters, which GPT2-Chinese has; leave it out for BPE")
+    if args.document_marks:
+        spec = spec.with_marks(*args.document_marks)
+        spec.build()
+    vocab_file = vocabulary_of_folder(path) if path.is_dir() else path
+    assert vocab_file is not None  # it has been read
+    return spec, vocab_file
 
 
 def piece_sizes(documents: int, num_pieces: int) -> list[int]:
@@ -158,8 +197,12 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.tokenized_data_path)
 
     # 1) Read the vocabulary and the whole corpus once: an error is found before anything is written.
-    vocabulary = read_vocabulary(args.vocab_filename)
-    if not args.compat and not any(token.startswith(PART_PREFIX) for token in vocabulary):
+    spec, vocab_file = choose_tokenizer(args)
+    tokenizer = spec.build()
+    kind = DESCRIPTIONS[spec.kind] + (", as GPT2-Chinese" if spec.compat else "")
+    begin, end = (tokenizer.vocabulary[id_] for id_ in (tokenizer.marks.begin, tokenizer.marks.end))
+    print(f"tokenizer: {kind}; {len(tokenizer):,} tokens of {vocab_file}; a document is {begin} … {end}")
+    if spec.kind == "word" and not args.compat and not any(token.startswith(PART_PREFIX) for token in spec.vocabulary):
         print(
             f"warning: {args.vocab_filename} has no ## parts, so words outside it may become [UNK]; it comes from "
             "make-vocab.py --compat or from GPT2-Chinese: build one without --compat, or give --compat here too"
@@ -186,11 +229,8 @@ def main(argv: list[str] | None = None) -> None:
     key = {
         "format": MANIFEST_FORMAT,
         "tokenizer_rules": RULES_VERSION,
-        "vocabulary": {
-            "path": str(args.vocab_filename),
-            "sha256": sha256_of(args.vocab_filename),
-            "size": len(vocabulary),
-        },
+        "tokenizer": spec.settings(),
+        "vocabulary": {"path": str(vocab_file), "sha256": sha256_of(vocab_file), "size": len(tokenizer)},
         "corpus": {"path": str(args.raw_data_path), "sha256": sha256_of(args.raw_data_path), "documents": total},
         "options": {"num_pieces": args.num_pieces, "min_length": args.min_length, "compat": args.compat},
     }
@@ -204,8 +244,8 @@ def main(argv: list[str] | None = None) -> None:
         progress = Progress(folder, key)
         if progress.finished:
             print(f"going on with an interrupted run: {len(progress.finished)} of {args.num_pieces} pieces are kept")
-        tokenizing = Tokenizing(tuple(vocabulary), args.compat, args.min_length)
-        if not args.compat:
+        tokenizing = Tokenizing(spec, args.min_length)
+        if spec.kind == "word" and not args.compat:
             shared_segmenter()  # before the workers are forked, so that they share it
         sizes = piece_sizes(total, args.num_pieces)
         with (

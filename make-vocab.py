@@ -1,57 +1,84 @@
 """Stage 2: build the vocabulary from the words of the corpus.
 
-Reads data/train.json, writes vocab/vocab_user.txt: five special tokens, then THULAC's words ranked by Keras' Tokenizer.
+Reads data/train.json, writes vocab/vocab_user.txt: five special tokens, then THULAC's words ranked by Keras' Tokenizer,
+or single characters; or vocab/tokenizer.json, byte-level BPE.
 
     python make-vocab.py
     python make-vocab.py --vocab_size 20000
+    python make-vocab.py --tokenizer char
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
-import string
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 from tqdm import tqdm
 
-from gpt2_chinese.artifacts import read_json, write_json, write_lines
+from gpt2_chinese.artifacts import atomic_write, read_json, write_json, write_lines
 from gpt2_chinese.command_line import print_settings, run_script
 from gpt2_chinese.parallel import default_workers, open_workers
+from gpt2_chinese.text.char_tokenizer import fold_characters
 from gpt2_chinese.text.corpus import read_train_json
 from gpt2_chinese.text.preparation import (
     batches,
     count_batch,
+    count_batch_of_characters,
     count_batch_of_reference,
+    fold_character_counts,
     fold_counts,
     shared_segmenter,
 )
-from gpt2_chinese.text.tokenizer import BYTE_TOKENS, PART_PREFIX, fold, is_spaced, spelling
+from gpt2_chinese.text.tokenizers import KINDS
 from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS
+from gpt2_chinese.text.vocabulary_choice import (
+    MAX_WORD,
+    MIN_COUNT,
+    Candidates,
+    Choice,
+    bpe_rows,
+    character_part_counts,
+    choose_tokens,
+    coverage_rows,
+    recommend,
+    word_part_counts,
+)
 
-REPORT_SIZES = (1000, 2000, 5000, 10000, 20000, 50000)
-LEARNT_COUNT = 5  # a word that is seen less often is hardly learnt
-MAX_WORD = 100  # characters; longer "words" (links, encoded data) are spelled, as the reference gives them up
-MIN_SIZE_FOR_BYTES = 2048  # below, 256 byte tokens would be more than an eighth of the vocabulary
+DESCRIPTIONS = {"word": "words", "char": "characters and runs of letters or digits", "bpe": "byte-level BPE"}
+DEFAULT_FILES = {"word": "vocab/vocab_user.txt", "char": "vocab/vocab_user.txt", "bpe": "vocab/tokenizer.json"}
+END_OF_TEXT = "<|endoftext|>"
+BPE_SAMPLE = 1_000_000  # characters of the corpus that sizes of BPE are compared on
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Build vocab/vocab_user.txt from data/train.json.",
+        description="Build the vocabulary from data/train.json.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     # files
     parser.add_argument("--raw_data_path", default="data/train.json", help="the corpus, from build_trainfile.py")
-    parser.add_argument("--vocab_file", default="vocab/vocab_user.txt", help="the file to write")
+    parser.add_argument(
+        "--vocab_file", help="the file to write; by default vocab/vocab_user.txt, for bpe vocab/tokenizer.json"
+    )
     # the vocabulary
     parser.add_argument(
-        "--vocab_size", type=int, default=50000, help="tokens at the most, the five special tokens not counted"
+        "--tokenizer",
+        choices=KINDS,
+        default="word",
+        help="what a token is: THULAC's words, single characters (BERT's WordPiece), or byte-level BPE",
+    )
+    parser.add_argument(
+        "--vocab_size",
+        type=int,
+        default=50000,
+        help="tokens at most; for words and characters the five special tokens are not counted",
     )
     parser.add_argument(
         "--compat", action="store_true", help="write GPT2-Chinese's vocabulary byte for byte, with its gaps"
@@ -70,6 +97,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for flag in ("vocab_size", "workers"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: give at least 1")
+    if args.compat and args.tokenizer != "word":
+        parser.error("--compat writes GPT2-Chinese's vocabulary of words; leave out --compat or --tokenizer")
+    args.vocab_file = args.vocab_file or DEFAULT_FILES[args.tokenizer]
     if args.compat and args.report:
         parser.error("--report is about the default vocabulary; leave out --compat or --report")
     return args
@@ -142,90 +172,127 @@ def reference_counts(batches: Iterable[dict[str, int]]) -> dict[str, int]:
     return filtered
 
 
-def part_counts(counts: dict[str, int]) -> dict[str, int]:
-    """Count the one-character tokens that spell the words, in the order of first appearance.
-
-    A character that may touch its neighbour is there with and without `##`, even if the corpus has only one of them,
-    and so are all of ASCII: a number or a Latin word of a user need not have stood in the corpus.
-    """
-    parts: dict[str, int] = {}
-    for word, count in counts.items():
-        for part in spelling(word):
-            parts[part] = parts.get(part, 0) + count
-    spaced = dict.fromkeys(part[-1] for part in parts if is_spaced(part[-1]))
-    for character in [*spaced, *sorted(set(map(fold, string.digits + string.ascii_letters + string.punctuation)))]:
-        parts.setdefault(character, 0)
-        parts.setdefault(PART_PREFIX + character, 0)
-    return parts
-
-
-@dataclass
-class Vocabulary:
-    """The tokens behind the special ones: ranked words, then what spells the others."""
-
-    words: list[str]
-    parts: list[str]
-    spells_all: bool = True  # every character of the corpus has its place
-
-
-def choose_tokens(ranked_words: list[str], ranked_parts: list[str], vocab_size: int) -> Vocabulary:
-    """Share `vocab_size` places between words and the parts that spell the words left out.
-
-    Every part has its place if all of them fit into half of the vocabulary, otherwise the most frequent ones; a part
-    that is among the words anyway takes none. The words get the rest, in their order.
-    """
-    more = BYTE_TOKENS if vocab_size >= MIN_SIZE_FOR_BYTES else ()
-    parts = [*ranked_parts[: vocab_size // 2 - len(more)], *more]
-    not_words = set(parts)
-    kept = 0
-    while kept < len(ranked_words):
-        missing = len(not_words) - (ranked_words[kept] in not_words)
-        if kept + 1 + missing > vocab_size:
-            break
-        not_words.discard(ranked_words[kept])
-        kept += 1
-    spells_all = len(parts) == len(ranked_parts) + len(more)
-    return Vocabulary(ranked_words[:kept], [part for part in parts if part in not_words], spells_all)
+def count_candidates(args: argparse.Namespace, size: int) -> Candidates:
+    """Segment, count and rank what the vocabulary may have; `size` is that of the corpus in bytes."""
+    with (
+        open_workers(args.workers, args.scheduler) as map_in_order,
+        tqdm(total=size, unit="B", unit_scale=True, desc=f"counting {args.tokenizer}s") as bar,
+    ):
+        documents = batches(read_train_json(args.raw_data_path, progress=bar.update))
+        if args.compat:
+            counts = reference_counts(map_in_order(count_batch_of_reference, documents))
+        elif args.tokenizer == "char":
+            counts = fold_character_counts(map_in_order(count_batch_of_characters, documents), fold_characters)
+        else:
+            counts = fold_counts(map_in_order(count_batch, documents))
+    if not counts:
+        raise ValueError(f"--raw_data_path {args.raw_data_path}: there is no word in it; nothing was written")
+    ranked = rank_words(counts)
+    if args.compat:
+        return Candidates(counts, ranked, [], bytes=False)
+    if args.tokenizer == "char":
+        # A run of letters that is seen a few times only is better spelled; every single character is a word.
+        ranked = [word for word in ranked if len(word) == 1 or (counts[word] >= MIN_COUNT and len(word) <= MAX_WORD)]
+        return Candidates(counts, ranked, rank_words(character_part_counts(counts)), bytes=False)
+    ranked = [word for word in ranked if len(word) <= MAX_WORD]
+    return Candidates(counts, ranked, rank_words(word_part_counts(counts)), bytes=True)
 
 
-def parameters(config: dict[str, int], vocab_size: int) -> tuple[int, int]:
-    """The parameters of the token embedding and of the whole GPT-2 (the output layer is the embedding)."""
-    width, layers = config["n_embd"], config["n_layer"]
-    embedding = vocab_size * width
-    block = 12 * width * width + 13 * width  # attention, the 4-fold wide layer, biases and two layer norms
-    return embedding, embedding + config["n_positions"] * width + layers * block + 2 * width
+def make_word_vocabulary(args: argparse.Namespace, size: int, config: dict[str, int] | None) -> None:
+    """Write a vocabulary of words or of characters, and say what it covers."""
+    # 1) Segment, count, rank, and choose what fits.
+    candidates = count_candidates(args, size)
+    counts = candidates.counts
+    chosen = Choice(list(candidates.words[: args.vocab_size]))
+    if not args.compat:
+        chosen = choose_tokens(candidates, args.vocab_size)
 
-
-def coverage_rows(
-    counts: dict[str, int], ranked: list[str], ranked_parts: list[str], config: dict[str, int]
-) -> list[dict[str, float]]:
-    """What vocabularies of several sizes would cover, as rows of the report."""
+    # 2) Write, and say what it covers.
+    tokens = [*SPECIAL_TOKENS, *chosen.words, *chosen.parts]
+    write_lines(args.vocab_file, tokens)
     seen = sum(counts.values())
-    rows = []
-    for size in REPORT_SIZES:
-        chosen = choose_tokens(ranked, ranked_parts, size)
-        covered = sum(counts[word] for word in chosen.words)
-        lines = len(SPECIAL_TOKENS) + len(chosen.words) + len(chosen.parts)
-        embedding, total = parameters(config, lines)
-        rows.append(
-            {
-                "vocab_size": size,
-                "words": len(chosen.words),
+    covered = sum(counts[word] for word in chosen.words)
+    kind = "words" if args.tokenizer == "word" else DESCRIPTIONS["char"]
+    print(f"{args.vocab_file}: {len(tokens):,} lines: 5 special tokens, {len(chosen.words):,} {kind}", end="")
+    how = "characters, parts and bytes" if args.tokenizer == "word" else "parts"
+    print("" if args.compat else f", {len(chosen.parts):,} {how} to spell other words")
+    print(f"words seen: {seen:,}, {len(counts):,} different; {len(chosen.words):,} kept cover {covered / seen:.2%}")
+    if covered < seen:
+        fate = "become [UNK]" if args.compat else "are spelled"
+        print(f"{len(counts) - len(chosen.words):,} words that stand {seen - covered:,} times {fate}")
+    if config is not None:
+        rows = coverage_rows(candidates, config)
+        recommended = recommend(rows)
+        print_coverage(rows, recommended, args.model_config)
+        if args.report:
+            report = {
+                "words_seen": seen,
+                "different_words": len(counts),
+                "lines": len(tokens),
                 "coverage": covered / seen,
-                "spelled": 1 - covered / seen,
-                "spells_all": chosen.spells_all,
-                "rarest_word_count": counts[chosen.words[-1]] if chosen.words else 0,
-                "embedding_share": embedding / total,
             }
-        )
-    return rows
+            write_report(args, report, rows, recommended)
 
 
-def recommend(rows: list[dict[str, float]]) -> int:
-    """The largest size whose rarest word is seen often enough to be learnt, but one that spells every character."""
-    spelling_all = [row for row in rows if row["spells_all"]] or rows[-1:]
-    learnt = [int(row["vocab_size"]) for row in spelling_all if row["rarest_word_count"] >= LEARNT_COUNT]
-    return max(learnt, default=int(spelling_all[0]["vocab_size"]))
+def make_bpe_vocabulary(args: argparse.Namespace, size: int, config: dict[str, int]) -> None:
+    """Train byte-level BPE with the `tokenizers` package, write its tokenizer.json, and compare sizes on a sample."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    # 1) Train.
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=args.vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    sample: list[str] = []
+    characters = 0
+    with tqdm(total=size, unit="B", unit_scale=True, desc="reading") as bar:
+
+        def documents() -> Iterator[str]:
+            nonlocal characters
+            for document in read_train_json(args.raw_data_path, progress=bar.update):
+                if characters < BPE_SAMPLE:
+                    sample.append(document)
+                    characters += len(document)
+                yield document
+
+        tokenizer.train_from_iterator(documents(), trainer)
+    if not characters:
+        raise ValueError(f"--raw_data_path {args.raw_data_path}: there is no text in it; nothing was written")
+
+    # 2) Write, and say what it covers.
+    with atomic_write(args.vocab_file) as file:
+        file.write(tokenizer.to_str(pretty=True))
+    described = json.loads(tokenizer.to_str())
+    merges, vocabulary = described["model"]["merges"], described["model"]["vocab"]
+    first = len(vocabulary) - len(merges)
+
+    def tokens_per_character(lines: int) -> float:
+        kept = max(0, lines - first)
+        model = described["model"] | {
+            "merges": merges[:kept],
+            "vocab": {token: id_ for token, id_ in vocabulary.items() if id_ < first + kept},
+        }
+        smaller = Tokenizer.from_str(json.dumps(described | {"model": model}))
+        return sum(map(len, smaller.encode_batch(sample))) / characters
+
+    counts = [0] * tokenizer.get_vocab_size()
+    for encoding in tokenizer.encode_batch(sample):
+        for id_ in encoding.ids:
+            counts[id_] += 1
+    print(
+        f"{args.vocab_file}: {len(counts):,} tokens: {END_OF_TEXT}, 256 bytes, {len(merges):,} merges; "
+        f"{sum(counts) / characters:.3f} tokens per character of the first {characters:,} characters"
+    )
+    rows = bpe_rows(counts, tokens_per_character, config)
+    recommended = recommend(rows)
+    print_bpe_sizes(rows, recommended, args.model_config)
+    if args.report:
+        write_report(args, {"lines": len(counts)}, rows, recommended)
 
 
 def print_coverage(rows: list[dict[str, float]], recommended: int, config_path: str) -> None:
@@ -238,8 +305,29 @@ def print_coverage(rows: list[dict[str, float]], recommended: int, config_path: 
         )
     print(
         f"recommended: --vocab_size {recommended}, the largest that spells all and whose rarest word is seen "
-        f"{LEARNT_COUNT} times (or else the smallest that spells them): rarer words are hardly learnt, better spelled"
+        f"{MIN_COUNT} times (or else the smallest that spells them): rarer words are hardly learnt, better spelled"
     )
+
+
+def print_bpe_sizes(rows: list[dict[str, float]], recommended: int, config_path: str) -> None:
+    print(f"what other sizes would give (embedding: its share of the parameters of {config_path}):")
+    print("  --vocab_size       tokens  tokens per character  rarest seen  embedding")
+    for row in rows:
+        print(
+            f"  {row['vocab_size']:12,} {row['words']:12,} {row['tokens_per_character']:21.3f} "
+            f"{row['rarest_word_count']:12,} {row['embedding_share']:10.1%}"
+        )
+    print(
+        f"recommended: --vocab_size {recommended}, the largest whose last merges are seen {MIN_COUNT} times in that "
+        "sample: rarer tokens are hardly learnt"
+    )
+
+
+def write_report(
+    args: argparse.Namespace, figures: dict[str, float], rows: list[dict[str, float]], recommended: int
+) -> None:
+    report = {"tokenizer": args.tokenizer, "vocab_size": args.vocab_size, "recommended_vocab_size": recommended}
+    write_json(args.report, figures | report | {"model_config": args.model_config, "sizes": rows})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -248,59 +336,13 @@ def main(argv: list[str] | None = None) -> None:
     path = Path(args.raw_data_path)
     size = path.stat().st_size if path.is_file() else 0
     config = None if args.compat else read_config(args.model_config)
-
-    # 1) Segment and count.
-    shared_segmenter()  # before the workers are forked, so that they share it
-    with (
-        open_workers(args.workers, args.scheduler) as map_in_order,
-        tqdm(total=size, unit="B", unit_scale=True, desc="counting words") as bar,
-    ):
-        documents = read_train_json(path, progress=bar.update)
-        if args.compat:
-            counts = reference_counts(map_in_order(count_batch_of_reference, batches(documents)))
-        else:
-            counts = fold_counts(map_in_order(count_batch, batches(documents)))
-    if not counts:
-        raise ValueError(f"--raw_data_path {path}: there is no word in it; nothing was written")
-
-    # 2) Rank, and choose what fits.
-    ranked = rank_words(counts)
-    if args.compat:
-        chosen = Vocabulary(ranked[: args.vocab_size], [])
-    else:
-        ranked = [word for word in ranked if len(word) <= MAX_WORD]
-        ranked_parts = rank_words(part_counts(counts))
-        chosen = choose_tokens(ranked, ranked_parts, args.vocab_size)
-
-    # 3) Write, and say what it covers.
-    tokens = [*SPECIAL_TOKENS, *chosen.words, *chosen.parts]
-    write_lines(args.vocab_file, tokens)
-    seen = sum(counts.values())
-    covered = sum(counts[word] for word in chosen.words)
-    print(f"{args.vocab_file}: {len(tokens):,} lines: 5 special tokens, {len(chosen.words):,} words", end="")
-    print("" if args.compat else f", {len(chosen.parts):,} characters, parts and bytes to spell other words")
-    print(f"words seen: {seen:,}, {len(counts):,} different; {len(chosen.words):,} kept cover {covered / seen:.2%}")
-    if covered < seen:
-        fate = "become [UNK]" if args.compat else "are spelled"
-        print(f"{len(counts) - len(chosen.words):,} words that stand {seen - covered:,} times {fate}")
-    if config is not None:
-        rows = coverage_rows(counts, ranked, ranked_parts, config)
-        recommended = recommend(rows)
-        print_coverage(rows, recommended, args.model_config)
-        if args.report:
-            write_json(
-                args.report,
-                {
-                    "words_seen": seen,
-                    "different_words": len(counts),
-                    "vocab_size": args.vocab_size,
-                    "lines": len(tokens),
-                    "coverage": covered / seen,
-                    "recommended_vocab_size": recommended,
-                    "model_config": args.model_config,
-                    "sizes": rows,
-                },
-            )
+    if args.tokenizer == "bpe":
+        assert config is not None
+        make_bpe_vocabulary(args, size, config)
+        return
+    if args.tokenizer == "word":
+        shared_segmenter()  # before the workers are forked, so that they share it
+    make_word_vocabulary(args, size, config)
 
 
 if __name__ == "__main__":

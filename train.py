@@ -178,7 +178,7 @@ def train_update(
 
 def train_spawned(rank: Rank, run: Run, resume: Path | None) -> int:
     """Train as a rank in a process of its own, which makes its own model."""
-    return train(rank, run, build_model(run.args, run.vocab_file, len(run.tokenizer)), resume)
+    return train(rank, run, build_model(run.args, run.vocab_file, run.tokenizer), resume)
 
 
 def main(argv: list[str] | None = None) -> int:

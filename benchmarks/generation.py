@@ -1,9 +1,9 @@
-"""Decoding beside transformers, CTranslate2 and a loop of the reference's kind: one model, one run, rounds in turn.
+"""Decoding throughput and latency beside transformers, CTranslate2 and a loop without a KV cache like the reference's.
 
-The model is GPT-2 small with a vocabulary of 50,005 and random weights; a prompt of 8 tokens, top-k 30. CTranslate2 is
-measured where it is installed (`pip install ctranslate2`). On a GPU ours decodes with CUDA graphs, and transformers
-with its static cache too, which it compiles; what is compiled and captured is so in the first round, which does not
-count:
+All decode one model in one process, in alternating rounds: GPT-2 small with a vocabulary of 50,005 and random weights,
+a prompt of 8 tokens, top-k 30. CTranslate2 is measured if it is installed (`pip install ctranslate2`). On a GPU our
+engine uses CUDA graphs, and transformers is measured with its compiled static cache too. Compiling and capturing happen
+in a warm-up round:
 
     .venv-train/bin/python benchmarks/generation.py
     .venv-train/bin/python benchmarks/generation.py --device cuda
@@ -29,32 +29,28 @@ from transformers import GPT2Config, GPT2LMHeadModel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from book_order import CLS_ID, MASK_ID, NEVER_PRODUCED, PAD_ID  # noqa: E402
+
 from gpt2_chinese.decoding.completion import Prompt  # noqa: E402
 from gpt2_chinese.decoding.engine import Engine  # noqa: E402
 from gpt2_chinese.model_folder import save_model  # noqa: E402
 from gpt2_chinese.precision import has_bf16  # noqa: E402
-from gpt2_chinese.text.tokenizer import Tokenizer  # noqa: E402
-from gpt2_chinese.text.vocabulary import (  # noqa: E402
-    CLS_ID,
-    MASK_ID,
-    NEVER_PRODUCED,
-    PAD_ID,
-    SPECIAL_TOKENS,
-)
+from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS  # noqa: E402
+from gpt2_chinese.text.word_tokenizer import WordTokenizer  # noqa: E402
 
 VOCABULARY = [*SPECIAL_TOKENS, *(f"词{number}" for number in range(50_000))]
 TOP_K = 30
-REFERENCE = "one after the other"
+REFERENCE = "loop without KV cache"
 Contender = Callable[[int, int, int], Any]
-"""Decodes a prompt for so many requests, with so many samples of so many tokens each."""
+"""Called with the number of requests, of samples of each, and of tokens of each sample; decodes them."""
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="times that each is measured; default 5")
-    parser.add_argument("--layers", type=int, default=12, help="of the model; default 12, GPT-2 small")
-    parser.add_argument("--tokens", type=int, default=50, help="of a sample, but for the latency; default 50")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda; default cpu")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds (%(default)s)")
+    parser.add_argument("--layers", type=int, default=12, help="layers of the model; GPT-2 small has 12 (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=50, help="tokens of a sample; the latency has 20 (%(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     return parser.parse_args(argv)
 
 
@@ -76,19 +72,19 @@ def prompt_ids() -> list[int]:
 
 
 @torch.inference_mode()
-def one_after_the_other(model: GPT2LMHeadModel, requests: int, samples: int, tokens: int) -> None:
-    """The reference's way: each sample alone, and for each token all that stands before it once more."""
+def without_kv_cache(model: GPT2LMHeadModel, requests: int, samples: int, tokens: int) -> None:
+    """As the reference: one sample after the other, with a forward pass over the whole text for each token."""
     for _ in range(requests * samples):
         ids = torch.tensor([prompt_ids()], device=model.device)
         for _ in range(tokens):
             logits = model(ids, use_cache=False).logits[0, -1]
-            best, places = logits.topk(TOP_K)
-            drawn = torch.multinomial(torch.softmax(best, dim=-1), 1)
-            ids = torch.cat([ids, places[drawn][None]], dim=1)
-        ids.cpu()  # a GPU is waited for
+            best, best_ids = logits.topk(TOP_K)
+            index = torch.multinomial(torch.softmax(best, dim=-1), 1)
+            ids = torch.cat([ids, best_ids[index][None]], dim=1)
+        ids.cpu()  # synchronizes with a GPU
 
 
-def generate_of_transformers(model: GPT2LMHeadModel, **options: Any) -> Contender:
+def transformers_contender(model: GPT2LMHeadModel, **options: Any) -> Contender:
     def generate(requests: int, samples: int, tokens: int) -> None:
         inputs = torch.tensor([prompt_ids()] * requests, device=model.device)
         output = model.generate(
@@ -100,13 +96,13 @@ def generate_of_transformers(model: GPT2LMHeadModel, **options: Any) -> Contende
             min_new_tokens=tokens,
             max_new_tokens=tokens,
             **options,
-        ).cpu()  # a GPU is waited for
+        ).cpu()  # synchronizes with a GPU
         assert output.shape == (requests * samples, len(prompt_ids()) + tokens)
 
     return generate
 
 
-def generate_of_ctranslate2(folder: Path, compute_type: str, threads: int, device: str) -> Contender:
+def ctranslate2_contender(folder: Path, compute_type: str, threads: int, device: str) -> Contender:
     import ctranslate2
 
     generator = ctranslate2.Generator(
@@ -131,20 +127,21 @@ def generate_of_ctranslate2(folder: Path, compute_type: str, threads: int, devic
 def convert_for_ctranslate2(model: GPT2LMHeadModel, folder: Path) -> Path:
     from ctranslate2.converters import TransformersConverter
 
-    save_model(folder / "model", model, Tokenizer(VOCABULARY), facts={})
+    save_model(folder / "model", model, WordTokenizer(VOCABULARY), facts={})
     TransformersConverter(str(folder / "model"), trust_remote_code=True).convert(str(folder / "converted"))
     return folder / "converted"
 
 
-def our_engine(engine: Engine) -> Contender:
+def engine_contender(engine: Engine) -> Contender:
     # [CLS] would end a sample early; here all have the same length.
-    engine._banned = torch.cat([engine._banned, torch.tensor([CLS_ID], device=engine._banned.device)])
+    suppressed = engine.sampler.suppressed_ids
+    engine.sampler.suppressed_ids = torch.cat([suppressed, suppressed.new_tensor([CLS_ID])])
     prompt = Prompt("", tuple(prompt_ids()), 0)
 
     def generate(requests: int, samples: int, tokens: int) -> None:
-        tickets = [engine.submit(prompt, samples=samples, length=tokens, seed=seed) for seed in range(requests)]
-        for ticket in tickets:
-            completions = ticket.future.result()
+        submitted = [engine.submit(prompt, samples=samples, length=tokens, seed=seed) for seed in range(requests)]
+        for request in submitted:
+            completions = request.future.result()
             assert all(len(completion.ids) == tokens for completion in completions)
             assert not {id_ for completion in completions for id_ in completion.ids} & {*NEVER_PRODUCED, CLS_ID}
 
@@ -152,7 +149,7 @@ def our_engine(engine: Engine) -> Contender:
 
 
 def measure(contenders: dict[str, Contender], rounds: int, work: tuple[int, int, int]) -> dict[str, list[float]]:
-    """Seconds of each contender in each round; in a round each has its turn, after a first one that does not count."""
+    """Seconds of each contender in each round, after a warm-up round; in a round each contender runs once."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
         for name, contender in contenders.items():
@@ -176,7 +173,7 @@ def show(title: str, seconds: dict[str, list[float]], tokens: int) -> None:
     for name, median in ours.items():
         line = f"{name}: {theirs[fastest] / median:.2f} times the fastest of the others ({fastest})"
         if REFERENCE in theirs:
-            line += f", {theirs[REFERENCE] / median:.1f} times {REFERENCE}"
+            line += f", {theirs[REFERENCE] / median:.1f} times the {REFERENCE}"
         print(line)
 
 
@@ -184,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     transformers.logging.set_verbosity_error()
     model = random_model(args.layers)
-    tokenizer = Tokenizer(VOCABULARY)
+    tokenizer = WordTokenizer(VOCABULARY)
     threads = torch.get_num_threads()
     device = args.device if args.device == "cpu" else torch.cuda.get_device_name(torch.device(args.device))
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {threads} threads, {device}")
@@ -193,33 +190,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         if importlib.util.find_spec("ctranslate2") is not None:
             converted = convert_for_ctranslate2(model, Path(folder))
             for compute_type in ("float32", "int8"):
-                contenders[f"CTranslate2, {compute_type}"] = generate_of_ctranslate2(
+                contenders[f"CTranslate2, {compute_type}"] = ctranslate2_contender(
                     converted, compute_type, threads, args.device
                 )
         else:
-            print("CTranslate2 is not installed and not measured")
+            print("CTranslate2 is not measured: it is not installed")
         model.to(args.device)
         if args.device == "cpu":
             precisions = ["bf16", "int8", "fp32"]
         else:
             precisions = ["bf16", "fp32"] if has_bf16(model.device) else ["fp32"]
-        engines = [Engine(model, tokenizer, rows=32, precision=precision) for precision in precisions]
-        contenders["transformers generate, fp32"] = generate_of_transformers(model)
+        engines = [Engine(model, tokenizer, max_num_seqs=32, precision=precision) for precision in precisions]
+        contenders["transformers generate, fp32"] = transformers_contender(model)
         models = {"fp32": model}
         if has_bf16(model.device):
             models["bf16"] = random_model(args.layers).to(args.device, torch.bfloat16)
-            contenders["transformers generate, bf16"] = generate_of_transformers(models["bf16"])
+            contenders["transformers generate, bf16"] = transformers_contender(models["bf16"])
         else:
-            print("transformers in bf16 is not measured: this processor has no instructions for it and is slower so")
-        if args.device != "cpu":  # compiled, anew for each size; only in the faster of both precisions
+            print("transformers in bf16 is not measured: this device has no bf16 instructions and is slower with it")
+        if args.device != "cpu":  # compiles for each size, hence only with the faster precision
             name = "bf16" if "bf16" in models else "fp32"
-            contenders[f"transformers generate, {name}, static"] = generate_of_transformers(
+            contenders[f"transformers generate, {name}, static"] = transformers_contender(
                 models[name], cache_implementation="static"
             )
         for engine, precision in zip(engines, precisions, strict=True):
             engine.__enter__()
-            contenders[f"ours, {precision}"] = our_engine(engine)
-        slow = {REFERENCE: lambda *work: one_after_the_other(model, *work)}
+            contenders[f"ours, {precision}"] = engine_contender(engine)
+        slow = {REFERENCE: lambda *work: without_kv_cache(model, *work)}
         for title, work, others in (
             (f"5 samples of {args.tokens}", (1, 5, args.tokens), slow),
             ("latency: one sample of 20", (1, 1, 20), slow),

@@ -96,7 +96,7 @@ throughput() {
 decoding() {
     step decoding 200 python3 benchmarks/generation.py --device "${device/#[0-9]*/cuda}" --rounds 3 $generation
     # Of each line of figures the median; the titles and the ratios as they are.
-    grep -E '^(5 samples|latency|32 requests|(transformers generate|CTranslate2|ours|one after).*s$|.*[0-9]s +[0-9.]+s +[0-9]+$|ours.*times)' \
+    grep -E '^(5 samples|latency|32 requests|(transformers generate|CTranslate2|ours|loop without).*s$|.*[0-9]s +[0-9.]+s +[0-9]+$|ours.*times)' \
         "$out/decoding.log" | sed -E 's/ +[0-9.]+s +([0-9.]+s) +([0-9]+)$/ | \1 | \2 tokens\/s/; s/: ([0-9.]+ times)/ | \1/; s/^/| /; s/$/ |/' \
         >>"$out/table.md"
 }

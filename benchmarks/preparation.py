@@ -3,6 +3,7 @@
 Run in the vocabulary environment, which has thulac, Keras and all that stage 3 needs, with texts of a document a line:
 
     .venv-vocab/bin/python benchmarks/preparation.py speed medical_qa.txt songci.txt --megabytes 50
+    .venv-vocab/bin/python benchmarks/preparation.py speed medical_qa.txt --megabytes 50 --tokenizer char
     .venv-vocab/bin/python benchmarks/preparation.py memory medical_qa.txt songci.txt --megabytes 1000
     .venv-vocab/bin/python benchmarks/preparation.py held-out medical_qa.txt songci.txt
 """
@@ -10,6 +11,7 @@ Run in the vocabulary environment, which has thulac, Keras and all that stage 3 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -32,6 +34,18 @@ lines = [cutter.cut(document, text=True) for document in documents]
 cut = time.perf_counter() - begin
 Tokenizer(num_words=50000).fit_on_texts(lines)
 print("RESULT", cut, time.perf_counter() - begin)
+"""
+
+RUST_BASELINE = """
+import sys, time, tokenizers
+documents = open(sys.argv[1], encoding="utf-8").read().splitlines()
+if sys.argv[2].endswith(".json"):
+    tokenizer = tokenizers.Tokenizer.from_file(sys.argv[2])
+else:
+    tokenizer = tokenizers.BertWordPieceTokenizer(sys.argv[2], lowercase=True)
+begin = time.perf_counter()
+ids = [encoding.ids for encoding in tokenizer.encode_batch(documents, add_special_tokens=False)]
+print("RESULT", time.perf_counter() - begin)
 """
 
 
@@ -73,28 +87,42 @@ def speed(args: argparse.Namespace, folder: Path) -> None:
     sample.write_text("\n".join(documents[:: len(documents) // args.sample_documents]) + "\n", encoding="utf-8")
     sample_size = sample.stat().st_size
 
-    def baseline() -> tuple[float, float]:
+    def words_baseline() -> tuple[float, float]:
+        """MB/s of THULAC alone, and of THULAC with Keras' Tokenizer."""
         done = subprocess.run([sys.executable, "-c", BASELINE, str(sample)], check=True, capture_output=True, text=True)
         cut, both = map(float, done.stdout.split("RESULT")[1].split())
         return sample_size / cut / 1e6, sample_size / both / 1e6
 
-    first_cut, first_both = baseline()
+    def rust_baseline(vocabulary: Path) -> float:
+        """MB/s of the tokenizers package in one thread."""
+        command = [sys.executable, "-c", RUST_BASELINE, str(sample), str(vocabulary)]
+        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        return sample_size / float(done.stdout.split("RESULT")[1]) / 1e6
+
+    words = args.tokenizer == "word"
+    first_cut, first_both = words_baseline() if words else (0.0, 0.0)
     rows = []
     for workers in (1, 2):
-        vocabulary = folder / f"vocab{workers}.txt"
-        flags = ["--raw_data_path", corpus, "--workers", str(workers)]
+        vocabulary = folder / f"vocab{workers}{'.json' if args.tokenizer == 'bpe' else '.txt'}"
+        flags = ["--raw_data_path", corpus, "--workers", str(workers), "--tokenizer", args.tokenizer]
         config = ["--model_config", ROOT / "config" / "model_config_small.json"]
         rows.append(("make-vocab.py", workers, stage("make-vocab.py", *flags, "--vocab_file", vocabulary, *config)))
         output = ["--vocab_filename", vocabulary, "--tokenized_data_path", folder / f"tokenized{workers}"]
         rows.append(("make-tokenized.py", workers, stage("make-tokenized.py", *flags, *output, "--min_length", "0")))
-    last_cut, last_both = baseline()
-    rate_of = {"make-vocab.py": (first_both + last_both) / 2, "make-tokenized.py": (first_cut + last_cut) / 2}
     print(f"input: {size / 1e6:.1f} MB of text; sample of the baseline: {sample_size / 1e6:.2f} MB, before and after")
-    print(f"one process, thulac.cut: {first_cut:.3f} and {last_cut:.3f} MB/s; "
-          f"with fit_on_texts: {first_both:.3f} and {last_both:.3f} MB/s")  # fmt: skip
+    if words:
+        last_cut, last_both = words_baseline()
+        rate_of = {"make-vocab.py": (first_both + last_both) / 2, "make-tokenized.py": (first_cut + last_cut) / 2}
+        print(f"one process, thulac.cut: {first_cut:.3f} and {last_cut:.3f} MB/s; "
+              f"with fit_on_texts: {first_both:.3f} and {last_both:.3f} MB/s")  # fmt: skip
+    else:
+        rate_of = {"make-tokenized.py": rust_baseline(vocabulary)}
+        print(f"the tokenizers package alone, one thread: {rate_of['make-tokenized.py']:.2f} MB/s")
     for name, workers, seconds in rows:
         rate = size / seconds / 1e6
-        print(f"{name}, {workers} worker(s): {seconds:.2f} s, {rate:.2f} MB/s, {rate / rate_of[name]:.0f} times")
+        ratio = f", {rate / rate_of[name]:.{0 if words else 2}f} times" if name in rate_of else ""
+        print(f"{name}, {workers} worker(s): {seconds:.2f} s, {rate:.2f} MB/s{ratio}")
 
 
 def memory(args: argparse.Namespace, folder: Path) -> None:
@@ -124,8 +152,8 @@ def json_documents(corpus: Path):  # noqa: ANN201
 
 
 def held_out(args: argparse.Namespace, folder: Path) -> None:
-    from gpt2_chinese.text.tokenizer import Tokenizer
-    from gpt2_chinese.text.vocabulary import UNK_ID
+    from gpt2_chinese.text.vocabulary import read_vocabulary
+    from gpt2_chinese.text.word_tokenizer import WordTokenizer
 
     for text in args.texts:
         documents = [line for line in text.read_text(encoding="utf-8").splitlines() if line]
@@ -139,12 +167,12 @@ def held_out(args: argparse.Namespace, folder: Path) -> None:
             flags = ["--raw_data_path", folder / "train.json", "--vocab_file", vocabulary]
             config = ["--model_config", ROOT / "config" / "model_config_small.json"]
             stage("make-vocab.py", *flags, *(["--compat"] if compat else config))
-            tokenizer = Tokenizer.from_file(vocabulary, compat=compat)
+            tokenizer = WordTokenizer(read_vocabulary(vocabulary), compat=compat)
             tokens = unknown = characters = whole = 0
             for document in documents[cut:]:
                 ids = tokenizer.encode(document)
                 tokens += len(ids)
-                unknown += ids.count(UNK_ID)
+                unknown += ids.count(tokenizer.marks.unknown)
                 characters += len(document)
                 whole += tokenizer.decode(ids) == tokenizer.normalize(document)
             print(
@@ -159,6 +187,7 @@ def main() -> None:
     parser.add_argument("what", choices=["speed", "memory", "held-out"])
     parser.add_argument("texts", nargs="+", type=Path, help="TXT files in UTF-8, one document a line")
     parser.add_argument("--megabytes", type=float, default=50, help="size of the input, the texts repeated")
+    parser.add_argument("--tokenizer", choices=["word", "char", "bpe"], default="word", help="of speed")
     parser.add_argument("--sample_documents", type=int, default=3000, help="documents of the baseline's sample")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
-"""server.py under load, beyond its capacity, under abuse, under SIGTERM and with slow connections; loopback only.
+"""server.py under load, at four times its capacity, under abuse, at SIGTERM, and beside slow connections.
 
-Run in the training environment; each starts its own server and prints what it counted:
+Run in the training environment. Each starts its own server on the loopback interface and prints what it counted:
 
     .venv-train/bin/python benchmarks/serving.py load     --model_path demo/model/final_model
     .venv-train/bin/python benchmarks/serving.py overload --model_path demo/model/final_model
@@ -34,15 +34,15 @@ import aiohttp
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXTS = ["孩子", "感冒了，", "高血压患者", "睡不着", "", "每天早上起来"]
-MOST_WIRES = 400
-"""Connections that overload opens at the most; server.py takes 800."""
+MAX_CONNECTIONS = 400
+"""The most that `overload` opens; server.py accepts 800."""
 TICK = 0.002
-"""Seconds between two looks of overload at what is due and what has come."""
+"""Seconds between two steps of `overload`, each of which sends what is due and reads what has arrived."""
 BAD = [b"", b"{", b"[]", b'{"context": 5}', b'{"context": "\xff"}', b'{"context": "a", "samples": 99999}']
 
 
 class Server:
-    """A server.py of its own on a free port; `with Server(...) as server:` ends it."""
+    """A process of server.py on a free port; `with Server(...) as server:` ends it."""
 
     def __init__(self, model_path: str, *flags: str) -> None:
         command = [sys.executable, str(ROOT / "server.py"), "--model_path", model_path, "--port", "0", *flags]
@@ -84,12 +84,12 @@ class Server:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value in milliseconds that `share` of the values in seconds do not exceed."""
+    """The percentile in milliseconds of values in seconds, `share` from 0 to 1."""
     ranked = sorted(values) or [float("nan")]
     return ranked[min(len(ranked) - 1, int(share * len(ranked)))] * 1000
 
 
-def wishes(count: int, *, longest: int = 30) -> list[dict[str, Any]]:
+def sample_requests(count: int, *, longest: int = 30) -> list[dict[str, Any]]:
     source = random.Random(5)
     return [
         {
@@ -104,17 +104,17 @@ def wishes(count: int, *, longest: int = 30) -> list[dict[str, Any]]:
     ]
 
 
-async def ask(session: aiohttp.ClientSession, wish: dict[str, Any]) -> tuple[int, list[str]]:
-    async with session.post("/generate", json=wish) as response:
+async def post_generate(session: aiohttp.ClientSession, fields: dict[str, Any]) -> tuple[int, list[str]]:
+    async with session.post("/generate", json=fields) as response:
         return response.status, await response.json() if response.status == 200 else []
 
 
-async def ask_stream(session: aiohttp.ClientSession, wish: dict[str, Any]) -> tuple[int, list[str]]:
-    """The same from a stream; one that is cut off gives a status of 0."""
-    async with session.post("/generate", json=wish | {"stream": True}) as response:
+async def post_stream(session: aiohttp.ClientSession, fields: dict[str, Any]) -> tuple[int, list[str]]:
+    """The same from a stream; the status is 0 if it breaks off."""
+    async with session.post("/generate", json=fields | {"stream": True}) as response:
         if response.status != 200:
             return response.status, []
-        texts = [wish["context"]] * wish["samples"]
+        texts = [fields["context"]] * fields["samples"]
         name = ""
         async for line in response.content:
             if line.startswith(b"event: "):
@@ -125,16 +125,16 @@ async def ask_stream(session: aiohttp.ClientSession, wish: dict[str, Any]) -> tu
         return (200 if name == "done" else 0), texts
 
 
-async def ask_v1(session: aiohttp.ClientSession, wish: dict[str, Any]) -> tuple[int, list[str]]:
-    same = {name: wish[name] for name in ("temperature", "seed")}
+async def post_v1(session: aiohttp.ClientSession, fields: dict[str, Any]) -> tuple[int, list[str]]:
+    same = {name: fields[name] for name in ("temperature", "seed")}
     same |= {
-        "prompt": wish["context"],
-        "n": wish["samples"],
-        "max_tokens": wish["maxlength"],
+        "prompt": fields["context"],
+        "n": fields["samples"],
+        "max_tokens": fields["maxlength"],
         "top_k": 30,
         "echo": True,
     }
-    async with session.post("/v1/completions", json=same | {"top_p": wish["top_p"] or 1}) as response:
+    async with session.post("/v1/completions", json=same | {"top_p": fields["top_p"] or 1}) as response:
         answer = await response.json()
         return response.status, [choice["text"] for choice in answer.get("choices", [])]
 
@@ -154,10 +154,10 @@ async def watch_health(session: aiohttp.ClientSession, latencies: list[float]) -
 
 
 async def load(url: str, *, clients: int, seconds: float) -> dict[str, Any]:
-    """Clients that ask without a pause, every answer compared with what its seed gave alone."""
+    """Clients that send one request after the other; every answer is compared with that of its seed without load."""
     async with open_session(url) as session:
-        asked = wishes(60)
-        alone = [(await ask(session, wish))[1] for wish in asked]
+        requests = sample_requests(60)
+        alone = [(await post_generate(session, fields))[1] for fields in requests]
         outcomes: Counter[str] = Counter()
         latencies: list[float] = []
         health: list[float] = []
@@ -166,10 +166,12 @@ async def load(url: str, *, clients: int, seconds: float) -> dict[str, Any]:
         async def client(number: int) -> None:
             source = random.Random(number)
             while time.perf_counter() < end:
-                place = source.randrange(len(asked))
+                place = source.randrange(len(requests))
                 begin = time.perf_counter()
                 try:
-                    status, texts = await source.choice([ask, ask, ask_stream, ask_v1])(session, asked[place])
+                    status, texts = await source.choice([post_generate, post_generate, post_stream, post_v1])(
+                        session, requests[place]
+                    )
                 except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
                     outcomes[f"error {type(error).__name__}"] += 1
                     continue
@@ -191,15 +193,15 @@ async def load(url: str, *, clients: int, seconds: float) -> dict[str, Any]:
     }
 
 
-class Wires:
-    """Kept connections for one request, sent again and again; the one that has rested longest first.
+class Connections:
+    """Keep-alive connections that send one request repeatedly, the longest idle connection first.
 
-    Bytes go out and a status comes back, with as little as can be: the processors are the server's too.
+    Of the answers only the status is parsed, since the client shares the processors with the server.
     """
 
-    def __init__(self, port: int, wish: dict[str, Any]) -> None:
+    def __init__(self, port: int, fields: dict[str, Any]) -> None:
         self.port = port
-        body = json.dumps(wish).encode()
+        body = json.dumps(fields).encode()
         self.request = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
         self.selector = selectors.DefaultSelector()
         self.free: deque[socket.socket] = deque()
@@ -209,65 +211,65 @@ class Wires:
 
     def open(self, count: int) -> None:
         for _ in range(count):
-            wire = socket.create_connection(("127.0.0.1", self.port))
-            wire.setblocking(False)
-            self.selector.register(wire, selectors.EVENT_READ)
-            self.answers[wire] = b""
-            self.free.append(wire)
+            connection = socket.create_connection(("127.0.0.1", self.port))
+            connection.setblocking(False)
+            self.selector.register(connection, selectors.EVENT_READ)
+            self.answers[connection] = b""
+            self.free.append(connection)
         self.opened += count
 
     def send(self) -> bool:
-        """Send the request on a free connection; False if there is none."""
+        """Send the request on an idle connection; False if there is none."""
         if not self.free:
             return False
-        wire = self.free.popleft()
-        self.sent[wire] = time.perf_counter()
-        wire.send(self.request)
+        connection = self.free.popleft()
+        self.sent[connection] = time.perf_counter()
+        connection.send(self.request)
         return True
 
     def answered(self, seconds: float) -> list[tuple[int, float]]:
-        """Wait so long at the most; the statuses that have come, 0 for a connection that has ended, and after how long.
+        """Wait at most `seconds`; the status of each answer, 0 for a connection that was closed, and its latency.
 
-        A connection that ends while it rests has no request to lose.
+        An idle connection that is closed loses no request and is not reported.
         """
         found = []
         for key, _ in self.selector.select(seconds):
-            wire = key.fileobj
-            assert isinstance(wire, socket.socket)
+            connection = key.fileobj
+            assert isinstance(connection, socket.socket)
             try:
-                data = wire.recv(65536)
+                data = connection.recv(65536)
             except ConnectionError:
                 data = b""
-            answer = self.answers[wire] + data
+            answer = self.answers[connection] + data
             whole = length_of(answer)
             if data and len(answer) < whole:
-                self.answers[wire] = answer
+                self.answers[connection] = answer
                 continue
-            if wire in self.sent:
-                found.append((int(answer[9:12]) if data else 0, time.perf_counter() - self.sent.pop(wire)))
+            if connection in self.sent:
+                found.append((int(answer[9:12]) if data else 0, time.perf_counter() - self.sent.pop(connection)))
             if data:
-                self.answers[wire] = b""
-                self.free.append(wire)
+                self.answers[connection] = b""
+                self.free.append(connection)
             else:
-                self._forget(wire)
+                self._forget(connection)
         return found
 
-    def _forget(self, wire: socket.socket) -> None:
-        self.selector.unregister(wire)
-        del self.answers[wire]
+    def _forget(self, connection: socket.socket) -> None:
+        self.selector.unregister(connection)
+        del self.answers[connection]
         self.opened -= 1
-        if wire in self.free:
-            self.free.remove(wire)
-        wire.close()
+        if connection in self.free:
+            self.free.remove(connection)
+        connection.close()
 
     def close(self) -> None:
-        for wire in list(self.answers):
-            self._forget(wire)
+        for connection in list(self.answers):
+            self._forget(connection)
         self.selector.close()
 
 
 def length_of(answer: bytes) -> float:
-    """Bytes of an answer whose beginning is given; endless while its head is not there."""
+    """The length in bytes of an answer that begins so; infinite while its head is incomplete."""
     end = answer.find(b"\r\n\r\n")
     if end < 0:
         return float("inf")
@@ -275,41 +277,41 @@ def length_of(answer: bytes) -> float:
     return end + 4 + int(answer[begin : answer.index(b"\r", begin)])
 
 
-def peak(wires: Wires, *, clients: int, seconds: float) -> float:
-    """Answers per second to `clients` that ask without a pause."""
+def peak(connections: Connections, *, clients: int, seconds: float) -> float:
+    """Answers per second to `clients` that each send one request after the other."""
     served = 0
     begin = time.perf_counter()
     for _ in range(clients):
-        assert wires.send()
+        assert connections.send()
     waiting = clients
     while waiting:
-        for status, _ in wires.answered(1):
+        for status, _ in connections.answered(1):
             served += status == 200
             waiting -= 1
-            if time.perf_counter() < begin + seconds and wires.send():
+            if time.perf_counter() < begin + seconds and connections.send():
                 waiting += 1
     return served / (time.perf_counter() - begin)
 
 
 @dataclass
-class Beyond:
-    """What became of the requests of `beyond`."""
+class Overload:
+    """The outcome of `send_at_rate`; rates per second."""
 
-    sent: float = 0.0  # per second
+    sent: float = 0.0
     served: float = 0.0
     outcomes: Counter[str] = field(default_factory=Counter)
     refusals: list[float] = field(default_factory=list)  # seconds
 
 
-def beyond(wires: Wires, *, rate: float, seconds: float) -> Beyond:
-    """Requests at so many per second, whether answered or not; what is due is sent every TICK."""
-    result = Beyond()
-    ramp = seconds / 4  # what waits at the beginning is no measure of the rate
+def send_at_rate(connections: Connections, *, rate: float, seconds: float) -> Overload:
+    """Send `rate` requests per second, whether they are answered or not; what is due is sent every TICK."""
+    result = Overload()
+    ramp = seconds / 4  # while the queue fills, the rate is not that of overload
     served = 0
 
     def look() -> None:
         nonlocal served
-        for status, latency in wires.answered(0):
+        for status, latency in connections.answered(0):
             result.outcomes[f"status {status}" if status else "error: the connection was closed"] += 1
             if status == 200:
                 served += begin + ramp < time.perf_counter() < begin + seconds
@@ -320,10 +322,10 @@ def beyond(wires: Wires, *, rate: float, seconds: float) -> Beyond:
     count = 0
     while (now := time.perf_counter()) < begin + seconds:
         while count < (now - begin) * rate:
-            if wires.send():
+            if connections.send():
                 count += 1
-            elif wires.opened < MOST_WIRES:
-                wires.open(8)
+            elif connections.opened < MAX_CONNECTIONS:
+                connections.open(8)
             else:
                 break  # until some are answered
         time.sleep(TICK)
@@ -337,30 +339,30 @@ def beyond(wires: Wires, *, rate: float, seconds: float) -> Beyond:
 
 
 def overload(port: int, *, clients: int, seconds: float, rounds: int = 1, times: float = 4) -> dict[str, Any]:
-    """The peak, then requests at `times` that rate, in turns, since machines change their speed; medians."""
-    wires = Wires(port, {"context": "孩子", "maxlength": 20, "samples": 2, "temperature": 0.8})
-    wires.open(4 * clients)
-    peaks, beyonds = [], []
+    """The peak rate, then `times` that rate, alternating because the speed of machines drifts; medians."""
+    connections = Connections(port, {"context": "孩子", "maxlength": 20, "samples": 2, "temperature": 0.8})
+    connections.open(4 * clients)
+    peaks, overloads = [], []
     for _ in range(rounds):
-        peaks.append(peak(wires, clients=clients, seconds=seconds))
-        beyonds.append(beyond(wires, rate=times * peaks[-1], seconds=seconds))
-    wires.close()
-    refusals = [latency for one in beyonds for latency in one.refusals]
-    shares = sorted(one.served / most for one, most in zip(beyonds, peaks, strict=True))
+        peaks.append(peak(connections, clients=clients, seconds=seconds))
+        overloads.append(send_at_rate(connections, rate=times * peaks[-1], seconds=seconds))
+    connections.close()
+    refusals = [latency for one in overloads for latency in one.refusals]
+    shares = sorted(one.served / most for one, most in zip(overloads, peaks, strict=True))
     return {
         "peak per second": round(statistics.median(peaks), 1),
-        "sent per second": round(statistics.median(one.sent for one in beyonds), 1),
-        "served per second": round(statistics.median(one.served for one in beyonds), 1),
+        "sent per second": round(statistics.median(one.sent for one in overloads), 1),
+        "served per second": round(statistics.median(one.served for one in overloads), 1),
         "served of the peak": round(statistics.median(shares), 3),
         "in each round": [round(share, 3) for share in shares],
         "refusals p50 ms": round(percentile(refusals, 0.5), 1),
         "refusals p99 ms": round(percentile(refusals, 0.99), 1),
-        "outcomes": dict(sum((one.outcomes for one in beyonds), Counter())),
+        "outcomes": dict(sum((one.outcomes for one in overloads), Counter())),
     }
 
 
 async def abort(url: str, port: int) -> float:
-    """Begin a long request, leave, and give the milliseconds until its rows are free."""
+    """Begin a long request, disconnect, and give the milliseconds until its slots are free."""
     async with open_session(url) as session:
 
         async def running() -> int:
@@ -376,14 +378,14 @@ async def abort(url: str, port: int) -> float:
         begin = time.perf_counter()
         writer.close()
         while await running():
-            assert time.perf_counter() < deadline, "the rows are still taken"
+            assert time.perf_counter() < deadline, "the slots are still occupied"
         return (time.perf_counter() - begin) * 1000
 
 
 async def abuse(server: Server, *, requests: int, clients: int = 32, idle: float = 7) -> dict[str, Any]:
-    """Many requests of which a fifth are bad or left in the middle; what the process holds before and after.
+    """Many requests, a fifth of them invalid or abandoned midway; the process's resources before and after.
 
-    `idle` seconds after the last request, more than --idle_timeout, no connection is left.
+    `idle` is more than --idle_timeout, so that no connection is left when the resources are counted.
     """
 
     async def measured() -> dict[str, int]:
@@ -397,7 +399,7 @@ async def abuse(server: Server, *, requests: int, clients: int = 32, idle: float
 
     async def bombard(count: int) -> None:
         numbers = iter(range(count))
-        asked = wishes(60, longest=12)
+        bodies = sample_requests(60, longest=12)
         async with open_session(server.url) as session:
 
             async def client() -> None:
@@ -411,7 +413,9 @@ async def abuse(server: Server, *, requests: int, clients: int = 32, idle: float
                             await left_in_the_middle(server.port, number)
                             outcomes["left"] += 1
                         else:
-                            status, _ = await (ask_stream if kind == 7 else ask)(session, asked[number % 60])
+                            status, _ = await (post_stream if kind == 7 else post_generate)(
+                                session, bodies[number % 60]
+                            )
                             outcomes[f"good, status {status}"] += 1
                     except (aiohttp.ClientError, asyncio.TimeoutError) as error:
                         outcomes[f"ERROR {type(error).__name__}"] += 1
@@ -427,7 +431,7 @@ async def abuse(server: Server, *, requests: int, clients: int = 32, idle: float
         "outcomes": dict(outcomes),
         "before": before,
         "after": after,
-        "an aborted request frees its rows, ms": round(max(freed), 1),
+        "an aborted request frees its slots, ms": round(max(freed), 1),
     }
 
 
@@ -444,10 +448,10 @@ async def left_in_the_middle(port: int, number: int) -> None:
 
 
 async def terminated(server: Server, *, clients: int, after: float) -> Counter[str]:
-    """One SIGTERM under load; a request that was sent before it and not answered is lost."""
+    """One SIGTERM under load; a request that was sent before it and is not answered counts as lost."""
     outcomes: Counter[str] = Counter()
     ended_at = float("inf")
-    asked = wishes(60, longest=60)
+    requests = sample_requests(60, longest=60)
     async with open_session(server.url) as session:
 
         async def client(number: int) -> None:
@@ -455,7 +459,7 @@ async def terminated(server: Server, *, clients: int, after: float) -> Counter[s
             while True:
                 sent = time.perf_counter()
                 try:
-                    status, _ = await source.choice([ask, ask_stream])(session, source.choice(asked))
+                    status, _ = await source.choice([post_generate, post_stream])(session, source.choice(requests))
                 except aiohttp.ClientConnectorError:
                     return  # it does not listen any more
                 except (aiohttp.ClientError, ConnectionError):
@@ -476,15 +480,15 @@ async def terminated(server: Server, *, clients: int, after: float) -> Counter[s
 
 
 async def slow(url: str, port: int, *, connections: int, seconds: float) -> dict[str, Any]:
-    """The p99 of good requests alone, then beside slow and silent connections; how long those stay open."""
-    wish = {"context": "孩子", "maxlength": 10, "samples": 1}
+    """The p99 of good requests without and with slow and silent connections; how long those stay open."""
+    fields = {"context": "孩子", "maxlength": 10, "samples": 1}
 
     async def good(session: aiohttp.ClientSession) -> list[float]:
         latencies = []
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
             begin = time.perf_counter()
-            status, _ = await ask(session, wish)
+            status, _ = await post_generate(session, fields)
             assert status == 200
             latencies.append(time.perf_counter() - begin)
         return latencies

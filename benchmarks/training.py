@@ -36,7 +36,8 @@ import train  # noqa: E402
 from gpt2_chinese.model_folder import read_config  # noqa: E402
 from gpt2_chinese.precision import Precision, has_bf16  # noqa: E402
 from gpt2_chinese.text.pieces import read_manifest, text_of_tokens  # noqa: E402
-from gpt2_chinese.text.tokenizer import Tokenizer  # noqa: E402
+from gpt2_chinese.text.vocabulary import read_vocabulary  # noqa: E402
+from gpt2_chinese.text.word_tokenizer import WordTokenizer  # noqa: E402
 from gpt2_chinese.training.allocator import keep_freed_memory  # noqa: E402
 from gpt2_chinese.training.estimates import flops_per_token, peak_flops  # noqa: E402
 from gpt2_chinese.training.evaluation import Documents, evaluate  # noqa: E402
@@ -351,11 +352,11 @@ def recipe(args: argparse.Namespace) -> None:
     folder = Path(args.tokenized)
     manifest = read_manifest(folder)
     assert manifest is not None
-    tokenizer = Tokenizer.from_file(manifest["vocabulary"]["path"])
+    tokenizer = WordTokenizer(read_vocabulary(manifest["vocabulary"]["path"]))
     config = read_config(args.model_config, vocab_size=len(tokenizer))
     dropout = 0.1 if args.contender == "reference" else 0.0
     config.embd_pdrop = config.attn_pdrop = config.resid_pdrop = dropout
-    texts = text_of_tokens(tokenizer.vocabulary)
+    texts = text_of_tokens(tokenizer)
     corpus = read_pieces(folder, vocab_size=len(tokenizer), manifest=manifest, val_fraction=0.01, token_texts=texts)
     documents = Documents(corpus.held_out, config.n_ctx, tokenizer)
     starts = window_starts(corpus.piece_lengths, config.n_ctx, config.n_ctx - 1)

@@ -3,13 +3,14 @@
 | file | what |
 |---|---|
 | `config.json` | the shape, as transformers writes it, with `n_ctx` |
-| `model.safetensors` | the weights; `lm_head.weight` is `transformer.wte.weight` and is not stored twice |
-| `generation_config.json` | `[MASK]` begins a document, `[CLS]` ends it, `[PAD]` fills up; what is never produced |
-| `vocab.txt`, `tokenizer_config.json` | the vocabulary and how text is cut |
-| `tokenization_gpt2_chinese.py`, `tokenizer.py`, … | the tokenizer's code, for transformers' AutoTokenizer |
-| `manifest.json` | the vocabulary's SHA-256, `compat`, and facts about the training |
+| `model.safetensors` | the weights; an output layer that is the embedding is not stored twice |
+| `generation_config.json` | what begins a document, what ends it, what is never produced |
+| `vocab.txt` or `tokenizer.json`, `tokenizer_config.json` | the vocabulary and how text is tokenized |
+| `tokenization_gpt2_chinese.py`, … | the code of the word tokenizer, for transformers' AutoTokenizer |
+| `manifest.json` | the vocabulary's SHA-256, and facts about the training |
 
-Folders of GPT2-Chinese (`pytorch_model.bin`, transformers 2.1.1) are read too.
+Folders of GPT2-Chinese (transformers 2.1.1) and of the hub are read too. Nothing in a folder is run: weights are read
+as tensors alone, and the tokenizer's code is for other programs.
 """
 
 from __future__ import annotations
@@ -30,15 +31,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from gpt2_chinese.artifacts import read_json, sha256_of, write_json, write_lines
-from gpt2_chinese.text.tokenizer import Tokenizer
-from gpt2_chinese.text.vocabulary import (
-    CLS_ID,
-    MASK_ID,
-    NEVER_PRODUCED,
-    PAD_ID,
-    SPECIAL_TOKENS,
-    read_vocabulary,
+from gpt2_chinese.text.char_tokenizer import CharTokenizer
+from gpt2_chinese.text.tokenizers import (
+    TOKENIZER_CONFIG,
+    TOKENIZER_JSON,
+    VOCABULARY,
+    HasDefinition,
+    Tokenizer,
+    read_tokenizer,
+    vocabulary_of_folder,
 )
+from gpt2_chinese.text.vocabulary import Marks
+from gpt2_chinese.text.word_tokenizer import WordTokenizer
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -46,12 +50,12 @@ if TYPE_CHECKING:
 # transformers is imported where a model is built from it: that takes seconds, and to decode a model it is not needed.
 
 FORMAT = 1
-CONFIG, MANIFEST, VOCABULARY = "config.json", "manifest.json", "vocab.txt"
+CONFIG, MANIFEST = "config.json", "manifest.json"
 WEIGHTS, OLD_WEIGHTS = "model.safetensors", "pytorch_model.bin"
 
 # transformers before 4.3x stored the causal mask of every layer beside the weights.
 _MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
-TOKENIZER_CODE = ("tokenization_gpt2_chinese.py", "tokenizer.py", "vocabulary.py")
+TOKENIZER_CODE = ("tokenization_gpt2_chinese.py", "word_tokenizer.py", "vocabulary.py")
 _EMBEDDING, _HEAD = "transformer.wte.weight", "lm_head.weight"
 _SHAPE_KEYS = (
     "vocab_size",
@@ -80,28 +84,30 @@ _DEFAULTS = {
 """transformers' defaults of what decides the forward pass and may be left out of a configuration."""
 
 
-def read_config(path: str | Path, *, vocab_size: int | None = None) -> GPT2Config:
+def read_config(path: str | Path, *, vocab_size: int | None = None, marks: Marks | None = None) -> GPT2Config:
     """Read a GPT-2's shape from JSON, of `config/`, of a model folder or of GPT2-Chinese.
 
     `n_ctx` is the length of a training window, `n_positions` the number of position embeddings; one of them is
-    enough. `vocab_size` replaces the file's, since the vocabulary decides. Keys that do not shape the model (those
+    enough. `vocab_size` replaces the file's, since the vocabulary decides, and `marks` say what begins and ends a
+    document, whatever the file has. Keys that do not shape the model (those
     that old versions of transformers wrote) are ignored.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: not JSON, or a value that makes no model; the message names the file and the key.
     """
-    return _as_config(_read_shape(path, vocab_size=vocab_size))
+    return _as_config(_read_shape(path, vocab_size=vocab_size), marks)
 
 
-def _as_config(shape: Mapping[str, Any]) -> GPT2Config:
+def _as_config(shape: Mapping[str, Any], marks: Marks | None) -> GPT2Config:
     from transformers import GPT2Config
 
     config = GPT2Config(
         **{key: shape[key] for key in _SHAPE_KEYS if key in shape},
-        bos_token_id=MASK_ID,
-        eos_token_id=CLS_ID,
-        pad_token_id=PAD_ID,
+        tie_word_embeddings=shape.get("tie_word_embeddings", True),
+        bos_token_id=None if marks is None else marks.begin,
+        eos_token_id=None if marks is None else marks.end,
+        pad_token_id=None if marks is None else marks.padding,
     )
     config.n_ctx = shape["n_ctx"]  # no field of transformers 5, but other programs look for it
     return config
@@ -153,59 +159,40 @@ def save_model(
         FileExistsError: there is something of that name that is not a model folder.
         OSError: the disk is full, or the place cannot be written.
     """
-    config = model.config
+    config, marks = model.config, tokenizer.marks
     if len(tokenizer) != config.vocab_size:
         raise ValueError(f"the vocabulary has {len(tokenizer)} tokens, the model {config.vocab_size}")
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items() if name != _HEAD}
+    tied = model.lm_head.weight is model.transformer.wte.weight
+    state = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+        if name != _HEAD or not tied
+    }
+    ids = {"bos_token_id": marks.begin, "eos_token_id": marks.end, "pad_token_id": marks.padding}
     saved = config.to_diff_dict() | {
         "architectures": ["GPT2LMHeadModel"],
         "n_ctx": getattr(config, "n_ctx", config.n_positions),
         "dtype": str(state[_EMBEDDING].dtype).removeprefix("torch."),
-        "bos_token_id": MASK_ID,
-        "eos_token_id": CLS_ID,
-        "pad_token_id": PAD_ID,
+        "tie_word_embeddings": tied,
+        **ids,
     }
-    separator, end, begin, padding, unknown = SPECIAL_TOKENS
     with atomic_write_folder(folder) as new:
         save_file(state, str(new / WEIGHTS), metadata={"format": "pt"})
         write_json(new / CONFIG, dict(sorted(saved.items())))
-        write_json(
-            new / "generation_config.json",
-            {
-                "bos_token_id": MASK_ID,
-                "eos_token_id": CLS_ID,
-                "pad_token_id": PAD_ID,
-                "suppress_tokens": list(NEVER_PRODUCED),
-                "transformers_version": saved["transformers_version"],
-            },
-        )
-        write_lines(new / VOCABULARY, tokenizer.vocabulary)
-        write_json(
-            new / "tokenizer_config.json",
-            {
-                "bos_token": begin,
-                "eos_token": end,
-                "sep_token": separator,
-                "pad_token": padding,
-                "unk_token": unknown,
-                "model_max_length": saved["n_ctx"],
-                "padding_side": "left",  # to complete a batch, every text has to end where the new tokens begin
-                "compat": tokenizer.compat,
-                "tokenizer_class": "GPT2ChineseTokenizer",
-                "auto_map": {"AutoTokenizer": ["tokenization_gpt2_chinese.GPT2ChineseTokenizer", None]},
-            },
-        )
-        for name in TOKENIZER_CODE:
-            shutil.copyfile(Path(__file__).parent / "text" / name, new / name)
+        generation = {"suppress_tokens": list(marks.never_produced)}
+        generation["transformers_version"] = saved["transformers_version"]
+        write_json(new / "generation_config.json", ids | generation)
+        vocabulary = write_tokenizer_files(new, tokenizer, n_ctx=saved["n_ctx"])
         write_json(
             new / MANIFEST,
             {
                 "format": FORMAT,
                 "vocabulary": {
-                    "file": VOCABULARY,
-                    "sha256": sha256_of(new / VOCABULARY),
+                    "file": vocabulary,
+                    "sha256": sha256_of(new / vocabulary),
                     "size": len(tokenizer),
                 },
+                "tokenizer": tokenizer.kind,
                 "compat": tokenizer.compat,
                 "facts": dict(facts),
             },
@@ -218,14 +205,16 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     vocab_file: str | Path | None = None,
+    document_marks: tuple[str, str] | None = None,
 ) -> tuple[GPT2LMHeadModel, Tokenizer]:
-    """Read a model folder, of ours or of GPT2-Chinese, in evaluation mode.
+    """Read a model folder, of ours, of GPT2-Chinese or of the hub, in evaluation mode.
 
     Args:
-        folder: with `config.json` and `model.safetensors` or `pytorch_model.bin`.
+        folder: with `config.json` and `model.safetensors` or `pytorch_model.bin`, in one file or several.
         device: where the model goes.
         dtype: of its weights.
-        vocab_file: the vocabulary, for folders without `vocab.txt`, as GPT2-Chinese's.
+        vocab_file: the vocabulary, for folders that have none, as GPT2-Chinese's.
+        document_marks: the tokens that begin and end a document, instead of those that the folder tells.
 
     A vocabulary with fewer tokens than the model has rows (GPT2-Chinese trains 50,005 whatever the vocabulary) cuts
     the rows that no token uses. That and the old causal masks left out are told on stderr.
@@ -236,30 +225,37 @@ def load_model(
     """
     from transformers import GPT2LMHeadModel
 
-    shape, state, tokenizer = _read_model_files(Path(folder), vocab_file)
+    shape, state, tokenizer = _read_model_files(Path(folder), vocab_file, document_marks)
     with torch.device("meta"):  # no time is spent on random weights
-        model = GPT2LMHeadModel(_as_config(shape))
+        model = GPT2LMHeadModel(_as_config(shape, tokenizer.marks))
     state = {name: tensor.to(device=device, dtype=dtype, copy=True) for name, tensor in state.items()}
-    state[_HEAD] = state[_EMBEDDING]
+    tied = _HEAD not in state
+    state.setdefault(_HEAD, state[_EMBEDDING])
     model.load_state_dict(state, assign=True)
-    model.tie_weights()
+    if tied:
+        model.tie_weights()
     return model.eval(), tokenizer
 
 
 def load_weights(
-    folder: str | Path, *, device: str | torch.device = "cpu", vocab_file: str | Path | None = None
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    vocab_file: str | Path | None = None,
+    document_marks: tuple[str, str] | None = None,
 ) -> tuple[Any, Tokenizer]:
     """Read a model folder for decoding, without transformers, whose import takes longer than all the rest.
 
     Arguments and errors are those of `load_model`. What it gives for a model has its weights and what of its
     configuration decides the forward pass under the same names, in float32, and cannot be called.
     """
-    shape, state, tokenizer = _read_model_files(Path(folder), vocab_file)
+    shape, state, tokenizer = _read_model_files(Path(folder), vocab_file, document_marks)
     shape = _DEFAULTS | shape
     if shape["activation_function"] not in ("gelu_new", "gelu_pytorch_tanh", "relu"):
-        return load_model(folder, device=device, vocab_file=vocab_file)  # it has the function
+        # transformers has the function
+        return load_model(folder, device=device, vocab_file=vocab_file, document_marks=document_marks)
     state = {name: tensor.to(device=device, dtype=torch.float32) for name, tensor in state.items()}
-    state[_HEAD] = state[_EMBEDDING]
+    state.setdefault(_HEAD, state[_EMBEDDING])
     model = SimpleNamespace(
         config=SimpleNamespace(**shape | {"add_cross_attention": False}),
         device=torch.device(device),
@@ -284,11 +280,11 @@ def load_weights(
 
 
 def _read_model_files(
-    folder: Path, vocab_file: str | Path | None
+    folder: Path, vocab_file: str | Path | None, document_marks: tuple[str, str] | None
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor], Tokenizer]:
-    """The shape, the weights without the head, and the tokenizer, which fit each other."""
+    """The shape, the weights (the head only where it is not the embedding), and the tokenizer, which fit each other."""
     config_file = find_config(folder)
-    tokenizer = _read_tokenizer(folder, vocab_file)
+    tokenizer = _read_tokenizer(folder, vocab_file, document_marks)
     state = _read_weights(folder)
     embedding = state[_EMBEDDING]
     shape = _read_shape(config_file, vocab_size=len(embedding))
@@ -300,7 +296,9 @@ def _read_model_files(
     if len(tokenizer) < len(embedding):
         _note(f"{folder} has {len(embedding)} rows for {len(tokenizer)} tokens: the other rows are cut off")
         shape["vocab_size"] = len(tokenizer)
-        state[_EMBEDDING] = embedding[: len(tokenizer)]
+        for name in {_EMBEDDING, _HEAD} & state.keys():
+            state[name] = state[name][: len(tokenizer)]
+    shape["tie_word_embeddings"] = _HEAD not in state
     _check_weights(folder, _weight_shapes(shape), state)
     return shape, state, tokenizer
 
@@ -314,6 +312,8 @@ def _weight_shapes(shape: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         return {f"{name}.weight": size, f"{name}.bias": size[-1:]}
 
     shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: (shape["vocab_size"], width)}
+    if not shape["tie_word_embeddings"]:
+        shapes[_HEAD] = (shape["vocab_size"], width)
     shapes["transformer.wpe.weight"] = (shape["n_positions"], width)
     for number in range(shape["n_layer"]):
         block = f"transformer.h.{number}"
@@ -337,65 +337,139 @@ def find_config(folder: str | Path) -> Path:
     return folder / CONFIG
 
 
-def _read_tokenizer(folder: Path, vocab_file: str | Path | None) -> Tokenizer:
-    """Read the folder's vocabulary, or the one given; without a manifest the folder is the reference's (compat)."""
-    own, manifest = folder / VOCABULARY, folder / MANIFEST
+def _read_tokenizer(folder: Path, vocab_file: str | Path | None, document_marks: tuple[str, str] | None) -> Tokenizer:
+    """Read the folder's tokenizer, or that of the vocabulary given; one that tells nothing is the reference's."""
+    own, manifest = vocabulary_of_folder(folder), folder / MANIFEST
     facts = read_json(manifest) if manifest.is_file() else {}
     if not isinstance(facts, dict):
         raise ValueError(f"{manifest}: a manifest is a JSON object, this is a {type(facts).__name__}")
-    expected = facts.get("vocabulary", {}).get("sha256")
-    if vocab_file is None and not own.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no {VOCABULARY}; name the vocabulary that the model was trained with (--vocab_file), "
-            f"or copy it there under that name"
-        )
-    if vocab_file is not None and own.is_file() and read_vocabulary(own) != read_vocabulary(vocab_file):
-        raise ValueError(
-            f"{vocab_file} and {own} disagree: the model was trained with the latter; "
-            "leave out --vocab_file, or name a model of the other vocabulary"
-        )
-    path = own if own.is_file() else Path(vocab_file or own)
-    tokenizer = Tokenizer(read_vocabulary(path), compat=bool(facts.get("compat", True)))
-    if expected is not None and path == own and sha256_of(own) != expected:
+    described = facts.get("vocabulary")
+    described = described if isinstance(described, dict) else {}
+    if own is not None and described.get("file") == own.name and described.get("sha256") != sha256_of(own):
         raise ValueError(
             f"{own} is not the file that {manifest} describes: it has been changed since train.py wrote it; "
             "put the old one back, or train again"
         )
-    return tokenizer
+    if vocab_file is not None and own is not None and not _same_file(own, Path(vocab_file)):
+        raise ValueError(
+            f"{vocab_file} and {own} disagree: the model was trained with the latter; "
+            "leave out --vocab_file, or name a model of the other vocabulary"
+        )
+    if own is None and vocab_file is not None:
+        spec = read_tokenizer(vocab_file, compat=True)
+    else:
+        spec = read_tokenizer(folder)
+    return (spec if document_marks is None else spec.with_marks(*document_marks)).build()
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    """Whether two vocabulary files have the same tokens, if they differ in the ends of their lines."""
+    if not other.is_file():
+        raise FileNotFoundError(f"there is no vocabulary {other}; name the file with --vocab_file")
+    return one.read_bytes().split() == other.read_bytes().split()
+
+
+def write_tokenizer_files(folder: Path, tokenizer: Tokenizer, *, n_ctx: int) -> str:
+    """Write what other programs need of the tokenizer into a model folder; gives the name of the vocabulary's file."""
+    names = {
+        key: None if id_ is None else tokenizer.vocabulary[id_]
+        for key, id_ in (
+            ("bos_token", tokenizer.marks.begin),
+            ("eos_token", tokenizer.marks.end),
+            ("pad_token", tokenizer.marks.padding),
+            ("unk_token", tokenizer.marks.unknown),
+        )
+    }
+    names = {key: name for key, name in names.items() if name is not None}
+    common = {
+        "model_max_length": n_ctx,
+        "padding_side": "left",  # to complete a batch, every text has to end where the new tokens begin
+    }
+    if isinstance(tokenizer, HasDefinition):
+        (folder / TOKENIZER_JSON).write_text(tokenizer.definition, encoding="utf-8", newline="\n")
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        write_json(folder / TOKENIZER_CONFIG, names | common | settings)
+        return TOKENIZER_JSON
+    write_lines(folder / VOCABULARY, tokenizer.vocabulary)
+    if isinstance(tokenizer, CharTokenizer):
+        names |= {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+        names = {key: name for key, name in names.items() if name in tokenizer.vocabulary}
+        write_json(folder / "special_tokens_map.json", names)
+        settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": tokenizer.lowercase}
+        write_json(folder / TOKENIZER_CONFIG, names | common | settings | {"compat": tokenizer.compat})
+        return VOCABULARY
+    assert isinstance(tokenizer, WordTokenizer)
+    settings = {
+        "sep_token": "[SEP]",
+        "compat": tokenizer.compat,
+        "rules": tokenizer.rules.number,
+        "tokenizer_class": "GPT2ChineseTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_gpt2_chinese.GPT2ChineseTokenizer", None]},
+    }
+    write_json(folder / TOKENIZER_CONFIG, names | common | settings)
+    for name in TOKENIZER_CODE:
+        shutil.copyfile(Path(__file__).parent / "text" / name, folder / name)
+    return VOCABULARY
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Read the weights under today's names, without the head and the old causal masks."""
-    path = folder / WEIGHTS
-    try:
-        if path.is_file():
-            state = load_file(path)
-        elif (path := folder / OLD_WEIGHTS).is_file():
-            # weights_only: a pickle can run code, and model folders come from the network
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            raise FileNotFoundError(f"{folder} has no weights: neither {WEIGHTS} nor {OLD_WEIGHTS}")
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "it ends too early"
-        raise ValueError(f"{path} is damaged or no weights file: {reason}; copy it again, or train again") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path} does not hold a model's weights by name")
-
+    """Read the weights under today's names, without the old causal masks; the head only if it is another matrix."""
+    path, state = _read_weights_files(folder)
     weights: dict[str, torch.Tensor] = {}
     masks = 0
     for name, tensor in state.items():
         bare = name.removeprefix("transformer.")
         if _MASK_BUFFER.fullmatch(bare):
             masks += 1
-        elif name != _HEAD:
+        elif name == _HEAD:
+            weights[_HEAD] = tensor
+        else:
             weights["transformer." + bare] = tensor
     if masks:
         _note(f"{path}: {masks} causal masks of an old transformers are not needed and left out")
     if _EMBEDDING not in weights:
         raise ValueError(f"{path} has no {_EMBEDDING}: these are not the weights of a GPT-2")
-    if _HEAD in state and not torch.equal(state[_HEAD], weights[_EMBEDDING]):
-        raise ValueError(f"{path}: {_HEAD} differs from {_EMBEDDING}, and a GPT-2 has one matrix for both")
+    if _HEAD in weights and torch.equal(weights[_HEAD], weights[_EMBEDDING]):
+        del weights[_HEAD]
     return weights
+
+
+def _read_weights_files(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The tensors of a folder by name, of one file or of the shards that an index names; and the file to speak of."""
+    for name in (WEIGHTS, WEIGHTS + ".index.json", OLD_WEIGHTS, OLD_WEIGHTS + ".index.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        if path.suffix != ".json":
+            return path, _read_tensors(path)
+        index = read_json(path)
+        shards = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise ValueError(f"{path} has no weight_map, which says in which file each weight is; copy it again")
+        state: dict[str, torch.Tensor] = {}
+        for shard in sorted(set(shards.values())):
+            if Path(shard).name != shard or not (folder / shard).is_file():
+                raise FileNotFoundError(f"{path} names {shard}, which is not in {folder}; copy it there")
+            state |= _read_tensors(folder / shard)
+        return path, state
+    raise FileNotFoundError(f"{folder} has no weights: neither {WEIGHTS} nor {OLD_WEIGHTS}, nor an index of shards")
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one file by name."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # weights_only: a pickle can run code, and model folders come from the network
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "it ends too early"
+        raise ValueError(f"{path} is damaged or no weights file: {reason}; copy it again, or train again") from error
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
+        raise ValueError(f"{path} does not hold a model's weights by name; copy it again, or take another")
+    return dict(state)
 
 
 def _check_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, torch.Tensor]) -> None:

@@ -1,1 +1,1 @@
-"""From a prompt to completions: sampling, decoders, the engine and its process."""
+"""From a prompt to completions: sampling, the decoders with their KV caches, the engine, the engine's process."""

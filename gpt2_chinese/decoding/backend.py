@@ -1,4 +1,7 @@
-"""What completes texts, as its callers see it: requests become tickets, whoever decodes them; torch is not needed."""
+"""What Engine (a thread) and EngineProcess (a process) have in common: requests go in, completions come out.
+
+Needs no torch, so that a server whose models run in processes of their own starts fast.
+"""
 
 from __future__ import annotations
 
@@ -16,53 +19,55 @@ from gpt2_chinese.decoding.completion import (
     EngineFull,
     EngineStopped,
     Prompt,
-    Settings,
+    SamplingParams,
     TextDelta,
     TokenLogprob,
 )
-from gpt2_chinese.text.tokenizer import Tokenizer
-from gpt2_chinese.text.vocabulary import MASK_ID
+from gpt2_chinese.text.tokenizers import Tokenizer
 
 Self = TypeVar("Self", bound="CompletionBackend")
 
 
 @dataclass(eq=False)
 class Request:
-    """A request that was taken; `future` gets its completions, in the order of the samples.
+    """A submitted request; `CompletionBackend.submit` describes its fields.
 
-    `first_token_at` is when the first token of any sample was drawn, in seconds of `time.monotonic()`. It is there with
-    the completions; `prompt_logprobs` are there before any piece.
+    Attributes:
+        future: gets the completions, in the order of the samples.
+        prompt_logprobs: set before the first delta if `score_prompt` is.
+        first_token_at: when the first token of any sample was sampled, in seconds of `time.monotonic()`; set before
+            `future`.
     """
 
     prompt: Prompt
     samples: int
     length: int
-    settings: Settings
+    sampling_params: SamplingParams
     seed: int
     stop: tuple[str, ...]
     logprobs: int | None
-    scored: bool
+    score_prompt: bool
     on_delta: Callable[[TextDelta], None] | None
     future: Future[list[Completion]] = field(default_factory=Future)
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     first_token_at: float | None = None
 
     def cancel(self, sample: int | None = None) -> None:
-        """Give up the places at the next step, or one sample's; what has not ended ends as it is, as "cancelled"."""
+        """End the request, or one of its samples, before the next decode step, with finish_reason "cancelled"."""
         raise NotImplementedError
 
 
 class CompletionBackend(ABC):
-    """A model that takes requests and decodes them elsewhere: in a thread (Engine) or a process (EngineProcess).
+    """A model that decodes requests outside of the caller's thread, until it is closed or fails.
 
     Attributes:
         tokenizer: the model's.
-        n_ctx: tokens that the model sees at once.
-        max_waiting: sequences that may wait for a row.
-        device: where the model is, as PyTorch calls it.
-        error: why the model has stopped.
-        prompt_tokens: tokens of the prompts that were prefilled so far.
-        generated_tokens: tokens that were drawn so far, in all samples.
+        n_ctx: the model's context length in tokens.
+        max_waiting: sequences that may wait in the queue for a batch slot.
+        device: the model's device, as PyTorch names it.
+        error: why the model has stopped, or None.
+        prompt_tokens: tokens prefilled so far.
+        generated_tokens: tokens sampled so far, in all sequences.
     """
 
     tokenizer: Tokenizer
@@ -82,11 +87,11 @@ class CompletionBackend(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Begin to take requests."""
+        """Start decoding; requests may be submitted from now on."""
 
     @abstractmethod
     def close(self) -> None:
-        """Stop after the step under way; requests that have not ended get EngineStopped."""
+        """Stop after the current decode step; unfinished requests fail with EngineStopped."""
 
     @property
     @abstractmethod
@@ -96,27 +101,27 @@ class CompletionBackend(ABC):
     @property
     @abstractmethod
     def at_full_speed(self) -> bool:
-        """Whether the decoder is the one that stays: none is being compiled."""
+        """False while a faster decoder is still being compiled in the background."""
 
     @property
     @abstractmethod
     def running(self) -> int:
-        """Sequences being decoded."""
+        """Sequences in the batch."""
 
     @property
     @abstractmethod
     def waiting(self) -> int:
-        """Sequences that wait for a row."""
+        """Sequences in the queue, which wait for a batch slot."""
 
     @abstractmethod
-    def _queue(self, **request: Any) -> Request:
-        """Make the Request of a request whose values are right, and queue it; errors are those of `submit`."""
+    def _enqueue(self, **fields: Any) -> Request:
+        """Queue a request of valid fields; raises as `submit` does."""
 
     def prompt(self, context: str, length: int) -> Prompt:
-        """Give the ids of a context; one longer than n_ctx is cut from the left, with room left for `length` tokens.
+        """Tokenize a context; one that exceeds n_ctx is truncated from the left, with room left for `length` tokens.
 
         Raises:
-            ValueError: the context holds half of a surrogate pair, which is no character.
+            ValueError: the context contains half of a surrogate pair, which is not a character.
         """
         try:
             context.encode("utf-8")
@@ -125,20 +130,21 @@ class CompletionBackend(ABC):
                 f"character {error.start + 1} is half of a surrogate pair (U+{ord(context[error.start]):04X}), "
                 "not a character; send the text as UTF-8"
             ) from None
-        return self._fitted(context, [MASK_ID, *self.tokenizer.encode(context)], length, implied=1)
+        return self._truncate(context, [self.tokenizer.marks.begin, *self.tokenizer.encode(context)], length, added=1)
 
-    def prompt_of_ids(self, ids: Sequence[int], length: int) -> Prompt:
-        """The same for a context that is given as ids, at least one; `[MASK]` is put before them where it is not there.
+    def prompt_from_ids(self, ids: Sequence[int], length: int) -> Prompt:
+        """The same for a context of one or more ids; `[MASK]` is added at the beginning unless it is there.
 
         Raises:
             ValueError: an id is not in the vocabulary.
         """
-        implied = [] if ids[0] == MASK_ID else [MASK_ID]
-        return self._fitted(self.tokenizer.decode(ids), [*implied, *ids], length, implied=len(implied))
+        begin = self.tokenizer.marks.begin
+        added = [] if ids[0] == begin else [begin]
+        return self._truncate(self.tokenizer.decode(ids), [*added, *ids], length, added=len(added))
 
-    def _fitted(self, context: str, ids: list[int], length: int, *, implied: int) -> Prompt:
+    def _truncate(self, context: str, ids: list[int], length: int, *, added: int) -> Prompt:
         if len(ids) <= self.n_ctx:
-            return Prompt(context, tuple(ids), 0, implied)
+            return Prompt(context, tuple(ids), 0, added)
         kept = max(self.n_ctx - length, self.n_ctx // 2, 1)
         return Prompt(context, tuple(ids[-kept:]), len(ids) - kept)
 
@@ -148,62 +154,63 @@ class CompletionBackend(ABC):
         *,
         samples: int,
         length: int,
-        settings: Settings | None = None,
+        sampling_params: SamplingParams | None = None,
         seed: int | None = None,
         stop: Sequence[str] = (),
         logprobs: int | None = None,
-        scored: bool = False,
+        score_prompt: bool = False,
         on_delta: Callable[[TextDelta], None] | None = None,
     ) -> Request:
         """Queue a request and return at once.
 
         Args:
-            prompt: from `prompt()`, or of ids alone.
-            samples: how many completions, at least 1.
-            length: tokens a completion has at most, at least 1; 0 is possible with `scored`.
-            settings: how tokens are drawn.
+            prompt: from `prompt` or `prompt_from_ids`.
+            samples: completions of the prompt, at least 1.
+            length: most tokens of a completion, at least 1; 0 is allowed with `score_prompt`.
+            sampling_params: the defaults if None.
             seed: 64 bits; the same seed gives the same texts. None takes a random one.
-            stop: the first of these strings in a continuation ends it, and is cut off.
-            logprobs: how many alternatives of each token are wanted, 0 to MAX_LOGPROBS; None reports no logprobs.
-            scored: report the prompt's own tokens too, as `prompt_logprobs` of the ticket, there before any piece.
-            on_delta: called in another thread with each piece of text; must be quick and not raise.
+            stop: strings that end a completion; the one that is found first is cut off.
+            logprobs: alternatives reported for each token, 0 to MAX_LOGPROBS; None reports no log-probabilities.
+            score_prompt: report the log-probabilities of the prompt's own tokens too (`Request.prompt_logprobs`).
+            on_delta: called in another thread with every TextDelta; it must be quick and must not raise.
 
         Raises:
-            EngineFull: too many sequences wait.
-            EngineStopped: the engine is closed, or the model has died.
+            EngineFull: the queue has no room for so many sequences.
+            EngineStopped: the engine is closed, or the model has failed.
+            ValueError: a value is out of its range.
         """
-        if samples < 1 or length < (0 if scored else 1):
+        if samples < 1 or length < (0 if score_prompt else 1):
             raise ValueError(f"samples and length must be 1 or more, they are {samples} and {length}")
-        if scored and logprobs is None:
-            raise ValueError("a prompt is scored where logprobs are wanted; say how many")
+        if score_prompt and logprobs is None:
+            raise ValueError("score_prompt needs logprobs: give the number of alternatives, 0 or more")
         if not all(stop):
             raise ValueError("a stop string must not be empty")
         if logprobs is not None and not 0 <= logprobs <= MAX_LOGPROBS:
             raise ValueError(f"logprobs must be from 0 to {MAX_LOGPROBS}, it is {logprobs}")
         if not 1 <= len(prompt.ids) <= self.n_ctx:
             raise ValueError(f"a prompt must have 1 to {self.n_ctx} ids, this one has {len(prompt.ids)}")
-        return self._queue(
+        return self._enqueue(
             prompt=prompt,
             samples=samples,
             length=length,
-            settings=settings or Settings(),
+            sampling_params=sampling_params or SamplingParams(),
             seed=secrets.randbits(63) if seed is None else seed,
             stop=tuple(stop),
             logprobs=logprobs,
-            scored=scored,
+            score_prompt=score_prompt,
             on_delta=on_delta,
         )
 
     def has_room(self, samples: int) -> bool:
-        """Whether so many more sequences can wait.
+        """Whether the queue has room for so many more sequences.
 
-        A request larger than the limit is taken when nothing waits: it is the caller who limits samples.
+        An empty queue takes a request of any size: limiting its samples is left to the caller.
         """
         waiting = self.waiting
         return not waiting or waiting + samples <= self.max_waiting
 
     def check_room(self, samples: int) -> None:
-        """Raise EngineFull if so many more sequences cannot wait."""
+        """Raise EngineFull unless the queue has room for so many more sequences."""
         if not self.has_room(samples):
             raise EngineFull(self.why_full())
 
@@ -216,12 +223,13 @@ class CompletionBackend(ABC):
         *,
         samples: int = 5,
         length: int = 50,
-        settings: Settings | None = None,
+        sampling_params: SamplingParams | None = None,
         seed: int | None = None,
     ) -> list[str]:
-        """Complete a context and wait for the texts; each begins with the context exactly as it is given."""
-        ticket = self.submit(self.prompt(context, length), samples=samples, length=length, settings=settings, seed=seed)
-        return [completion.text for completion in ticket.future.result()]
+        """Complete a context and wait for the texts; each begins with the context exactly as it was given."""
+        prompt = self.prompt(context, length)
+        request = self.submit(prompt, samples=samples, length=length, sampling_params=sampling_params, seed=seed)
+        return [completion.text for completion in request.future.result()]
 
     def _why_stopped(self) -> str:
         if self.error is None:

@@ -1,9 +1,9 @@
-"""GPT-2 decoding on a processor: our own compiled code over weights packed for it, as fast as the memory delivers them.
+"""GPT-2 decoding on a CPU, by compiled code over packed weights, limited by the memory bandwidth.
 
-A step reads every weight once, whatever the number of rows, so its time is the weights' bytes over the memory's
-bandwidth. The weights are kept in 32, 16 or 8 bits (`precision`). The arithmetic is float32, but for products with
-weights of 8 bits: their inputs are rounded to 8 bits too, row by row, and many rows, where it is the arithmetic that
-limits, take far less time. The code is in decoder_kernel.py, and compiled.py keeps what Numba makes of it on disk.
+A decode step reads every weight once, whatever the size of the batch, so its time is the size of the weights over the
+memory bandwidth. The weights are kept in 32, 16 or 8 bits (`precision`). The arithmetic is float32, except for products
+with 8-bit weights: their inputs are quantized to 8 bits too, row by row, which takes far less time for large batches,
+where the arithmetic is the limit. The code is in decoder_kernel.py; compiled.py caches its machine code.
 """
 
 from __future__ import annotations
@@ -27,17 +27,20 @@ from torch import Tensor
 
 from gpt2_chinese.compiled import is_cached, load_function
 from gpt2_chinese.decoding import sampling
-from gpt2_chinese.decoding.decoder import Decoder, Prefix, check_model
-from gpt2_chinese.decoding.sampling import CompiledDraw
+from gpt2_chinese.decoding.decoder import Decoder, PrefilledPrompt, check_model
+from gpt2_chinese.decoding.sampling import CompiledSampler
 
 FP32, BF16, INT8 = range(3)
-KINDS = {"fp32": FP32, "bf16": BF16, "int8": INT8}
+PRECISION_CODES = {"fp32": FP32, "bf16": BF16, "int8": INT8}
 GELU, RELU = range(2)
-ACTIVATIONS = {"gelu_new": GELU, "gelu_pytorch_tanh": GELU, "relu": RELU}
+ACTIVATION_CODES = {"gelu_new": GELU, "gelu_pytorch_tanh": GELU, "relu": RELU}
 
 
-def _registers() -> tuple[int, int]:
-    """Floats in a vector register of this processor, and how many rows of two vectors leave room for the weights."""
+def _simd_registers() -> tuple[int, int]:
+    """Floats in a vector register of this CPU, and rows of a block.
+
+    A block's sums, two vectors a row, stay in registers during a product, and leave some of them for the weights.
+    """
     features = llvm.get_host_cpu_features()
     if features.get("avx512f"):
         return 16, 12
@@ -50,302 +53,328 @@ DOT_PRODUCTS = ("vpdpbusd", "vpmaddwd", "plain")
 
 
 def _dot_product(lanes: int) -> str:
-    """By which instruction of this processor bytes are multiplied and added: one of DOT_PRODUCTS, the first is best."""
+    """The fastest of DOT_PRODUCTS on this CPU: instructions that multiply 8-bit integers and add up the products."""
     features = llvm.get_host_cpu_features()
     if features.get({16: "avx512vnni", 8: "avxvnni"}.get(lanes, "")):
         return "vpdpbusd"
     return "vpmaddwd" if features.get({16: "avx512bw", 8: "avx2", 4: "sse2"}[lanes]) else "plain"
 
 
-LANES, MAX_ROWS = _registers()
+LANES, MAX_BLOCK_ROWS = _simd_registers()
 DOT_PRODUCT = _dot_product(LANES)
-PANEL = 2 * LANES
-"""Columns of a matrix that are computed at once; its weights are stored in panels [inputs, PANEL]."""
+PANEL_COLUMNS = 2 * LANES
+"""Columns of a product that are computed at once; the weights are stored in panels [in_features, PANEL_COLUMNS]."""
 
-PREFILL_ROWS = 96
-"""Tokens of a prompt that go through the model at once; more only need more memory."""
+PREFILL_CHUNK = 96
+"""Tokens of a chunked prefill that go through the model at once; more would only need more memory."""
 
-COUNTER_BYTES = 64  # a counter has a cache line to itself
+COUNTER_BYTES = 64  # a cache line for each counter, so that threads do not share one
 
 
 class Linear(NamedTuple):
-    """Addresses of a matrix and what belongs to it (0: it has none), the number of its inputs and of its outputs."""
+    """The shape of a linear layer and the addresses of its parameters; 0 where it has none."""
 
     weights: int
     bias: int
-    scales: int
-    totals: int  # of each output's weights, for INT8
-    width: int
-    outputs: int
+    scales: int  # of each output, for INT8
+    weight_sums: int  # of each output, for INT8
+    in_features: int
+    out_features: int
 
 
 class Layer(NamedTuple):
-    """Addresses of a layer's norms (weights, then biases) and of its Linears."""
+    """Addresses of a block's layer norms (weights, then biases) and of its Linears, named as transformers does."""
 
-    norm_1: int
-    attention_in: int
-    attention_out: int
-    norm_2: int
-    feed_in: int
-    feed_out: int
+    ln_1: int
+    c_attn: int
+    attn_c_proj: int
+    ln_2: int
+    c_fc: int
+    mlp_c_proj: int
 
 
-class Span(NamedTuple):
-    """What the codes of a row's inputs stand for, for INT8: float32 and int32, code c is `scale` (c - `zero`)."""
+class Quantization(NamedTuple):
+    """How 8-bit codes stand for the inputs of a row: code c is `scale` (c - `zero_point`); float32 and int32."""
 
     scale: float
-    zero: int
+    zero_point: int
 
 
-class Model(NamedTuple):
-    """Numbers and addresses of a model and its key-value buffers, for the compiled code."""
+class ModelArgs(NamedTuple):
+    """Sizes and addresses of a model and its KV cache, for the compiled code."""
 
     n_layer: int
     n_embd: int
     n_head: int
     head_size: int
-    head_stride: int  # head_size, filled up to whole vectors
+    head_stride: int  # head_size, rounded up to whole vectors
     n_ctx: int
-    slots: int
-    kind: int
+    num_slots: int
+    precision: int
     activation: int
-    embedding: int
-    positions: int
+    wte: int
+    wpe: int
     layers: int
-    norm: int
-    head: int
-    epsilon: int  # behind it the layers' factors of attention
-    keys: int
-    values: int
+    ln_f: int
+    lm_head: int
+    constants: int  # float32: the epsilon of the layer norms, then the attention scale of each layer
+    key_cache: int  # float32 [n_layer, num_slots, n_head, n_ctx, head_stride]
+    value_cache: int  # the same
 
 
-class Call(NamedTuple):
-    """Numbers and addresses of a step: what goes in, what comes out, and the memory it works in.
+class StepArgs(NamedTuple):
+    """Sizes and addresses of a step: its input, its output and its scratch memory. A row is one token.
 
-    For INT8 the rows of `inputs` and `wide_inputs` are filled up to whole vectors with zeros, which nobody overwrites.
+    For INT8 the rows of `inputs` and `mlp_inputs` are padded to whole vectors with zeros that are never overwritten.
     """
 
     rows: int
     tokens: int
     slots: int
     positions: int
-    wanted: int  # the rows whose logits are wanted
-    wanted_rows: int
-    hidden: int
-    inputs: int
-    wide_inputs: int
-    codes: int  # the inputs of a product and the rows' Spans, for INT8
-    spans: int
+    logit_rows: int  # the rows whose logits are computed
+    num_logit_rows: int
+    hidden: int  # the residual stream
+    inputs: int  # of the next product, n_embd wide
+    mlp_inputs: int  # of the MLP's second product, n_inner wide
+    codes: int  # the quantized inputs of the next product, for INT8
+    quantizations: int  # of its rows
     queries: int
     logits: int
     counters: int
     scratch: int
-    scratch_bytes: int
+    scratch_bytes: int  # of each thread
     sched_yield: int
     threads: int
 
 
 class CompiledDecoder:
-    """Like decoder.Decoder, on a processor: the weights of a GPT2LMHeadModel and key-value buffers of `rows` sequences.
+    """The interface of decoder.Decoder on a CPU: packed weights and a KV cache of `max_num_seqs` batch slots.
 
-    A row's logits are the same to the last bit whatever the other rows hold, however many there are, and whether its
-    tokens came by `prefill` or by `step`.
-
+    Batch invariance: the logits of a sequence are the same to the bit whatever the other slots hold, however many there
+    are, and whether its tokens came by prefill or by decode steps.
     """
 
     device = torch.device("cpu")
 
-    def __init__(self, model: Any, rows: int, precision: str = "bf16", threads: int | None = None) -> None:
-        """Pack the weights of `model`; it is not needed afterwards.
+    def __init__(self, model: Any, max_num_seqs: int, precision: str = "bf16", threads: int | None = None) -> None:
+        """Pack the weights of `model`, which is not needed afterwards.
 
         Args:
             model: a transformers GPT2LMHeadModel on the CPU.
-            rows: sequences at once.
-            precision: how the weights are kept: fp32, bf16 (rounded) or int8 (with a factor for each output; the
-                inputs of the products are rounded to 8 bits too, each row by itself).
-            threads: None takes as many as PyTorch does.
+            max_num_seqs: batch slots.
+            precision: of the weights: fp32, bf16 (rounded) or int8 (with a scale for each output; the inputs of the
+                products are quantized to 8 bits too, each row by itself).
+            threads: as many as PyTorch uses if None.
 
         Raises:
             ValueError: the model has cross-attention, weights that are not finite, or another activation function.
         """
         check_model(model)
         config, body = model.config, model.transformer
-        if config.activation_function not in ACTIVATIONS:
+        if config.activation_function not in ACTIVATION_CODES:
             raise ValueError(f"the compiled decoder has no activation function {config.activation_function}")
-        self._function = load_step()
-        self.rows = rows
+        self._function = load_decoder_kernel()
+        self.max_num_seqs = max_num_seqs
         self.n_ctx = min(getattr(config, "n_ctx", config.n_positions), config.n_positions)
         self.vocab_size = model.lm_head.weight.shape[0]
-        self.compiled_draw: CompiledDraw | None = CompiledDraw(self.vocab_size)
-        self._owned: list[Any] = []  # what the addresses point to
+        self.compiled_sampler: CompiledSampler | None = CompiledSampler(self.vocab_size)
         self.precision = precision
-        kind = KINDS[precision]
-        n_embd, n_head = config.n_embd, config.n_head
-        head_size = n_embd // n_head
-        head_stride = round_up(head_size)
-        n_inner = config.n_inner or 4 * n_embd
+        self._owned: list[np.ndarray] = []  # the arrays that the addresses point to
+        self._allocate_kv_cache(config)
+        self._model_args = self._pack_model(config, body, model.lm_head.weight)
+        threads = threads or torch.get_num_threads()
+        self._allocate_step_buffers(config, threads)
+        self._work = self._make_work()
+        self._threads = ThreadPool(self._work, threads - 1)
+        weakref.finalize(self, self._threads.stop)
 
-        def kept(array: np.ndarray) -> int:
-            self._owned.append(array)
-            return int(array.ctypes.data)
+    def _address(self, array: np.ndarray) -> int:
+        """The address of an array, which is kept for as long as the decoder."""
+        self._owned.append(array)
+        return int(array.ctypes.data)
+
+    def _allocate_kv_cache(self, config: Any) -> None:
+        """Keys and values of all layers and slots, and of one more slot for prompts that are prefilled on their own."""
+        head_stride = round_up(config.n_embd // config.n_head)
+        shape = (config.n_layer, self.max_num_seqs + 1, config.n_head, self.n_ctx, head_stride)
+        self.key_cache, self.value_cache = lazy_zeros(shape), lazy_zeros(shape)
+
+    def _pack_model(self, config: Any, body: Any, lm_head: Tensor) -> np.ndarray:
+        """Pack all weights; return the ModelArgs as an array."""
+        precision = PRECISION_CODES[self.precision]
+        address = self._address
 
         def linear(weight: Tensor, bias: Tensor | None) -> int:
             """`weight` is (out, in)."""
-            packed, scales, totals = pack(weight.detach(), kind)
-            outputs, width = weight.shape
-            padded = np.zeros(-(-outputs // PANEL) * PANEL, dtype=np.float32)
+            packed, scales, weight_sums = pack_weights(weight.detach(), precision)
+            out_features, in_features = weight.shape
+            bias_address = 0
             if bias is not None:
-                padded[:outputs] = numbers(bias)
-            bias_address = 0 if bias is None else kept(padded)
-            fields = Linear(kept(packed), bias_address, kept(scales), kept(totals), width, outputs)
-            return kept(np.array(fields, dtype=np.int64))
+                padded = np.zeros(-(-out_features // PANEL_COLUMNS) * PANEL_COLUMNS, dtype=np.float32)
+                padded[:out_features] = to_numpy(bias)
+                bias_address = address(padded)
+            fields = Linear(
+                weights=address(packed),
+                bias=bias_address,
+                scales=address(scales),
+                weight_sums=address(weight_sums),
+                in_features=in_features,
+                out_features=out_features,
+            )
+            return address(np.array(fields, dtype=np.int64))
 
-        def norm(module: Any) -> int:
-            return kept(np.concatenate([numbers(module.weight), numbers(module.bias)]))
+        def layer_norm(module: Any) -> int:
+            return address(np.concatenate([to_numpy(module.weight), to_numpy(module.bias)]))
 
-        def conv(module: Any) -> int:
+        def conv1d(module: Any) -> int:
             return linear(module.weight.t(), module.bias)
 
         layers = [
             Layer(
-                norm(block.ln_1),
-                conv(block.attn.c_attn),
-                conv(block.attn.c_proj),
-                norm(block.ln_2),
-                conv(block.mlp.c_fc),
-                conv(block.mlp.c_proj),
+                ln_1=layer_norm(block.ln_1),
+                c_attn=conv1d(block.attn.c_attn),
+                attn_c_proj=conv1d(block.attn.c_proj),
+                ln_2=layer_norm(block.ln_2),
+                c_fc=conv1d(block.mlp.c_fc),
+                mlp_c_proj=conv1d(block.mlp.c_proj),
             )
             for block in body.h
         ]
-        head = linear(model.lm_head.weight, None)
-        tied = body.wte.weight.data_ptr() == model.lm_head.weight.data_ptr()
-        floats = [config.layer_norm_epsilon, *(block.attn.scaling for block in body.h)]
-        shape = (len(layers), rows + 1, n_head, self.n_ctx, head_stride)  # the last slot is prefill's
-        self.keys, self.values = lazy_zeros(shape), lazy_zeros(shape)
-        self._model = np.array(
-            Model(
-                n_layer=len(layers),
-                n_embd=n_embd,
-                n_head=n_head,
-                head_size=head_size,
-                head_stride=head_stride,
-                n_ctx=self.n_ctx,
-                slots=rows + 1,
-                kind=kind,
-                activation=ACTIVATIONS[config.activation_function],
-                embedding=head if tied else linear(body.wte.weight, None),
-                positions=kept(numbers(body.wpe.weight)),
-                layers=kept(np.array(layers, dtype=np.int64)),
-                norm=norm(body.ln_f),
-                head=head,
-                epsilon=kept(np.array(floats, dtype=np.float32)),
-                keys=kept(self.keys),
-                values=kept(self.values),
-            ),
-            dtype=np.int64,
+        lm_head_address = linear(lm_head, None)
+        tied = body.wte.weight.data_ptr() == lm_head.data_ptr()
+        constants = [config.layer_norm_epsilon, *(block.attn.scaling for block in body.h)]
+        head_size = config.n_embd // config.n_head
+        args = ModelArgs(
+            n_layer=len(layers),
+            n_embd=config.n_embd,
+            n_head=config.n_head,
+            head_size=head_size,
+            head_stride=round_up(head_size),
+            n_ctx=self.n_ctx,
+            num_slots=self.max_num_seqs + 1,
+            precision=precision,
+            activation=ACTIVATION_CODES[config.activation_function],
+            wte=lm_head_address if tied else linear(body.wte.weight, None),
+            wpe=address(to_numpy(body.wpe.weight)),
+            layers=address(np.array(layers, dtype=np.int64)),
+            ln_f=layer_norm(body.ln_f),
+            lm_head=lm_head_address,
+            constants=address(np.array(constants, dtype=np.float32)),
+            key_cache=address(self.key_cache),
+            value_cache=address(self.value_cache),
         )
-        threads = threads or torch.get_num_threads()
-        most = max(rows, min(PREFILL_ROWS, self.n_ctx))
-        scratch = max(MAX_ROWS * PANEL, self.n_ctx + head_stride)
+        return np.array(args, dtype=np.int64)
+
+    def _allocate_step_buffers(self, config: Any, threads: int) -> None:
+        """The StepArgs as an array, and what they point to."""
+        n_embd, n_head = config.n_embd, config.n_head
+        n_inner = config.n_inner or 4 * n_embd
+        head_stride = round_up(n_embd // n_head)
+        max_rows = max(self.max_num_seqs, min(PREFILL_CHUNK, self.n_ctx))
+        scratch = max(MAX_BLOCK_ROWS * PANEL_COLUMNS, self.n_ctx + head_stride)
         scratch = -(-scratch // 64) * 64
-        self._tokens, self._slots, self._positions, self._wanted = np.zeros((4, most), dtype=np.int64)
-        # Claims and results of the phases, then the number of helpers that have left the step.
-        self._counters = np.zeros((2 * (3 + 9 * len(layers)) + 1, COUNTER_BYTES // 8), dtype=np.int64)
-        self._call = np.array(
-            Call(
-                rows=0,
-                tokens=self._tokens.ctypes.data,
-                slots=self._slots.ctypes.data,
-                positions=self._positions.ctypes.data,
-                wanted=self._wanted.ctypes.data,
-                wanted_rows=0,
-                hidden=kept(np.zeros((most, n_embd), dtype=np.float32)),
-                inputs=kept(np.zeros((most, round_up(n_embd)), dtype=np.float32)),
-                wide_inputs=kept(np.zeros((most, round_up(n_inner)), dtype=np.float32)),
-                codes=kept(np.zeros((most, round_up(max(n_embd, n_inner))), dtype=np.uint8)),
-                spans=kept(np.zeros((most, len(Span._fields)), dtype=np.int32)),
-                queries=kept(np.zeros((most, n_head, head_stride), dtype=np.float32)),
-                logits=0,
-                counters=self._counters.ctypes.data,
-                scratch=kept(np.zeros((threads, scratch), dtype=np.float32)),
-                scratch_bytes=4 * scratch,
-                sched_yield=sched_yield_address(),
-                threads=threads,
-            ),
-            dtype=np.int64,
+        self._tokens, self._slots, self._positions, self._logit_rows = np.zeros((4, max_rows), dtype=np.int64)
+        phases = 1 + 9 * config.n_layer + 2  # the embedding, those of each layer, the final layer norm and the logits
+        # Two for each phase: work items taken, and work items finished.
+        self._counters = np.zeros((2 * phases, COUNTER_BYTES // 8), dtype=np.int64)
+
+        def zeros(shape: tuple[int, ...], dtype: type) -> int:
+            return self._address(np.zeros(shape, dtype=dtype))
+
+        args = StepArgs(
+            rows=0,
+            tokens=self._tokens.ctypes.data,
+            slots=self._slots.ctypes.data,
+            positions=self._positions.ctypes.data,
+            logit_rows=self._logit_rows.ctypes.data,
+            num_logit_rows=0,
+            hidden=zeros((max_rows, n_embd), np.float32),
+            inputs=zeros((max_rows, round_up(n_embd)), np.float32),
+            mlp_inputs=zeros((max_rows, round_up(n_inner)), np.float32),
+            codes=zeros((max_rows, round_up(max(n_embd, n_inner))), np.uint8),
+            quantizations=zeros((max_rows, len(Quantization._fields)), np.int32),
+            queries=zeros((max_rows, n_head, head_stride), np.float32),
+            logits=0,
+            counters=self._counters.ctypes.data,
+            scratch=zeros((threads, scratch), np.float32),
+            scratch_bytes=4 * scratch,
+            sched_yield=sched_yield_address(),
+            threads=threads,
         )
-        self._helpers = ThreadPool(self._work, threads - 1)
-        weakref.finalize(self, self._helpers.stop)
+        self._step_args = np.array(args, dtype=np.int64)
 
-    @property
-    def _work(self) -> Callable[[int], None]:
-        """The step as a function of the thread's number; it does not hold this object."""
-        function, model, call, owned = self._function, self._model, self._call, (self._owned, self._counters)
-        model_address, call_address = model.ctypes.data, call.ctypes.data
+    def _make_work(self) -> Callable[[int], None]:
+        """The step as a function of the thread's number. It has no reference to this object, which can be freed."""
+        function, model_args, step_args = self._function, self._model_args, self._step_args
+        buffers = (self._owned, self._tokens, self._slots, self._positions, self._logit_rows, self._counters)
+        model_address, step_address = model_args.ctypes.data, step_args.ctypes.data
 
-        def work(thread: int, _: Any = (model, call, owned)) -> None:
-            function(model_address, call_address, thread)
+        def work(thread: int, _: Any = (model_args, step_args, buffers)) -> None:
+            function(model_address, step_address, thread)
 
         return work
 
     def close(self) -> None:
-        """End the helping threads."""
-        self._helpers.stop()
+        """End the threads."""
+        self._threads.stop()
 
-    def prefill(self, ids: Sequence[int]) -> Prefix:
-        """Run one prompt of 1 to `n_ctx` tokens; the buffers of the rows are not touched."""
+    def prefill(self, ids: Sequence[int]) -> PrefilledPrompt:
+        """Prefill one prompt of 1 to `n_ctx` tokens; the slots do not change."""
         length = len(ids)
         assert 1 <= length <= self.n_ctx
         logits = torch.empty(1, self.vocab_size)
-        for start in range(0, length, PREFILL_ROWS):
-            stop = min(start + PREFILL_ROWS, length)
-            wanted = [stop - start - 1] if stop == length else []
-            self._run(ids[start:stop], [self.rows] * (stop - start), range(start, stop), wanted, logits)
-        return Prefix(self.keys[:, -1, :, :length].copy(), self.values[:, -1, :, :length].copy(), logits[0], length)
+        slot = self.max_num_seqs
+        for start in range(0, length, PREFILL_CHUNK):
+            stop = min(start + PREFILL_CHUNK, length)
+            logit_rows = [stop - start - 1] if stop == length else []
+            self._run(ids[start:stop], [slot] * (stop - start), range(start, stop), logit_rows, logits)
+        keys, values = (cache[:, slot, :, :length].copy() for cache in (self.key_cache, self.value_cache))
+        return PrefilledPrompt(keys, values, logits[0], length)
 
     def prompt_logits(self, ids: Sequence[int]) -> Iterator[Tensor]:
-        """The logits behind every token of a prompt, in parts [tokens, V]; the buffers of the rows are not touched."""
-        for start in range(0, len(ids), PREFILL_ROWS):
-            part = ids[start : start + PREFILL_ROWS]
+        """The logits after every token of a prompt, in chunks [tokens, V]; the slots do not change."""
+        for start in range(0, len(ids), PREFILL_CHUNK):
+            part = ids[start : start + PREFILL_CHUNK]
+            rows = range(len(part))
             logits = torch.empty(len(part), self.vocab_size)
-            places = range(len(part))
-            self._run(part, [self.rows] * len(part), range(start, start + len(part)), places, logits)
+            self._run(part, [self.max_num_seqs] * len(part), range(start, start + len(part)), rows, logits)
             yield logits
 
-    def prefill_rows(self, prompts: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
-        """Run prompts into the buffers of rows, given as (row, ids), all together; give their logits [prompts, V]."""
+    def prefill_batch(self, prompts: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
+        """Prefill prompts, given as (slot, ids), into their slots, all together; return their logits [prompts, V]."""
         tokens = [token for _, ids in prompts for token in ids]
-        slots = [row for row, ids in prompts for _ in ids]
+        slots = [slot for slot, ids in prompts for _ in ids]
         positions = [position for _, ids in prompts for position in range(len(ids))]
-        ends = [slot != following for slot, following in zip(slots, [*slots[1:], -1], strict=True)]
+        is_last = [slot != following for slot, following in zip(slots, [*slots[1:], -1], strict=True)]
         logits = torch.empty(len(prompts), self.vocab_size)
-        size = min(PREFILL_ROWS, self.n_ctx)
+        chunk = min(PREFILL_CHUNK, self.n_ctx)
         done = 0
-        for start in range(0, len(tokens), size):
-            stop = start + size
-            wanted = [place for place, end in enumerate(ends[start:stop]) if end]
-            self._run(tokens[start:stop], slots[start:stop], positions[start:stop], wanted, logits[done:])
-            done += len(wanted)
+        for start in range(0, len(tokens), chunk):
+            stop = start + chunk
+            logit_rows = [row for row, last in enumerate(is_last[start:stop]) if last]
+            self._run(tokens[start:stop], slots[start:stop], positions[start:stop], logit_rows, logits[done:])
+            done += len(logit_rows)
         return logits
 
-    def load(self, row: int, prefix: Prefix) -> None:
-        """Copy a prefix into a row's buffers."""
-        self.keys[:, row, :, : prefix.length] = prefix.keys
-        self.values[:, row, :, : prefix.length] = prefix.values
+    def load_prefill(self, slot: int, prefilled: PrefilledPrompt) -> None:
+        """Copy the keys and values of a prefilled prompt into a slot."""
+        self.key_cache[:, slot, :, : prefilled.length] = prefilled.keys
+        self.value_cache[:, slot, :, : prefilled.length] = prefilled.values
 
-    def copy_row(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of one row to another."""
-        for buffer in (self.keys, self.values):
-            buffer[:, target, :, :length] = buffer[:, source, :, :length]
+    def copy_slot(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of one slot to another."""
+        for cache in (self.key_cache, self.value_cache):
+            cache[:, target, :, :length] = cache[:, source, :, :length]
 
     def step(self, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """Give row i its next token, `tokens[i]`, behind the `lengths[i]` tokens it holds, for the first B rows.
+        """A decode step of the first B slots: append `tokens[i]` to the `lengths[i]` tokens of slot i.
 
         Returns:
             Logits [B, V] in float32.
         """
         batch = len(tokens)
-        assert batch == len(lengths) <= self.rows and max(lengths) < self.n_ctx
+        assert batch == len(lengths) <= self.max_num_seqs and max(lengths) < self.n_ctx
         logits = torch.empty(batch, self.vocab_size)
         self._run(tokens, range(batch), lengths, range(batch), logits)
         return logits
@@ -355,20 +384,20 @@ class CompiledDecoder:
         tokens: Sequence[int],
         slots: Sequence[int],
         positions: Sequence[int],
-        wanted: Sequence[int],
+        logit_rows: Sequence[int],
         logits: Tensor,
     ) -> None:
-        """A step of tokens at positions of slots; the logits of the `wanted` ones go to `logits`."""
-        count = len(tokens)
+        """The forward pass of tokens at positions of slots; writes the logits of `logit_rows` to `logits`."""
+        rows = len(tokens)
         assert all(0 <= token < self.vocab_size for token in tokens)
-        self._helpers.wait_until_idle()
-        self._tokens[:count], self._slots[:count], self._positions[:count] = tokens, slots, positions
-        self._wanted[: len(wanted)] = wanted
-        self._call[Call._fields.index("rows")] = count
-        self._call[Call._fields.index("wanted_rows")] = len(wanted)
-        self._call[Call._fields.index("logits")] = logits.data_ptr()
+        self._threads.wait_until_idle()
+        self._tokens[:rows], self._slots[:rows], self._positions[:rows] = tokens, slots, positions
+        self._logit_rows[: len(logit_rows)] = logit_rows
+        self._step_args[StepArgs._fields.index("rows")] = rows
+        self._step_args[StepArgs._fields.index("num_logit_rows")] = len(logit_rows)
+        self._step_args[StepArgs._fields.index("logits")] = logits.data_ptr()
         self._counters.fill(0)
-        self._helpers.start()
+        self._threads.start()
         self._work(0)
 
 
@@ -380,18 +409,18 @@ class ThreadPool:
         self._wake = [threading.Semaphore(0) for _ in range(count)]
         self._busy = [False] * count
         self._threads = [
-            threading.Thread(target=self._help, args=(work, number), name=f"decoder-{number}", daemon=True)
+            threading.Thread(target=self._loop, args=(work, number), name=f"decoder-{number}", daemon=True)
             for number in range(count)
         ]
         for thread in self._threads:
             thread.start()
 
-    def _help(self, work: Callable[[int], None], number: int) -> None:
+    def _loop(self, work: Callable[[int], None], number: int) -> None:
         while True:
             self._wake[number].acquire()
             if self._stopping:
                 return
-            work(number + 1)
+            work(number + 1)  # the caller's thread is number 0
             self._busy[number] = False
 
     def start(self) -> None:
@@ -400,7 +429,7 @@ class ThreadPool:
             semaphore.release()
 
     def wait_until_idle(self) -> None:
-        """A helper that came late may still be looking at the counters of the last step."""
+        """Wait for threads that started late and may still read the counters of the last step."""
         while any(self._busy):
             time.sleep(0)
 
@@ -413,26 +442,26 @@ class ThreadPool:
                 thread.join()
 
 
-KERNEL = "gpt2_chinese.decoding.decoder_kernel"
-SOURCES = (Path(__file__), Path(__file__).with_name("decoder_kernel.py"))
+KERNEL_MODULE = "gpt2_chinese.decoding.decoder_kernel"
+KERNEL_SOURCES = (Path(__file__), Path(__file__).with_name("decoder_kernel.py"))
 
 
-def load_step() -> Callable[..., None]:
+def load_decoder_kernel() -> Callable[..., None]:
     """The compiled code; see decoder_kernel.step for its arguments."""
-    return load_function(KERNEL, SOURCES, arguments=3, keep_lock=False)
+    return load_function(KERNEL_MODULE, KERNEL_SOURCES, arguments=3, keep_lock=False)
 
 
 def is_decoder_cached() -> bool:
-    """Whether the code is on disk already, so that a CompiledDecoder is built without compiling."""
-    return is_cached(KERNEL, SOURCES) and is_cached(sampling.KERNEL, sampling.SOURCES)
+    """Whether the machine code is cached on disk, so that a CompiledDecoder is built without compiling."""
+    return is_cached(KERNEL_MODULE, KERNEL_SOURCES) and is_cached(sampling.KERNEL_MODULE, sampling.KERNEL_SOURCES)
 
 
-def fastest_decoder(model: Any, rows: int, precision: str) -> CompiledDecoder | Decoder:
-    """A CompiledDecoder, or PyTorch's Decoder in float32 and a note on stderr why.
+def make_cpu_decoder(model: Any, max_num_seqs: int, precision: str) -> CompiledDecoder | Decoder:
+    """A CompiledDecoder or, with the reason on stderr, PyTorch's Decoder in float32.
 
     Args:
         model: a GPT2LMHeadModel on the CPU.
-        rows: sequences at once.
+        max_num_seqs: batch slots.
         precision: one of PRECISIONS; "auto" is bf16.
 
     Raises:
@@ -440,20 +469,21 @@ def fastest_decoder(model: Any, rows: int, precision: str) -> CompiledDecoder | 
     """
     check_model(model)
     try:
-        return CompiledDecoder(model, rows, "bf16" if precision == "auto" else precision)
-    except Exception as error:  # whatever a compiler can come up with: decoding goes on without it, only slower
+        return CompiledDecoder(model, max_num_seqs, "bf16" if precision == "auto" else precision)
+    except Exception as error:  # whatever a compiler raises: decoding works without it, only slower
         print(f"note: decoding with PyTorch in float32, which is slower: {error}", file=sys.stderr)
-        return Decoder(model.float(), rows)
+        return Decoder(model.float(), max_num_seqs)
 
 
-def numbers(tensor: Tensor) -> np.ndarray:
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """A contiguous float32 array."""
     return np.ascontiguousarray(tensor.detach().float().numpy())
 
 
 def lazy_zeros(shape: Sequence[int]) -> np.ndarray:
-    """Float32 zeros that take memory, in small pages, only where they are written.
+    """Float32 zeros that use memory, in small pages, only where they are written.
 
-    NumPy's take huge pages: a short text would take the memory of the longest.
+    NumPy would ask for huge pages, with which a short sequence uses as much memory as the longest one.
     """
     memory = mmap.mmap(-1, 4 * math.prod(shape))
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
@@ -462,54 +492,57 @@ def lazy_zeros(shape: Sequence[int]) -> np.ndarray:
 
 
 def round_up(count: int) -> int:
-    """To whole vectors."""
+    """The next multiple of LANES, which fills whole vectors."""
     return -(-count // LANES) * LANES
 
 
-def pack(weight: Tensor, kind: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A matrix (out, in) as panels, the factor of each output (1 but for INT8) and the sum of its packed weights.
+def pack_weights(weight: Tensor, precision: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pack a matrix (out, in) into panels.
 
-    Panels are [inputs, PANEL]; for BF16 as [inputs, LANES, 2]: column i beside column LANES + i; for INT8 as
-    [inputs / 4, PANEL, 4]. The last one is filled up with zeros, and so are the inputs to whole vectors for INT8, the
-    only kind whose sums (int32) are made.
+    A panel is [in, PANEL_COLUMNS]; for BF16 [in, LANES, 2], with column i beside column LANES + i; for INT8
+    [in / 4, PANEL_COLUMNS, 4]. The last panel is padded with zeros, and for INT8 the inputs to whole vectors.
+
+    Returns:
+        The panels as bytes; the scale of each output (1 but for INT8); the sum of each output's packed weights (int32,
+        0 but for INT8).
     """
-    outputs, inputs = weight.shape
-    panels = -(-outputs // PANEL)
-    scales = torch.ones(panels * PANEL)
-    totals = torch.zeros(panels * PANEL, dtype=torch.int32)
-    if kind == INT8:
-        scales[:outputs] = (weight.abs().amax(dim=1).float() / 127).clamp_min(torch.finfo(torch.float32).tiny)
-    # Four inputs of INT8 are moved as one number.
-    dtype, group = {FP32: (torch.float32, 1), BF16: (torch.bfloat16, 1), INT8: (torch.int32, 4)}[kind]
-    groups = round_up(inputs) // group if kind == INT8 else inputs
+    out_features, in_features = weight.shape
+    panels = -(-out_features // PANEL_COLUMNS)
+    scales = torch.ones(panels * PANEL_COLUMNS)
+    weight_sums = torch.zeros(panels * PANEL_COLUMNS, dtype=torch.int32)
+    if precision == INT8:
+        scales[:out_features] = (weight.abs().amax(dim=1).float() / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    # Four INT8 inputs are moved as one int32.
+    dtype, group = {FP32: (torch.float32, 1), BF16: (torch.bfloat16, 1), INT8: (torch.int32, 4)}[precision]
+    groups = round_up(in_features) // group if precision == INT8 else in_features
     # NumPy asks Linux for huge pages, PyTorch does not; with small ones reading is a third slower.
-    memory = np.zeros(panels * PANEL * groups * dtype.itemsize, dtype=np.uint8)
-    shape = (panels, groups, LANES, 2) if kind == BF16 else (panels, groups, 2, LANES)
+    memory = np.zeros(panels * PANEL_COLUMNS * groups * dtype.itemsize, dtype=np.uint8)
+    shape = (panels, groups, LANES, 2) if precision == BF16 else (panels, groups, 2, LANES)
     packed = torch.from_numpy(memory).view(dtype).view(shape)
-    order = (0, 3, 2, 1) if kind == BF16 else (0, 3, 1, 2)
-    whole = outputs // PANEL
+    order = (0, 3, 2, 1) if precision == BF16 else (0, 3, 1, 2)
+    full_panels = out_features // PANEL_COLUMNS
 
-    def copy(first: int, last: int, rows: Tensor) -> None:
-        if kind == INT8:
-            rows = (rows / scales[first * PANEL : last * PANEL, None][: len(rows)]).round_()
-            totals[first * PANEL :][: len(rows)] = rows.sum(dim=1)  # exact: below 2^24 for 132,000 inputs
+    def pack_panels(first: int, last: int, rows: Tensor) -> None:
+        if precision == INT8:
+            rows = (rows / scales[first * PANEL_COLUMNS : last * PANEL_COLUMNS, None][: len(rows)]).round_()
+            weight_sums[first * PANEL_COLUMNS :][: len(rows)] = rows.sum(dim=1)  # exact: below 2^24 for 132,000 inputs
             rows = rows.to(torch.int8).contiguous()
-            if inputs % LANES:
-                rows = F.pad(rows, (0, groups * group - inputs))
+            if in_features % LANES:
+                rows = F.pad(rows, (0, groups * group - in_features))
             rows = rows.view(dtype)
-        if len(rows) % PANEL:
-            rows = torch.cat([rows, rows.new_zeros(-len(rows) % PANEL, groups)])
+        if len(rows) % PANEL_COLUMNS:
+            rows = torch.cat([rows, rows.new_zeros(-len(rows) % PANEL_COLUMNS, groups)])
         packed[first:last] = rows.unflatten(0, (last - first, 2, LANES)).permute(order)
 
-    if whole:
-        copy(0, whole, weight[: whole * PANEL])
-    if whole < panels:
-        copy(whole, panels, weight[whole * PANEL :])
-    return memory, scales.numpy(), totals.numpy()
+    if full_panels:
+        pack_panels(0, full_panels, weight[: full_panels * PANEL_COLUMNS])
+    if full_panels < panels:
+        pack_panels(full_panels, panels, weight[full_panels * PANEL_COLUMNS :])
+    return memory, scales.numpy(), weight_sums.numpy()
 
 
 def sched_yield_address() -> int:
-    """Address of the system's function that lets another thread run."""
+    """The address of the operating system's function that lets another thread run."""
     if sys.platform == "win32":
         function = ctypes.WinDLL("kernel32").SwitchToThread
     else:

@@ -1,4 +1,4 @@
-"""GPT-2's forward pass for decoding: prefill of one prompt, and steps of one token for many rows over fixed buffers."""
+"""GPT-2's forward pass for decoding, in PyTorch: prefill of prompts, and decode steps of a batch over a KV cache."""
 
 from __future__ import annotations
 
@@ -11,15 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2_chinese.decoding.sampling import CompiledDraw
+from gpt2_chinese.decoding.sampling import CompiledSampler
 
-PADDINGS = (1, 2, 4, 8, 16)
-PROMPT_LOGITS = 64  # rows of logits at a time where all of a prompt's are wanted
+PAD_MULTIPLES = (1, 2, 4, 8, 16)
+PROMPT_LOGITS_CHUNK = 64  # tokens at a time where the logits of a whole prompt are computed
 
 
 @dataclass(frozen=True)
-class Prefix:
-    """What a prefill of `length` tokens leaves: keys and values as its decoder keeps them, and the logits [V]."""
+class PrefilledPrompt:
+    """The result of a prefill of `length` tokens, on its own, outside of any batch slot.
+
+    Attributes:
+        keys, values: of all layers, in the layout of the decoder that made them.
+        logits: float32 [V], for the next token.
+    """
 
     keys: Any
     values: Any
@@ -29,29 +34,35 @@ class Prefix:
 
 @dataclass(frozen=True)
 class _Layer:
-    norm_1: tuple[Tensor, Tensor]
-    attention_in: tuple[Tensor, Tensor]
-    attention_out: tuple[Tensor, Tensor]
-    norm_2: tuple[Tensor, Tensor]
-    feed_in: tuple[Tensor, Tensor]
-    feed_out: tuple[Tensor, Tensor]
-    scale: float
+    """Weights and biases of a block, named as transformers names them; matrices are (out, in)."""
+
+    ln_1: tuple[Tensor, Tensor]
+    c_attn: tuple[Tensor, Tensor]
+    attn_c_proj: tuple[Tensor, Tensor]
+    ln_2: tuple[Tensor, Tensor]
+    c_fc: tuple[Tensor, Tensor]
+    mlp_c_proj: tuple[Tensor, Tensor]
+    scale: float  # of the attention scores
 
 
 class Decoder:
-    """A GPT2LMHeadModel's weights, laid out for decoding, and a key-value buffer of `rows` sequences.
+    """The weights of a GPT2LMHeadModel and a KV cache of `max_num_seqs` batch slots.
 
-    Rows 0 to B-1 are in use; whoever calls keeps them dense (see `copy_row`). A row's logits are the same to the last
-    bit whatever the other rows hold and however many there are: each row attends over its own length only, and the
-    batch is filled up to a multiple of `padding` rows, found by trying which sizes give the same products here.
+    A batch of B sequences is in the slots 0 to B-1; the caller keeps them dense (see `copy_slot`).
+
+    Batch invariance: the logits of a sequence are the same to the bit whatever the other slots hold and however many
+    there are. Each sequence attends over its own length only, and the batch is padded to a multiple of
+    `pad_to_multiple_of`, found by trying which sizes give the same matrix products on this device.
     """
 
-    tried = 1
-    """Batches of each size that are tried for that."""
-    compiled_draw: CompiledDraw | None = None
-    """What draws tokens from the logits where PyTorch does not; see compiled_decoder.py."""
+    trial_batches = 1
+    """Batches of each size that are compared for that."""
+    vocab_alignment = 1
+    """The rows of `lm_head` are padded to a multiple of this."""
+    compiled_sampler: CompiledSampler | None = None
+    """Samples from the logits where PyTorch need not; see compiled_decoder.py."""
 
-    def __init__(self, model: Any, rows: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, model: Any, max_num_seqs: int, dtype: torch.dtype | None = None) -> None:
         """Take the weights of `model` (a transformers GPT2LMHeadModel) on its device, in `dtype` or else in its own.
 
         Raises:
@@ -61,174 +72,176 @@ class Decoder:
         dtype = dtype or model.lm_head.weight.dtype
         config = model.config
         body = model.transformer
-        self.token_embedding = body.wte.weight.detach().to(dtype)
-        self.position_embedding = body.wpe.weight.detach().to(dtype)
+        self.wte = body.wte.weight.detach().to(dtype)
+        self.wpe = body.wpe.weight.detach().to(dtype)
         tied = body.wte.weight.data_ptr() == model.lm_head.weight.data_ptr()
-        self.head = self.token_embedding if tied else model.lm_head.weight.detach().to(dtype)
-        self.norm = _pair(body.ln_f, dtype)
+        self.lm_head = self.wte if tied else model.lm_head.weight.detach().to(dtype)
+        self.vocab_size = self.lm_head.shape[0]
+        if padding := -self.vocab_size % self.vocab_alignment:
+            self.lm_head = F.pad(self.lm_head, (0, 0, 0, padding))
+        self.ln_f = _weight_and_bias(body.ln_f, dtype)
         self.layers = [_layer(block, dtype) for block in body.h]
         self.activation = _activation(config.activation_function, body)
         self.epsilon = config.layer_norm_epsilon
-        # Positions behind n_ctx, where there are any, were never trained.
+        # n_positions may exceed n_ctx; the positions from n_ctx on were never trained.
         self.n_ctx = min(getattr(config, "n_ctx", config.n_positions), config.n_positions)
         self.n_head = config.n_head
         self.head_size = config.n_embd // config.n_head
-        self.vocab_size = self.head.shape[0]
-        self.device = self.head.device
-        self.dtype = self.head.dtype
-        self.rows = rows
-        self._make_room()
+        self.device = self.lm_head.device
+        self.dtype = self.lm_head.dtype
+        self.max_num_seqs = max_num_seqs
+        self._allocate_kv_cache()
+        self.pad_to_multiple_of = self._find_pad_multiple()
 
-    def _make_room(self) -> None:
-        """Make the buffers of the rows, and find out how far a batch is filled up."""
-        shape = (self.rows, self.n_head, self.n_ctx, self.head_size)
-        self.keys = [self._buffer(shape) for _ in self.layers]
-        self.values = [self._buffer(shape) for _ in self.layers]
-        self.padding = self._find_padding()
+    def _allocate_kv_cache(self) -> None:
+        """One tensor [slots, n_head, n_ctx, head_size] for the keys and one for the values of each layer."""
+        shape = (self.max_num_seqs, self.n_head, self.n_ctx, self.head_size)
+        self.key_cache = [self._lazy_zeros(shape) for _ in self.layers]
+        self.value_cache = [self._lazy_zeros(shape) for _ in self.layers]
 
-    def _buffer(self, shape: tuple[int, ...]) -> Tensor:
+    def _lazy_zeros(self, shape: tuple[int, ...]) -> Tensor:
         if self.device.type != "cpu":
             return torch.zeros(shape, dtype=self.dtype, device=self.device)
-        # NumPy's zeros take no memory until they are written, torch's do: 75 MB a row for GPT-2 small.
+        # NumPy's zeros use no memory until they are written, unlike PyTorch's: 75 MB a slot for GPT-2 small.
         size = int(np.prod(shape)) * self.dtype.itemsize
         return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(self.dtype).view(shape)
 
     @torch.inference_mode()
-    def _find_padding(self) -> int:
-        """The smallest multiple to fill batches up to so that a row's products do not depend on the batch's size.
+    def _find_pad_multiple(self) -> int:
+        """The smallest multiple to pad a batch to so that a row of a product does not depend on the batch's size.
 
-        The libraries choose another kernel for one row, few rows and many, which round differently; a seed would give
-        another text in a crowd.
+        BLAS libraries have different kernels for one row, few rows and many, which round differently: without padding
+        the same seed would give another text in a larger batch.
         """
         layer = self.layers[0]
         products: list[tuple[Tensor, Tensor | None]] = [
-            layer.attention_in,
-            layer.attention_out,
-            layer.feed_in,
-            layer.feed_out,
-            (self.head, None),
+            layer.c_attn,
+            layer.attn_c_proj,
+            layer.c_fc,
+            layer.mlp_c_proj,
+            (self.lm_head, None),
         ]
         generator = torch.Generator().manual_seed(0)
-        for padding in PADDINGS:
-            most = -(-self.rows // padding) * padding
+        for multiple in PAD_MULTIPLES:
+            largest = -(-self.max_num_seqs // multiple) * multiple
             for weight, bias in products:
-                inputs = torch.randn(most, weight.shape[1], generator=generator).to(self.device, self.dtype)
+                inputs = torch.randn(largest, weight.shape[1], generator=generator).to(self.device, self.dtype)
                 whole = F.linear(inputs, weight, bias)
                 if not all(
                     torch.equal(F.linear(part.clone(), weight, bias), expected)
-                    for size in range(padding, most, padding)
-                    for part, expected in list(zip(inputs.split(size), whole.split(size), strict=True))[: self.tried]
+                    for size in range(multiple, largest, multiple)
+                    for part, expected in list(zip(inputs.split(size), whole.split(size), strict=True))[
+                        : self.trial_batches
+                    ]
                 ):
                     break
             else:
-                return padding
-        return self.rows
+                return multiple
+        return self.max_num_seqs
 
     @torch.inference_mode()
-    def prefill(self, ids: Sequence[int]) -> Prefix:
-        """Run one prompt of 1 to `n_ctx` tokens; the buffers of the rows are not touched."""
-        hidden, keys, values = self._read(ids)
-        return Prefix(keys, values, self._logits(hidden[-1:])[0], len(ids))
+    def prefill(self, ids: Sequence[int]) -> PrefilledPrompt:
+        """Prefill one prompt of 1 to `n_ctx` tokens; the slots do not change."""
+        hidden, keys, values = self._forward_prompt(ids)
+        return PrefilledPrompt(keys, values, self._logits(hidden[-1:])[0], len(ids))
 
     @torch.inference_mode()
     def prompt_logits(self, ids: Sequence[int]) -> Iterator[Tensor]:
-        """The logits behind every token of a prompt, in parts [tokens, V]; the buffers of the rows are not touched."""
-        hidden, _, _ = self._read(ids)
-        for part in hidden.split(PROMPT_LOGITS):
+        """The logits after every token of a prompt, in chunks [tokens, V]; the slots do not change."""
+        hidden, _, _ = self._forward_prompt(ids)
+        for part in hidden.split(PROMPT_LOGITS_CHUNK):
             yield self._logits(part)
 
-    def _read(self, ids: Sequence[int]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def _forward_prompt(self, ids: Sequence[int]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The hidden states [N, n_embd] of a prompt, and each layer's keys and values."""
         assert 1 <= len(ids) <= self.n_ctx
         keys: list[Tensor] = []
         values: list[Tensor] = []
 
-        def attention(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
             keys.append(k[0])
             values.append(v[0])
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.layers[number].scale)
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.layers[layer].scale)
             return mixed[0].transpose(0, 1)
 
         tokens = torch.tensor(ids, device=self.device)
-        hidden = self.token_embedding[tokens] + self.position_embedding[: len(ids)]
-        return self._blocks(hidden, attention), keys, values
+        return self._blocks(self.wte[tokens] + self.wpe[: len(ids)], attention), keys, values
 
     def close(self) -> None:
-        """Nothing to end; CompiledDecoder has threads."""
+        """Nothing to end here; CompiledDecoder has threads."""
 
-    def prefill_rows(self, prompts: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
-        """Run prompts into the buffers of rows, given as (row, ids); give their logits [prompts, V]."""
+    def prefill_batch(self, prompts: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
+        """Prefill prompts, given as (slot, ids), into their slots; return their logits [prompts, V]."""
         logits = []
-        for row, ids in prompts:
-            prefix = self.prefill(ids)
-            self.load(row, prefix)
-            logits.append(prefix.logits)
+        for slot, ids in prompts:
+            prefilled = self.prefill(ids)
+            self.load_prefill(slot, prefilled)
+            logits.append(prefilled.logits)
         return torch.stack(logits)
 
-    def load(self, row: int, prefix: Prefix) -> None:
-        """Copy a prefix into a row's buffers."""
-        for buffers, parts in ((self.keys, prefix.keys), (self.values, prefix.values)):
-            for buffer, part in zip(buffers, parts, strict=True):
-                buffer[row, :, : prefix.length] = part
+    def load_prefill(self, slot: int, prefilled: PrefilledPrompt) -> None:
+        """Copy the keys and values of a prefilled prompt into a slot."""
+        for caches, parts in ((self.key_cache, prefilled.keys), (self.value_cache, prefilled.values)):
+            for cache, part in zip(caches, parts, strict=True):
+                cache[slot, :, : prefilled.length] = part
 
-    def copy_row(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` positions of one row to another."""
-        for buffer in (*self.keys, *self.values):
-            buffer[target, :, :length] = buffer[source, :, :length]
+    def copy_slot(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of one slot to another."""
+        for cache in (*self.key_cache, *self.value_cache):
+            cache[target, :, :length] = cache[source, :, :length]
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """Give row i its next token, `tokens[i]`, behind the `lengths[i]` tokens it holds, for the first B rows.
+        """A decode step of the first B slots: append `tokens[i]` to the `lengths[i]` tokens of slot i.
 
         Returns:
             Logits [B, V] in float32.
         """
         batch = len(tokens)
-        assert batch == len(lengths) <= self.rows and max(lengths) < self.n_ctx
-        filling = [0] * (-batch % self.padding)
-        positions = torch.tensor([*lengths, *filling], device=self.device)
+        assert batch == len(lengths) <= self.max_num_seqs and max(lengths) < self.n_ctx
+        padding = [0] * (-batch % self.pad_to_multiple_of)
+        positions = torch.tensor([*lengths, *padding], device=self.device)
         runs = _runs(lengths)
-        row_numbers = torch.arange(batch, device=self.device)
+        slots = torch.arange(batch, device=self.device)
 
-        def attention(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = self.keys[number], self.values[number]
-            keys[row_numbers, :, positions[:batch]] = k[:batch]
-            values[row_numbers, :, positions[:batch]] = v[:batch]
+        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = self.key_cache[layer], self.value_cache[layer]
+            keys[slots, :, positions[:batch]] = k[:batch]
+            values[slots, :, positions[:batch]] = v[:batch]
             mixed = torch.zeros_like(q)
             for start, stop, length in runs:
                 mixed[start:stop] = F.scaled_dot_product_attention(
                     q[start:stop, :, None],
                     keys[start:stop, :, :length],
                     values[start:stop, :, :length],
-                    scale=self.layers[number].scale,
+                    scale=self.layers[layer].scale,
                 )[:, :, 0]
             return mixed
 
-        ids = torch.tensor([*tokens, *filling], device=self.device)
-        hidden = self._blocks(self.token_embedding[ids] + self.position_embedding[positions], attention)
-        return self._logits(hidden)[:batch]
+        ids = torch.tensor([*tokens, *padding], device=self.device)
+        return self._logits(self._blocks(self.wte[ids] + self.wpe[positions], attention))[:batch]
 
     def _blocks(self, hidden: Tensor, attention: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        """All layers over `hidden` [N, n_embd]; `attention` gets a layer's number and q, k, v [N, heads, head size]."""
-        for number, layer in enumerate(self.layers):
-            mixed = F.linear(self._norm(hidden, layer.norm_1), *layer.attention_in)
+        """All blocks over `hidden` [N, n_embd]; `attention` gets a layer's index and q, k, v [N, n_head, head_size]."""
+        for index, layer in enumerate(self.layers):
+            mixed = F.linear(self._layer_norm(hidden, layer.ln_1), *layer.c_attn)
             q, k, v = mixed.view(len(hidden), 3, self.n_head, self.head_size).unbind(1)
-            mixed = attention(number, q, k, v).reshape(len(hidden), -1)
-            hidden = hidden + F.linear(mixed, *layer.attention_out)
-            mixed = self.activation(F.linear(self._norm(hidden, layer.norm_2), *layer.feed_in))
-            hidden = hidden + F.linear(mixed, *layer.feed_out)
+            mixed = attention(index, q, k, v).reshape(len(hidden), -1)
+            hidden = hidden + F.linear(mixed, *layer.attn_c_proj)
+            mixed = self.activation(F.linear(self._layer_norm(hidden, layer.ln_2), *layer.c_fc))
+            hidden = hidden + F.linear(mixed, *layer.mlp_c_proj)
         return hidden
 
-    def _norm(self, hidden: Tensor, weight_and_bias: tuple[Tensor, Tensor]) -> Tensor:
+    def _layer_norm(self, hidden: Tensor, weight_and_bias: tuple[Tensor, Tensor]) -> Tensor:
         return F.layer_norm(hidden, hidden.shape[-1:], *weight_and_bias, self.epsilon)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(self._norm(hidden, self.norm), self.head)[:, : self.vocab_size].float()
+        return F.linear(self._layer_norm(hidden, self.ln_f), self.lm_head)[:, : self.vocab_size].float()
 
 
 def _runs(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Neighbouring rows of equal length as (start, stop, length with the new token).
+    """Runs of neighbouring slots of equal length, as (start, stop, length with the new token).
 
     Example:
         >>> _runs([7, 7, 3])
@@ -243,24 +256,24 @@ def _runs(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
     return runs
 
 
-def _pair(module: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _weight_and_bias(module: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return module.weight.detach().to(dtype), module.bias.detach().to(dtype)
 
 
-def _transposed(module: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A Conv1D's weight as F.linear wants it: (out, in), contiguous."""
-    weight, bias = _pair(module, dtype)
+def _conv1d(module: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A Conv1D's weight as F.linear takes it: (out, in), contiguous."""
+    weight, bias = _weight_and_bias(module, dtype)
     return weight.t().contiguous(), bias
 
 
 def _layer(block: Any, dtype: torch.dtype) -> _Layer:
     return _Layer(
-        norm_1=_pair(block.ln_1, dtype),
-        attention_in=_transposed(block.attn.c_attn, dtype),
-        attention_out=_transposed(block.attn.c_proj, dtype),
-        norm_2=_pair(block.ln_2, dtype),
-        feed_in=_transposed(block.mlp.c_fc, dtype),
-        feed_out=_transposed(block.mlp.c_proj, dtype),
+        ln_1=_weight_and_bias(block.ln_1, dtype),
+        c_attn=_conv1d(block.attn.c_attn, dtype),
+        attn_c_proj=_conv1d(block.attn.c_proj, dtype),
+        ln_2=_weight_and_bias(block.ln_2, dtype),
+        c_fc=_conv1d(block.mlp.c_fc, dtype),
+        mlp_c_proj=_conv1d(block.mlp.c_proj, dtype),
         scale=block.attn.scaling,
     )
 

@@ -1,21 +1,22 @@
 """The compiled part of compiled_decoder.py: one step of a GPT-2 for many rows, by several threads at once.
 
-Importing this module imports Numba; compiled_decoder.py does so only where the machine code is not on disk yet.
+Importing this module imports Numba; compiled_decoder.py does so only where the machine code is not cached yet.
 
-A step is a list of phases (a norm, a product with a matrix, attention), and each is cut into chunks. Every thread goes
-through all phases, takes chunks as long as there are any, and waits until those that others took are done. So a thread
-that comes late, or that the system stops between two chunks, holds nobody up.
+A row is one token of a step: the next token of a sequence, or one of a prompt. A step is a list of phases (layer norm,
+product with a matrix, attention), and each phase is divided into work items. Every thread goes through all phases,
+takes work items as long as there are any, and then waits for those that other threads have taken. So a thread that
+starts late, or that the system suspends between two work items, delays no other one.
 
-The numbers of a row are the same to the bit whatever is beside it and whoever computes them: each output of a product
-is one sum in one register, in ascending order of the inputs.
+The result of a row is the same to the bit whatever the other rows are and whichever thread computes it: each output of
+a product is one sum in one register, in ascending order of the inputs.
 
-With INT8 weights a product is one of integers: its inputs are rounded to 256 steps between the least and the greatest
-of their row (`quantize`), and 8-bit numbers are multiplied and added up in 32 bits, exactly, by the instruction that
-the processor has for it. All else is float32.
+With INT8 weights a product is one of integers: the inputs of a row are quantized to 256 steps between their minimum
+and maximum (`quantize_row`), and 8-bit integers are multiplied and added up in 32 bits, exactly, by the instruction
+that the CPU has for it. All else is float32.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="call-arg"
-# Numba finds the types of the compiled functions from their calls.
+# Numba infers the types of the compiled functions from their calls.
 
 from __future__ import annotations
 
@@ -25,6 +26,7 @@ import numpy as np
 from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
+from numba.np.unsafe.ndarray import to_fixed_tuple
 
 from gpt2_chinese.decoding.compiled_decoder import (
     BF16,
@@ -33,37 +35,36 @@ from gpt2_chinese.decoding.compiled_decoder import (
     FP32,
     INT8,
     LANES,
-    MAX_ROWS,
-    PANEL,
+    MAX_BLOCK_ROWS,
+    PANEL_COLUMNS,
     RELU,
-    Call,
     Layer,
     Linear,
-    Model,
-    Span,
+    ModelArgs,
+    Quantization,
+    StepArgs,
 )
 
 FLOAT, INT64, INT32, INT16, BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(8)
 VECTOR, WORDS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT32, LANES)
 SHORTS, BYTES = ir.VectorType(INT16, 2 * LANES), ir.VectorType(BYTE, 4 * LANES)
 GROUP = 4  # inputs of an INT8 product that are multiplied at once: 4 bytes beside each other
-STEPS = 255  # between the least and the greatest input of a row
-EDGES = "min", "max"
-PREFETCH_BYTES = 4096  # ahead in the weights: the processor itself does not look behind the end of a page
+MAX_CODE = 255  # of a quantized input
+PREFETCH_BYTES = 4096  # ahead in the weights: the CPU's own prefetcher stops at the end of a page
 CACHE_LINE = 64
-SPINS = 2000  # looks at a counter, some tens of microseconds, before the processor is offered to others
-MAX_PANELS = 8  # in a chunk
+SPINS_BEFORE_YIELD = 2000  # reads of a counter, some tens of microseconds
+MAX_PANELS = 8  # of a work item
 MAX_VECTORS = 4  # of a head, at once in attention
-TO_INPUTS, TO_CACHE, TO_HIDDEN, TO_LOGITS = range(4)  # what a product's result is for
-MODEL_FIELDS, CALL_FIELDS, LAYER_FIELDS = len(Model._fields), len(Call._fields), len(Layer._fields)
-SPAN_BYTES, ZERO_OFFSET = 4 * len(Span._fields), 4 * Span._fields.index("zero")
+TO_MLP_INPUTS, TO_QKV, TO_HIDDEN, TO_LOGITS = range(4)  # where the result of a product is stored
+MODEL_FIELDS, STEP_FIELDS, LAYER_FIELDS = len(ModelArgs._fields), len(StepArgs._fields), len(Layer._fields)
+QUANTIZATION_BYTES, ZERO_POINT_OFFSET = 4 * len(Quantization._fields), 4 * Quantization._fields.index("zero_point")
 
 compiled = njit(error_model="numpy", fastmath={"contract"})
-# Here sums may be taken in another order: one that the compiler chooses once, whatever the number of rows.
-summing = njit(error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+# Here the compiler may reorder sums. It does so once, in the same way for every number of rows.
+compiled_reassociating = njit(error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
 
 
-# What Python has no words for.
+# LLVM instructions that Python has no words for.
 
 
 def _pointer(builder, address, kind, offset=0):
@@ -82,21 +83,21 @@ def _intrinsic(builder, name, result, *arguments):
     return builder.module.declare_intrinsic(name, (), ir.FunctionType(result, arguments))
 
 
-def _everywhere(builder, value):
-    """A vector of one number, float or int32."""
+def _broadcast(builder, value):
+    """A vector whose elements all are this float or int32."""
     kind = ir.VectorType(value.type, LANES)
     first = builder.insert_element(kind(ir.Undefined), value, INT32(0))
     return builder.shuffle_vector(first, kind(ir.Undefined), _constant(WORDS, 0))
 
 
 def _store(builder, vectors, address):
-    """Vectors of LANES numbers of 4 bytes, one behind the other."""
+    """Store vectors of LANES numbers of 4 bytes, one after the other."""
     for number, value in enumerate(vectors):
         builder.store(value, _pointer(builder, address, value.type, 4 * LANES * number), align=4)
 
 
 def _pointer_to(kind):
-    """A function that makes a pointer to numbers of some kind from an address."""
+    """A function that turns an address into a pointer to numbers of this type."""
 
     @intrinsic
     def pointer(_, address):
@@ -108,11 +109,11 @@ def _pointer_to(kind):
     return pointer
 
 
-floats, words, bytes_, integers = map(_pointer_to, (types.float32, types.uint32, types.int8, types.int64))
+float32_at, uint32_at, int8_at, int64_at = map(_pointer_to, (types.float32, types.uint32, types.int8, types.int64))
 
 
 @intrinsic
-def float_of_bits(_, bits):
+def float_from_bits(_, bits):
     def generate(context, builder, signature, arguments):
         return builder.bitcast(arguments[0], FLOAT)
 
@@ -128,7 +129,7 @@ def square_root(_, x):
 
 
 @intrinsic
-def fetch_and_add_one(_, address):
+def atomic_fetch_add_one(_, address):
     def generate(context, builder, signature, arguments):
         return builder.atomic_rmw("add", _pointer(builder, arguments[0], INT64), INT64(1), "acq_rel")
 
@@ -136,7 +137,7 @@ def fetch_and_add_one(_, address):
 
 
 @intrinsic
-def fetch(_, address):
+def atomic_load(_, address):
     def generate(context, builder, signature, arguments):
         return builder.load_atomic(_pointer(builder, arguments[0], INT64), "acquire", 8)
 
@@ -145,7 +146,7 @@ def fetch(_, address):
 
 @intrinsic
 def pause(_):
-    """Tell the processor that this is a loop that waits."""
+    """Tell the CPU that this is a spin loop."""
 
     def generate(context, builder, signature, arguments):
         if platform.machine().lower() in ("x86_64", "amd64"):
@@ -157,7 +158,7 @@ def pause(_):
 
 @intrinsic
 def call_function(_, address):
-    """Call a C function without arguments; its result is not looked at."""
+    """Call a C function without arguments, and ignore its result."""
 
     def generate(context, builder, signature, arguments):
         builder.call(builder.inttoptr(arguments[0], ir.PointerType(ir.FunctionType(INT32, []))), [])
@@ -166,14 +167,14 @@ def call_function(_, address):
     return types.void(types.int64), generate
 
 
-# The inner loops, as vector instructions. Each is generated for every number of registers it may take.
+# The inner loops, as vector instructions. Each is generated for every number of registers that it may use.
 
 
 def _loop(builder, name, length, carried, body):
-    """`for index in range(length)`, at least once; `body(*values)` gives the next values of what is `carried`.
+    """`for index in range(length)`, at least once; `body(*values)` returns the next values of what is `carried`.
 
     Returns:
-        What is carried, behind the loop.
+        The carried values after the loop.
     """
     before = builder.block
     loop, end = builder.append_basic_block(name), builder.append_basic_block(f"{name}_end")
@@ -190,11 +191,11 @@ def _loop(builder, name, length, carried, body):
     return following[1:]
 
 
-def _for_each_count(builder, count, most, generate):
-    """Code for every count from 1 to `most`, and the jump to the one that `count` says."""
+def _switch_on_count(builder, count, largest, generate):
+    """Generate code for every count from 1 to `largest`, and the switch to that of `count`."""
     entry, end = builder.block, builder.append_basic_block("done")
     cases = []
-    for number in range(1, most + 1):
+    for number in range(1, largest + 1):
         cases.append(builder.append_basic_block(f"case{number}"))
         builder.position_at_end(cases[-1])
         generate(number)
@@ -206,9 +207,9 @@ def _for_each_count(builder, count, most, generate):
     builder.position_at_end(end)
 
 
-def _panel_row(builder, kind, address):
-    """The PANEL weights of one input, as two vectors of float."""
-    if kind == FP32:
+def _load_panel_row(builder, precision, address):
+    """The weights of one input in a panel, as two vectors of float."""
+    if precision == FP32:
         return [_load(builder, address, VECTOR, 4 * LANES * half) for half in range(2)]
     # The low half of a word is a weight in the left half of the panel, the high half one in the right half.
     both = _load(builder, address, WORDS)
@@ -216,34 +217,35 @@ def _panel_row(builder, kind, address):
     return [builder.bitcast(part, VECTOR) for part in parts]
 
 
-def _panel_loop(builder, rows, panel, inputs, step_bytes, sums, add):
-    """The sums of so many rows over a panel, two vectors a row; `add(weights, inputs, sums)` gives them one step on.
+def _panel_loop(builder, rows, panel, inputs, step_bytes, sums, accumulate):
+    """The sums of a block of rows over a panel, two vectors a row.
 
-    `panel` is (weights, length, near, far): the panel's address, its steps of `step_bytes`, and what is fetched
-    meanwhile, see `_multiplication`. A step takes 4 bytes of each row's inputs.
+    `panel` is (address of the weights, number of steps, near, far); `_make_multiply` describes the last two. A step
+    takes `step_bytes` of weights and 4 bytes of each row's inputs; `accumulate(weights, inputs, sums)` returns the sums
+    after it.
     """
     weights, length, near, far = panel
-    turn = builder.sub(builder.add(weights, builder.mul(length, INT64(step_bytes))), near)
-    to_far = builder.sub(far, turn)
+    boundary = builder.sub(builder.add(weights, builder.mul(length, INT64(step_bytes))), near)
+    to_far = builder.sub(far, boundary)
     byte_pointer = ir.PointerType(BYTE)
     prefetch = _intrinsic(builder, "llvm.prefetch.p0", ir.VoidType(), byte_pointer, INT32, INT32, INT32)
 
     def body(weights, inputs, *sums):
-        distance = builder.select(builder.icmp_signed("<", weights, turn), near, to_far)
+        distance = builder.select(builder.icmp_signed("<", weights, boundary), near, to_far)
         for offset in range(0, step_bytes, CACHE_LINE):
             ahead = _pointer(builder, builder.add(weights, distance), BYTE, offset)
             builder.call(prefetch, [ahead, INT32(0), INT32(2), INT32(1)])
-        new = add(weights, inputs, sums)
+        new = accumulate(weights, inputs, sums)
         return [builder.add(weights, INT64(step_bytes)), builder.add(inputs, INT64(4 * rows)), *new]
 
     return _loop(builder, f"multiply{rows}", length, [weights, inputs, *sums], body)[2:]
 
 
-def _multiplication(kind):
-    """`multiply(rows, weights, inputs, length, tile, near, far)`: up to MAX_ROWS rows times one panel.
+def _make_multiply(precision):
+    """`multiply(rows, weights, inputs, length, tile, near, far)`: a block of rows times one panel, in FP32 or BF16.
 
-    `weights` is the panel's address, `inputs` that of float32 [length, rows], `tile` that of float32 [rows, PANEL].
-    Meanwhile the panel's memory from `near` bytes ahead is fetched, and what would be behind its end, from `far` on.
+    `weights` is the address of the panel, `inputs` that of float32 [length, rows], `tile` that of the results, float32
+    [rows, PANEL_COLUMNS]. Weights are prefetched from `near` bytes ahead; past the end of the panel, from `far` on.
     """
 
     @intrinsic
@@ -253,20 +255,20 @@ def _multiplication(kind):
             multiply_add = _intrinsic(builder, f"llvm.fmuladd.v{LANES}f32", VECTOR, VECTOR, VECTOR, VECTOR)
 
             def case(count):
-                def add(weights, inputs, sums):
-                    halves = _panel_row(builder, kind, weights)
+                def accumulate(weights, inputs, sums):
+                    halves = _load_panel_row(builder, precision, weights)
                     new = []
                     for row in range(count):
-                        value = _everywhere(builder, _load(builder, inputs, FLOAT, 4 * row))
+                        value = _broadcast(builder, _load(builder, inputs, FLOAT, 4 * row))
                         new += [builder.call(multiply_add, [value, halves[i], sums[2 * row + i]]) for i in range(2)]
                     return new
 
                 zeros = [_constant(VECTOR, 0.0)] * (2 * count)
-                step_bytes = PANEL * (4 if kind == FP32 else 2)
-                sums = _panel_loop(builder, count, (weights, length, near, far), inputs, step_bytes, zeros, add)
+                step_bytes = PANEL_COLUMNS * (4 if precision == FP32 else 2)
+                sums = _panel_loop(builder, count, (weights, length, near, far), inputs, step_bytes, zeros, accumulate)
                 _store(builder, sums, tile)
 
-            _for_each_count(builder, rows, MAX_ROWS, case)
+            _switch_on_count(builder, rows, MAX_BLOCK_ROWS, case)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 7), generate
@@ -274,7 +276,7 @@ def _multiplication(kind):
     return multiply
 
 
-multiply_fp32, multiply_bf16 = map(_multiplication, (FP32, BF16))
+multiply_fp32, multiply_bf16 = map(_make_multiply, (FP32, BF16))
 
 
 def _dot_products(builder, name, codes, weights, sums):
@@ -285,12 +287,12 @@ def _dot_products(builder, name, codes, weights, sums):
     if name == "vpdpbusd":
         # One instruction: https://www.intel.com/content/www/us/en/docs/intrinsics-guide/, _mm512_dpbusd_epi32.
         dot = _intrinsic(builder, f"llvm.x86.avx512.vpdpbusd.{32 * LANES}", WORDS, WORDS, BYTES, BYTES)
-        value = builder.bitcast(_everywhere(builder, codes), BYTES)
+        value = builder.bitcast(_broadcast(builder, codes), BYTES)
         return [builder.call(dot, [total, value, part]) for total, part in zip(sums, weights, strict=True)]
     new = []
     for total, part in zip(sums, weights, strict=True):
         if name == "vpmaddwd":
-            # Products of 16 bits, two of them added: the even bytes, then the odd ones.
+            # It multiplies 16-bit integers and adds two products: first the even bytes, then the odd ones.
             instruction = {4: "sse2.pmadd.wd", 8: "avx2.pmadd.wd", 16: "avx512.pmaddw.d.512"}[LANES]
             pairs = _intrinsic(builder, f"llvm.x86.{instruction}", WORDS, SHORTS, SHORTS)
             eight = _constant(SHORTS, 8)
@@ -298,7 +300,7 @@ def _dot_products(builder, name, codes, weights, sums):
             even, odd = builder.ashr(builder.shl(both, eight), eight), builder.ashr(both, eight)
             for shift, weight in ((0, even), (8, odd)):
                 value = builder.and_(builder.lshr(codes, INT32(shift)), INT32(0x00FF00FF))
-                value = builder.bitcast(_everywhere(builder, value), SHORTS)
+                value = builder.bitcast(_broadcast(builder, value), SHORTS)
                 total = builder.add(total, builder.call(pairs, [value, weight]))
         else:
             whole = builder.bitcast(part, WORDS)
@@ -306,30 +308,29 @@ def _dot_products(builder, name, codes, weights, sums):
                 left = _constant(WORDS, 24 - 8 * byte)
                 weight = builder.ashr(builder.shl(whole, left), _constant(WORDS, 24))
                 value = builder.and_(builder.lshr(codes, INT32(8 * byte)), INT32(0xFF))
-                total = builder.add(total, builder.mul(_everywhere(builder, value), weight))
+                total = builder.add(total, builder.mul(_broadcast(builder, value), weight))
         new.append(total)
     return new
 
 
-def integer_multiplication(name):
-    """`multiply(rows, weights, codes, groups, tile, near, far, spans, scales, totals)`: INT8's `_multiplication`.
+def make_multiply_int8(name):
+    """`multiply(rows, weights, codes, groups, tile, near, far, quantizations, scales, weight_sums)`: the same for INT8.
 
-    The panel is int8 [groups, PANEL, GROUP], `codes` uint8 [groups, rows, GROUP]. A code c of a row with a Span stands
-    for scale (c - zero), a weight w of an output for its factor in `scales` [PANEL] times w, and an output is
+    The panel is int8 [groups, PANEL_COLUMNS, GROUP], `codes` uint8 [groups, rows, GROUP]. `quantizations` are those of
+    the rows, `scales` (float32) and `weight_sums` (int32) are [PANEL_COLUMNS]. An output is
 
-        scale factor (sum of c w - zero sum of w),
+        row's scale * output's scale * (sum of code * weight - zero point * sum of the weights),
 
-    of which the bracket is exact; `totals` [PANEL] are the sums of w, int32. `name` says by which instruction, see
-    `_dot_products`.
+    and the bracket is exact. `name` is the instruction that computes it, see `_dot_products`.
     """
 
     @intrinsic
-    def multiply(_, rows, weights, codes, groups, tile, near, far, spans, scales, totals):
+    def multiply(_, rows, weights, codes, groups, tile, near, far, quantizations, scales, weight_sums):
         def generate(context, builder, signature, arguments):
-            rows, weights, codes, groups, tile, near, far, spans, scales, totals = arguments
+            rows, weights, codes, groups, tile, near, far, quantizations, scales, weight_sums = arguments
 
             def case(count):
-                def add(weights, codes, sums):
+                def accumulate(weights, codes, sums):
                     parts = [_load(builder, weights, BYTES, GROUP * LANES * half, align=1) for half in range(2)]
                     new = []
                     for row in range(count):
@@ -337,24 +338,24 @@ def integer_multiplication(name):
                         new += _dot_products(builder, name, value, parts, sums[2 * row : 2 * row + 2])
                     return new
 
-                firsts, halves = [], range(2)
-                weight_sums = [_load(builder, totals, WORDS, 4 * LANES * half) for half in halves]
+                initial, halves = [], range(2)
+                totals = [_load(builder, weight_sums, WORDS, 4 * LANES * half) for half in halves]
                 for row in range(count):
-                    zero = _load(builder, spans, INT32, SPAN_BYTES * row + ZERO_OFFSET)
-                    minus_zero = _everywhere(builder, builder.neg(zero))
-                    firsts += [builder.mul(minus_zero, weight_sums[half]) for half in halves]
+                    zero_point = _load(builder, quantizations, INT32, QUANTIZATION_BYTES * row + ZERO_POINT_OFFSET)
+                    minus_zero_point = _broadcast(builder, builder.neg(zero_point))
+                    initial += [builder.mul(minus_zero_point, totals[half]) for half in halves]
                 panel = weights, groups, near, far
-                sums = _panel_loop(builder, count, panel, codes, GROUP * PANEL, firsts, add)
-                factors = [_load(builder, scales, VECTOR, 4 * LANES * half) for half in halves]
+                sums = _panel_loop(builder, count, panel, codes, GROUP * PANEL_COLUMNS, initial, accumulate)
+                output_scales = [_load(builder, scales, VECTOR, 4 * LANES * half) for half in halves]
                 outputs = []
                 for row in range(count):
-                    scale = _everywhere(builder, _load(builder, spans, FLOAT, SPAN_BYTES * row))
+                    scale = _broadcast(builder, _load(builder, quantizations, FLOAT, QUANTIZATION_BYTES * row))
                     for half in halves:
                         exact = builder.sitofp(sums[2 * row + half], VECTOR)
-                        outputs.append(builder.fmul(exact, builder.fmul(scale, factors[half])))
+                        outputs.append(builder.fmul(exact, builder.fmul(scale, output_scales[half])))
                 _store(builder, outputs, tile)
 
-            _for_each_count(builder, rows, MAX_ROWS, case)
+            _switch_on_count(builder, rows, MAX_BLOCK_ROWS, case)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 10), generate
@@ -362,45 +363,49 @@ def integer_multiplication(name):
     return multiply
 
 
-multiply_int8 = integer_multiplication(DOT_PRODUCT)
+multiply_int8 = make_multiply_int8(DOT_PRODUCT)
 
 
 @intrinsic
-def extent(_, numbers, vectors, least_and_greatest):
-    """The least and the greatest of so many vectors of float32 and 0, both to an address."""
+def min_max(_, numbers, vectors, target):
+    """Store the minimum and the maximum of 0 and so many vectors of float32 at `target`."""
 
     def generate(context, builder, signature, arguments):
         numbers, vectors, target = arguments
-        least, greatest = (_intrinsic(builder, f"llvm.{name}num.v{LANES}f32", VECTOR, VECTOR, VECTOR) for name in EDGES)
+        names = "min", "max"
+        minimum, maximum = (
+            _intrinsic(builder, f"llvm.{name}num.v{LANES}f32", VECTOR, VECTOR, VECTOR) for name in names
+        )
 
         def body(numbers, low, high):
             value = _load(builder, numbers, VECTOR)
-            low, high = builder.call(least, [value, low]), builder.call(greatest, [value, high])
+            low, high = builder.call(minimum, [value, low]), builder.call(maximum, [value, high])
             return [builder.add(numbers, INT64(4 * LANES)), low, high]
 
         zeros = [_constant(VECTOR, 0.0)] * 2
-        edges = _loop(builder, "extent", vectors, [numbers, *zeros], body)[1:]
-        for number, (name, edge) in enumerate(zip(EDGES, edges, strict=True)):
+        results = _loop(builder, "min_max", vectors, [numbers, *zeros], body)[1:]
+        for number, (name, result) in enumerate(zip(names, results, strict=True)):
             reduce = _intrinsic(builder, f"llvm.vector.reduce.f{name}.v{LANES}f32", FLOAT, VECTOR)
-            builder.store(builder.call(reduce, [edge]), _pointer(builder, target, FLOAT, 4 * number), align=4)
+            builder.store(builder.call(reduce, [result]), _pointer(builder, target, FLOAT, 4 * number), align=4)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3), generate
 
 
 @intrinsic
-def encode(_, numbers, vectors, inverse, zero, codes, apart):
-    """So many vectors of float32 times `inverse`, plus `zero`, rounded and cut to codes from 0 to 255.
+def quantize_vectors(_, numbers, vectors, inverse_scale, zero_point, codes, stride):
+    """So many vectors of float32 times `inverse_scale`, plus `zero_point`, rounded and clamped to codes from 0 to 255.
 
-    GROUP codes stand beside each other at `codes`, the next ones `apart` bytes behind.
+    GROUP codes are stored beside each other at `codes`, the next ones `stride` bytes further.
     """
 
     def generate(context, builder, signature, arguments):
-        numbers, vectors, inverse, zero, codes, apart = arguments
+        numbers, vectors, inverse_scale, zero_point, codes, stride = arguments
         multiply_add = _intrinsic(builder, f"llvm.fmuladd.v{LANES}f32", VECTOR, VECTOR, VECTOR, VECTOR)
-        # Rounded to the nearest: what conversion cuts off is not negative.
-        factor, offset = _everywhere(builder, inverse), _everywhere(builder, builder.fadd(zero, FLOAT(0.5)))
-        lowest, highest = _constant(WORDS, 0), _constant(WORDS, STEPS)
+        # Plus 0.5: the conversion to integers truncates, and what it truncates here is not negative.
+        factor = _broadcast(builder, inverse_scale)
+        offset = _broadcast(builder, builder.fadd(zero_point, FLOAT(0.5)))
+        lowest, highest = _constant(WORDS, 0), _constant(WORDS, MAX_CODE)
 
         def body(numbers, codes):
             value = builder.call(multiply_add, [_load(builder, numbers, VECTOR), factor, offset])
@@ -412,10 +417,10 @@ def encode(_, numbers, vectors, inverse, zero, codes, apart):
             for number in range(LANES // GROUP):
                 group = builder.extract_element(value, INT32(number))
                 builder.store(group, _pointer(builder, codes, INT32), align=4)
-                codes = builder.add(codes, apart)
+                codes = builder.add(codes, stride)
             return [builder.add(numbers, INT64(4 * LANES)), codes]
 
-        _loop(builder, "encode", vectors, [numbers, codes], body)
+        _loop(builder, "quantize", vectors, [numbers, codes], body)
         return context.get_dummy_value()
 
     arguments = types.int64, types.int64, types.float32, types.float32, types.int64, types.int64
@@ -424,7 +429,7 @@ def encode(_, numbers, vectors, inverse, zero, codes, apart):
 
 @intrinsic
 def add_scores(_, vectors, query, keys, stride, length, scores):
-    """Add to each of the float32 scores [length] the product of a query and a key, of so many vectors each.
+    """Add to each of the float32 scores [length] the dot product of a query and a key, both of so many vectors.
 
     `stride` is the distance of the keys in bytes, the others are addresses.
     """
@@ -447,7 +452,7 @@ def add_scores(_, vectors, query, keys, stride, length, scores):
 
             _loop(builder, f"scores{count}", length, [keys, scores], body)
 
-        _for_each_count(builder, vectors, MAX_VECTORS, case)
+        _switch_on_count(builder, vectors, MAX_VECTORS, case)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 6), generate
@@ -463,7 +468,7 @@ def weighted_sum(_, vectors, weights, values, stride, length, target):
 
         def case(count):
             def body(weights, values, *sums):
-                weight = _everywhere(builder, _load(builder, weights, FLOAT))
+                weight = _broadcast(builder, _load(builder, weights, FLOAT))
                 loaded = [_load(builder, values, VECTOR, 4 * LANES * i) for i in range(count)]
                 new = [builder.call(multiply_add, [weight, loaded[i], sums[i]]) for i in range(count)]
                 return [builder.add(weights, INT64(4)), builder.add(values, stride), *new]
@@ -472,18 +477,18 @@ def weighted_sum(_, vectors, weights, values, stride, length, target):
             sums = _loop(builder, f"weighted{count}", length, [weights, values, *zeros], body)[2:]
             _store(builder, sums, target)
 
-        _for_each_count(builder, vectors, MAX_VECTORS, case)
+        _switch_on_count(builder, vectors, MAX_VECTORS, case)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 6), generate
 
 
-# Small functions of numbers.
+# Functions of numbers, and where things are in memory.
 
 
 @compiled
 def exp(x):
-    """e to the power of x in float32, to a few units in the last place; x is taken as -87 to 88."""
+    """e to the power of x in float32, to a few units in the last place; x is clamped to -87 to 88."""
     x = min(max(x, np.float32(-87)), np.float32(88))
     power = np.float32(np.int32(x * np.float32(1.4426950408889634) + np.float32(128.5)) - np.int32(128))
     rest = x - power * np.float32(0.693359375) - power * np.float32(-2.12194440e-4)
@@ -494,7 +499,7 @@ def exp(x):
     series = series * rest + np.float32(1.6666665459e-1)
     series = series * rest + np.float32(5.0000001201e-1)
     series = series * rest * rest + rest + np.float32(1)
-    return series * float_of_bits((np.int32(power) + np.int32(127)) << np.int32(23))
+    return series * float_from_bits((np.int32(power) + np.int32(127)) << np.int32(23))
 
 
 @compiled
@@ -504,79 +509,99 @@ def gelu(x):
 
 
 @compiled
-def start_of(block, rows):
-    """The first row of a block: `rows` rows stand in as few blocks as possible, spread evenly."""
-    return block * rows // blocks_of(rows)
+def num_blocks(rows):
+    return (rows + MAX_BLOCK_ROWS - 1) // MAX_BLOCK_ROWS
 
 
 @compiled
-def blocks_of(rows):
-    return (rows + MAX_ROWS - 1) // MAX_ROWS
+def block_begin(block, rows):
+    """The first row of a block: the rows are divided evenly among as few blocks as possible."""
+    return block * rows // num_blocks(rows)
 
 
 @compiled
-def place_of(row, rows, width):
-    """Where the inputs of a row begin in an array of blocks [width, rows of the block], and how far apart they are."""
-    block = ((row + 1) * blocks_of(rows) - 1) // rows
-    start = start_of(block, rows)
-    return start * width + row - start, start_of(block + 1, rows) - start
+def row_offset_and_stride(row, rows, width):
+    """Where the inputs of a row begin in an array of blocks [width, rows of the block], and their distance."""
+    block = ((row + 1) * num_blocks(rows) - 1) // rows
+    begin = block_begin(block, rows)
+    return begin * width + row - begin, block_begin(block + 1, rows) - begin
+
+
+@compiled
+def input_offset_and_stride(model, row, rows, width):
+    """The same for float inputs. For INT8 they are [rows, width], since they are quantized row by row."""
+    if model.precision == INT8:
+        return row * round_up(width), 1
+    return row_offset_and_stride(row, rows, width)
 
 
 @compiled
 def linear_at(address):
-    table = integers(address)
-    return Linear(table[0], table[1], table[2], table[3], table[4], table[5])
+    fields = int64_at(address)
+    return Linear(fields[0], fields[1], fields[2], fields[3], fields[4], fields[5])
 
 
 @compiled
-def padded(width):
-    """Inputs of a row with the zeros that fill up its last vector, for INT8."""
+def layer_at(address):
+    fields = int64_at(address)
+    return Layer(fields[0], fields[1], fields[2], fields[3], fields[4], fields[5])
+
+
+@compiled
+def round_up(width):
+    """The next multiple of LANES: the inputs of a row with the zeros that fill its last vector, for INT8."""
     return (width + LANES - 1) // LANES * LANES
 
 
 @compiled
-def bytes_of_panel(kind, width):
-    """Of the memory that a panel of weights for so many inputs takes."""
-    if kind == INT8:
-        return padded(width) * PANEL
-    return width * PANEL * (4 if kind == FP32 else 2)
-
-
-# The chunks.
+def panel_bytes(precision, width):
+    """Of a panel of weights for so many inputs."""
+    if precision == INT8:
+        return round_up(width) * PANEL_COLUMNS
+    return width * PANEL_COLUMNS * (4 if precision == FP32 else 2)
 
 
 @compiled
-def embed(model, call, row):
-    """The embedding of a row's token and of its position, into `hidden`."""
+def kv_offset(model, layer, slot, head, position):
+    """Where the key or value of a position begins in the KV cache, in floats."""
+    return (((layer * model.num_slots + slot) * model.n_head + head) * model.n_ctx + position) * model.head_stride
+
+
+# The work items.
+
+
+@compiled
+def embed(model, args, row):
+    """Store the sum of a row's token and position embeddings in `hidden`."""
     width = model.n_embd
-    token = integers(call.tokens)[row]
-    hidden = carray(floats(call.hidden + 4 * row * width), width)
-    position = carray(floats(model.positions + 4 * integers(call.positions)[row] * width), width)
-    head = linear_at(model.embedding)
-    panel, column = token // PANEL, token % PANEL
-    if model.kind == FP32:
-        weights = floats(head.weights + 4 * (panel * width * PANEL + column))
+    token = int64_at(args.tokens)[row]
+    hidden = carray(float32_at(args.hidden + 4 * row * width), width)
+    position = carray(float32_at(model.wpe + 4 * int64_at(args.positions)[row] * width), width)
+    wte = linear_at(model.wte)
+    panel, column = token // PANEL_COLUMNS, token % PANEL_COLUMNS
+    if model.precision == FP32:
+        weights = float32_at(wte.weights + 4 * (panel * width * PANEL_COLUMNS + column))
         for index in range(width):
-            hidden[index] = weights[index * PANEL] + position[index]
-    elif model.kind == BF16:
-        pairs = words(head.weights + 4 * (panel * width * LANES + column % LANES))
+            hidden[index] = weights[index * PANEL_COLUMNS] + position[index]
+    elif model.precision == BF16:
+        pairs = uint32_at(wte.weights + 4 * (panel * width * LANES + column % LANES))
         shift = np.uint32(16 if column < LANES else 0)
         for index in range(width):
             bits = (pairs[index * LANES] << shift) & np.uint32(0xFFFF0000)
-            hidden[index] = float_of_bits(np.int32(bits)) + position[index]
+            hidden[index] = float_from_bits(np.int32(bits)) + position[index]
     else:
-        steps = bytes_(head.weights + panel * bytes_of_panel(INT8, width) + column * GROUP)
-        scale = floats(head.scales)[token]
+        codes = int8_at(wte.weights + panel * panel_bytes(INT8, width) + column * GROUP)
+        scale = float32_at(wte.scales)[token]
         for index in range(width):
-            step = steps[index // GROUP * GROUP * PANEL + index % GROUP]
-            hidden[index] = np.float32(step) * scale + position[index]
+            code = codes[index // GROUP * GROUP * PANEL_COLUMNS + index % GROUP]
+            hidden[index] = np.float32(code) * scale + position[index]
 
 
-@summing
-def normalise(model, call, source, row, rows, norm):
-    """LayerNorm of row `source` of `hidden` into the inputs of the next product, as its row `row` of `rows`."""
+@compiled_reassociating
+def layer_norm(model, args, source, row, rows, parameters):
+    """Layer norm of row `source` of `hidden`, stored as row `row` of the `rows` inputs of the next product."""
     width = model.n_embd
-    hidden = carray(floats(call.hidden + 4 * source * width), width)
+    hidden = carray(float32_at(args.hidden + 4 * source * width), width)
     total = np.float32(0)
     for index in range(width):
         total += hidden[index]
@@ -584,164 +609,156 @@ def normalise(model, call, source, row, rows, norm):
     squares = np.float32(0)
     for index in range(width):
         squares += (hidden[index] - mean) * (hidden[index] - mean)
-    inverse = np.float32(1) / square_root(squares / np.float32(width) + floats(model.epsilon)[0])
-    weights, biases = carray(floats(norm), width), carray(floats(norm + 4 * width), width)
-    place, apart = place_of_input(model, row, rows, width)
-    inputs = floats(call.inputs + 4 * place)
+    inverse = np.float32(1) / square_root(squares / np.float32(width) + float32_at(model.constants)[0])
+    weights = carray(float32_at(parameters), width)
+    biases = carray(float32_at(parameters + 4 * width), width)
+    offset, stride = input_offset_and_stride(model, row, rows, width)
+    inputs = float32_at(args.inputs + 4 * offset)
     for index in range(width):
-        inputs[index * apart] = (hidden[index] - mean) * inverse * weights[index] + biases[index]
-    if model.kind == INT8:
-        quantize(call, call.inputs, row, rows, width)
+        inputs[index * stride] = (hidden[index] - mean) * inverse * weights[index] + biases[index]
+    if model.precision == INT8:
+        quantize_row(args, args.inputs, row, rows, width)
 
 
 @compiled
-def place_of_input(model, row, rows, width):
-    """Where the float inputs of a row begin, and how far apart they are: INT8 takes them by the row, to quantize."""
-    if model.kind == INT8:
-        return row * padded(width), 1
-    return place_of(row, rows, width)
+def quantize_row(args, source, row, rows, width):
+    """Quantize a row of float32 [rows, width] to codes from 0 to 255, and store its Quantization, for the next product.
 
-
-@compiled
-def quantize(call, source, row, rows, width):
-    """A row of float32 [rows, width] as codes from 0 to 255 and the Span that they stand for, for the next product.
-
-    The code of 0 is a whole number, so 0 stays exact.
+    The zero point is an integer, so that 0 stays exact.
     """
-    numbers, vectors = source + 4 * row * padded(width), padded(width) // LANES
-    span = call.spans + SPAN_BYTES * row
-    extent(numbers, vectors, span)
-    edges = floats(span)
-    least, greatest = edges[0], edges[1]
-    scale = max((greatest - least) / np.float32(STEPS), np.float32(1e-30))
-    inverse = np.float32(1) / scale
-    zero = np.int32(np.float32(0.5) - least * inverse)
-    place, apart = place_of(row, rows, padded(width) // GROUP)
-    encode(numbers, vectors, inverse, np.float32(zero), call.codes + GROUP * place, GROUP * apart)
-    floats(span)[0] = scale
-    words(span + ZERO_OFFSET)[0] = np.uint32(zero)
+    numbers, vectors = source + 4 * row * round_up(width), round_up(width) // LANES
+    quantization = args.quantizations + QUANTIZATION_BYTES * row
+    min_max(numbers, vectors, quantization)
+    results = float32_at(quantization)
+    minimum, maximum = results[0], results[1]
+    scale = max((maximum - minimum) / np.float32(MAX_CODE), np.float32(1e-30))
+    inverse_scale = np.float32(1) / scale
+    zero_point = np.int32(np.float32(0.5) - minimum * inverse_scale)
+    offset, stride = row_offset_and_stride(row, rows, round_up(width) // GROUP)
+    codes = args.codes + GROUP * offset
+    quantize_vectors(numbers, vectors, inverse_scale, np.float32(zero_point), codes, GROUP * stride)
+    float32_at(quantization)[0] = scale
+    uint32_at(quantization + ZERO_POINT_OFFSET)[0] = np.uint32(zero_point)
 
 
 @compiled
-def product(model, call, number, linear, panel, rows, inputs, tile, use, is_last):
-    """All rows times one panel of a matrix, and the results to where they belong.
+def multiply_panel(model, args, layer, linear, panel, rows, inputs, tile, destination, is_last):
+    """Multiply all rows with one panel of a matrix, and store the results at their destination.
 
-    Unless it `is_last`, the next panel is fetched meanwhile: its beginning behind this one's end, or all of it during
-    the second block of rows where there is one.
+    Unless it `is_last`, the next panel is prefetched meanwhile: its beginning after the end of this one, or all of it
+    during the second block of rows, if there is one.
     """
-    size_of_panel = bytes_of_panel(model.kind, linear.width)
+    size_of_panel = panel_bytes(model.precision, linear.in_features)
     weights = linear.weights + panel * size_of_panel
-    groups = padded(linear.width) // GROUP
-    columns = min(PANEL, linear.outputs - panel * PANEL)
-    results = carray(floats(tile), MAX_ROWS * PANEL)
-    for block in range(blocks_of(rows)):
-        start = start_of(block, rows)
-        size = start_of(block + 1, rows) - start
-        address = inputs + 4 * start * linear.width
+    groups = round_up(linear.in_features) // GROUP
+    columns = min(PANEL_COLUMNS, linear.out_features - panel * PANEL_COLUMNS)
+    results = carray(float32_at(tile), MAX_BLOCK_ROWS * PANEL_COLUMNS)
+    for block in range(num_blocks(rows)):
+        begin = block_begin(block, rows)
+        size = block_begin(block + 1, rows) - begin
+        address = inputs + 4 * begin * linear.in_features
         near, far = min(PREFETCH_BYTES, size_of_panel), weights
         if not is_last:
             far = weights + size_of_panel
             if block == 1:
                 near = size_of_panel
-        if model.kind == BF16:
-            multiply_bf16(size, weights, address, linear.width, tile, near, far)
-        elif model.kind == FP32:
-            multiply_fp32(size, weights, address, linear.width, tile, near, far)
+        if model.precision == BF16:
+            multiply_bf16(size, weights, address, linear.in_features, tile, near, far)
+        elif model.precision == FP32:
+            multiply_fp32(size, weights, address, linear.in_features, tile, near, far)
         else:
-            codes, spans = call.codes + start * groups * GROUP, call.spans + SPAN_BYTES * start
-            scales, totals = linear.scales + 4 * panel * PANEL, linear.totals + 4 * panel * PANEL
-            multiply_int8(size, weights, codes, groups, tile, near, far, spans, scales, totals)
+            codes = args.codes + begin * groups * GROUP
+            quantizations = args.quantizations + QUANTIZATION_BYTES * begin
+            scales = linear.scales + 4 * panel * PANEL_COLUMNS
+            weight_sums = linear.weight_sums + 4 * panel * PANEL_COLUMNS
+            multiply_int8(size, weights, codes, groups, tile, near, far, quantizations, scales, weight_sums)
         if linear.bias != 0:
-            bias = carray(floats(linear.bias + 4 * panel * PANEL), PANEL)
+            bias = carray(float32_at(linear.bias + 4 * panel * PANEL_COLUMNS), PANEL_COLUMNS)
             for row in range(size):
-                for column in range(PANEL):
-                    results[row * PANEL + column] += bias[column]
-        if use == TO_INPUTS:
-            activate(model, results, size)
+                for column in range(PANEL_COLUMNS):
+                    results[row * PANEL_COLUMNS + column] += bias[column]
+        if destination == TO_MLP_INPUTS:
+            apply_activation(model, results, size)
             for row in range(size):
-                place, apart = place_of_input(model, start + row, rows, linear.outputs)
-                target = floats(call.wide_inputs + 4 * (place + panel * PANEL * apart))
+                offset, stride = input_offset_and_stride(model, begin + row, rows, linear.out_features)
+                target = float32_at(args.mlp_inputs + 4 * (offset + panel * PANEL_COLUMNS * stride))
                 for column in range(columns):
-                    target[column * apart] = results[row * PANEL + column]
-        elif use == TO_CACHE:
+                    target[column * stride] = results[row * PANEL_COLUMNS + column]
+        elif destination == TO_QKV:
             for row in range(size):
-                spread(model, call, number, start + row, panel * PANEL, columns, tile + 4 * row * PANEL)
-        elif use == TO_HIDDEN:
+                source = tile + 4 * row * PANEL_COLUMNS
+                store_qkv(model, args, layer, begin + row, panel * PANEL_COLUMNS, columns, source)
+        elif destination == TO_HIDDEN:
             for row in range(size):
-                hidden = floats(call.hidden + 4 * ((start + row) * linear.outputs + panel * PANEL))
+                hidden = float32_at(args.hidden + 4 * ((begin + row) * linear.out_features + panel * PANEL_COLUMNS))
                 for column in range(columns):
-                    hidden[column] += results[row * PANEL + column]
+                    hidden[column] += results[row * PANEL_COLUMNS + column]
         else:
             for row in range(size):
-                logits = floats(call.logits + 4 * ((start + row) * linear.outputs + panel * PANEL))
+                logits = float32_at(args.logits + 4 * ((begin + row) * linear.out_features + panel * PANEL_COLUMNS))
                 for column in range(columns):
-                    logits[column] = results[row * PANEL + column]
+                    logits[column] = results[row * PANEL_COLUMNS + column]
 
 
 @compiled
-def activate(model, results, rows):
+def apply_activation(model, results, rows):
     if model.activation == RELU:
-        for index in range(rows * PANEL):
+        for index in range(rows * PANEL_COLUMNS):
             results[index] = max(results[index], np.float32(0))
     else:
-        for index in range(rows * PANEL):
+        for index in range(rows * PANEL_COLUMNS):
             results[index] = gelu(results[index])
 
 
 @compiled
-def spread(model, call, number, row, first, columns, source):
-    """Columns of a row's queries, keys and values to `queries` and to the place of its position in the buffers."""
+def store_qkv(model, args, layer, row, first, columns, source):
+    """Store columns of a row's queries, keys and values: in `queries`, or at the row's position in the KV cache."""
     width, size = model.n_embd, model.head_size
-    slot, position = integers(call.slots)[row], integers(call.positions)[row]
+    slot, position = int64_at(args.slots)[row], int64_at(args.positions)[row]
     column = 0
     while column < columns:
         part, place = (first + column) // width, (first + column) % width
         head, offset = place // size, place % size
         count = min(columns - column, size - offset)
         if part == 0:
-            target = call.queries + 4 * ((row * model.n_head + head) * model.head_stride + offset)
+            target = args.queries + 4 * ((row * model.n_head + head) * model.head_stride + offset)
         else:
-            buffer = model.keys if part == 1 else model.values
-            target = buffer + 4 * (kv_place(model, number, slot, head, position) + offset)
-        targets, sources = floats(target), floats(source + 4 * column)
+            cache = model.key_cache if part == 1 else model.value_cache
+            target = cache + 4 * (kv_offset(model, layer, slot, head, position) + offset)
+        targets, sources = float32_at(target), float32_at(source + 4 * column)
         for index in range(count):
             targets[index] = sources[index]
         column += count
 
 
 @compiled
-def kv_place(model, number, slot, head, position):
-    return (((number * model.slots + slot) * model.n_head + head) * model.n_ctx + position) * model.head_stride
-
-
-@compiled
-def attend(model, call, number, row, head, rows, scratch):
-    """One head's attention of a row over the positions up to its own, into the inputs of the next product."""
-    slot, length = integers(call.slots)[row], integers(call.positions)[row] + 1
+def attend(model, args, layer, row, head, rows, scratch):
+    """Attention of one head of a row over the positions up to its own, stored in the inputs of the next product."""
+    slot, length = int64_at(args.slots)[row], int64_at(args.positions)[row] + 1
     stride = 4 * model.head_stride
-    query = call.queries + stride * (row * model.n_head + head)
-    start = 4 * kv_place(model, number, slot, head, np.int64(0))
-    scores = carray(floats(scratch), length)
+    query = args.queries + stride * (row * model.n_head + head)
+    begin = 4 * kv_offset(model, layer, slot, head, np.int64(0))
+    scores = carray(float32_at(scratch), length)
     for index in range(length):
         scores[index] = np.float32(0)
     for first in range(0, model.head_stride, MAX_VECTORS * LANES):
         vectors = min(MAX_VECTORS, (model.head_stride - first) // LANES)
-        add_scores(vectors, query + 4 * first, model.keys + start + 4 * first, stride, length, scratch)
-    inverse = soften(scores, length, floats(model.epsilon)[1 + number])
-    place, apart = place_of_input(model, row, rows, model.n_embd)
-    inputs = floats(call.inputs + 4 * (place + head * model.head_size * apart))
+        add_scores(vectors, query + 4 * first, model.key_cache + begin + 4 * first, stride, length, scratch)
+    inverse_sum = softmax(scores, length, float32_at(model.constants)[1 + layer])
+    offset, apart = input_offset_and_stride(model, row, rows, model.n_embd)
+    inputs = float32_at(args.inputs + 4 * (offset + head * model.head_size * apart))
     mixed = scratch + 4 * model.n_ctx
     for first in range(0, model.head_stride, MAX_VECTORS * LANES):
         vectors = min(MAX_VECTORS, (model.head_stride - first) // LANES)
-        weighted_sum(vectors, scratch, model.values + start + 4 * first, stride, length, mixed + 4 * first)
-    results = floats(mixed)
+        weighted_sum(vectors, scratch, model.value_cache + begin + 4 * first, stride, length, mixed + 4 * first)
+    results = float32_at(mixed)
     for index in range(model.head_size):
-        inputs[index * apart] = results[index] * inverse
+        inputs[index * apart] = results[index] * inverse_sum
 
 
-@summing
-def soften(scores, length, scale):
-    """Scores to unnormalised probabilities; gives what makes their sum 1."""
+@compiled_reassociating
+def softmax(scores, length, scale):
+    """Replace the scores by unnormalized probabilities; returns the inverse of their sum."""
     greatest = scores[0]
     for index in range(length):
         greatest = max(greatest, scores[index])
@@ -753,165 +770,125 @@ def soften(scores, length, scale):
     return np.float32(1) / total
 
 
-# The phases: who takes which chunk, and when all are done.
+# The phases: which thread takes which work item, and when all are done.
 
 
 @compiled
-def take(call, phase):
-    """The number of a chunk that nobody has taken yet; past the last one where there is none."""
-    return fetch_and_add_one(call.counters + 2 * COUNTER_BYTES * phase)
+def take_work_item(args, phase):
+    """The number of a work item that no thread has taken yet; past the last one if there is none."""
+    return atomic_fetch_add_one(args.counters + 2 * COUNTER_BYTES * phase)
 
 
 @compiled
-def finish(call, phase):
-    fetch_and_add_one(call.counters + 2 * COUNTER_BYTES * phase + COUNTER_BYTES)
+def finish_work_item(args, phase):
+    atomic_fetch_add_one(args.counters + 2 * COUNTER_BYTES * phase + COUNTER_BYTES)
 
 
 @compiled
-def wait(call, phase, chunks):
-    """Wait until every chunk of a phase is done; gives the number of the next phase."""
+def wait_for_phase(args, phase, items):
+    """Wait until all work items of a phase are finished; returns the number of the next phase."""
     spins = 0
-    while fetch(call.counters + 2 * COUNTER_BYTES * phase + COUNTER_BYTES) < chunks:
+    while atomic_load(args.counters + 2 * COUNTER_BYTES * phase + COUNTER_BYTES) < items:
         pause()
         spins += 1
-        if spins > SPINS:
-            call_function(call.sched_yield)
+        if spins > SPINS_BEFORE_YIELD:
+            call_function(args.sched_yield)
     return phase + 1
 
 
 @compiled
-def norm_phase(model, call, phase, rows, norm, final):
-    row = take(call, phase)
+def layer_norm_phase(model, args, phase, rows, parameters, is_final):
+    row = take_work_item(args, phase)
     while row < rows:
-        source = integers(call.wanted)[row] if final else row
-        normalise(model, call, source, row, rows, norm)
-        finish(call, phase)
-        row = take(call, phase)
-    return wait(call, phase, rows)
+        source = int64_at(args.logit_rows)[row] if is_final else row
+        layer_norm(model, args, source, row, rows, parameters)
+        finish_work_item(args, phase)
+        row = take_work_item(args, phase)
+    return wait_for_phase(args, phase, rows)
 
 
 @compiled
-def product_phase(model, call, phase, number, linear, rows, inputs, scratch, use):
-    """The chunks are some panels that follow each other, for the processor likes to read memory in order."""
-    panels = (linear.outputs + PANEL - 1) // PANEL
-    size = min(max(panels // (4 * call.threads), 1), MAX_PANELS)
-    chunks = (panels + size - 1) // size
-    chunk = take(call, phase)
-    while chunk < chunks:
-        last = min((chunk + 1) * size, panels) - 1
-        for panel in range(chunk * size, last + 1):
-            product(model, call, number, linear, panel, rows, inputs, scratch, use, panel == last)
-        finish(call, phase)
-        chunk = take(call, phase)
-    return wait(call, phase, chunks)
+def matmul_phase(model, args, phase, layer, linear, rows, inputs, scratch, destination):
+    """A work item is a few consecutive panels, since memory is fastest when it is read in order."""
+    panels = (linear.out_features + PANEL_COLUMNS - 1) // PANEL_COLUMNS
+    size = min(max(panels // (4 * args.threads), 1), MAX_PANELS)
+    items = (panels + size - 1) // size
+    item = take_work_item(args, phase)
+    while item < items:
+        last = min((item + 1) * size, panels) - 1
+        for panel in range(item * size, last + 1):
+            multiply_panel(model, args, layer, linear, panel, rows, inputs, scratch, destination, panel == last)
+        finish_work_item(args, phase)
+        item = take_work_item(args, phase)
+    return wait_for_phase(args, phase, items)
 
 
 @compiled
-def attention_phase(model, call, phase, number, rows, scratch):
+def attention_phase(model, args, phase, layer, rows, scratch):
     heads = model.n_head
-    chunk = take(call, phase)
-    while chunk < rows * heads:
-        attend(model, call, number, chunk // heads, chunk % heads, rows, scratch)
-        finish(call, phase)
-        chunk = take(call, phase)
-    return wait(call, phase, rows * heads)
+    item = take_work_item(args, phase)
+    while item < rows * heads:
+        attend(model, args, layer, item // heads, item % heads, rows, scratch)
+        finish_work_item(args, phase)
+        item = take_work_item(args, phase)
+    return wait_for_phase(args, phase, rows * heads)
 
 
 @compiled
-def quantize_phase(model, call, phase, source, rows, width):
-    """What is no product's inputs yet: a row is quantised when all of it is there. Nothing but for INT8."""
-    if model.kind != INT8:
+def quantize_phase(model, args, phase, source, rows, width):
+    """Quantize inputs of which no work item computes a whole row; nothing to do but for INT8."""
+    if model.precision != INT8:
         return phase
-    row = take(call, phase)
+    row = take_work_item(args, phase)
     while row < rows:
-        quantize(call, source, row, rows, width)
-        finish(call, phase)
-        row = take(call, phase)
-    return wait(call, phase, rows)
+        quantize_row(args, source, row, rows, width)
+        finish_work_item(args, phase)
+        row = take_work_item(args, phase)
+    return wait_for_phase(args, phase, rows)
 
 
 @compiled
-def run(model, call, thread):
-    """All phases of a step; each of the threads that take part calls this."""
-    rows = call.rows
-    scratch = call.scratch + thread * call.scratch_bytes
+def forward(model, args, thread):
+    """All phases of a step; every thread calls this."""
+    rows = args.rows
+    scratch = args.scratch + thread * args.scratch_bytes
     phase = 0
-    row = take(call, phase)
+    row = take_work_item(args, phase)
     while row < rows:
-        embed(model, call, row)
-        finish(call, phase)
-        row = take(call, phase)
-    phase = wait(call, phase, rows)
-    for number in range(model.n_layer):
-        table = integers(model.layers + 8 * number * LAYER_FIELDS)
-        layer = Layer(table[0], table[1], table[2], table[3], table[4], table[5])
-        inputs = call.inputs
-        phase = norm_phase(model, call, phase, rows, layer.norm_1, False)
-        linear = linear_at(layer.attention_in)
-        phase = product_phase(model, call, phase, number, linear, rows, inputs, scratch, TO_CACHE)
-        phase = attention_phase(model, call, phase, number, rows, scratch)
-        linear = linear_at(layer.attention_out)
-        phase = quantize_phase(model, call, phase, inputs, rows, linear.width)
-        phase = product_phase(model, call, phase, number, linear, rows, inputs, scratch, TO_HIDDEN)
-        phase = norm_phase(model, call, phase, rows, layer.norm_2, False)
-        linear = linear_at(layer.feed_in)
-        phase = product_phase(model, call, phase, number, linear, rows, inputs, scratch, TO_INPUTS)
-        linear = linear_at(layer.feed_out)
-        phase = quantize_phase(model, call, phase, call.wide_inputs, rows, linear.width)
-        phase = product_phase(model, call, phase, number, linear, rows, call.wide_inputs, scratch, TO_HIDDEN)
-    rows = call.wanted_rows
+        embed(model, args, row)
+        finish_work_item(args, phase)
+        row = take_work_item(args, phase)
+    phase = wait_for_phase(args, phase, rows)
+    for index in range(model.n_layer):
+        layer = layer_at(model.layers + 8 * index * LAYER_FIELDS)
+        inputs = args.inputs
+        phase = layer_norm_phase(model, args, phase, rows, layer.ln_1, False)
+        linear = linear_at(layer.c_attn)
+        phase = matmul_phase(model, args, phase, index, linear, rows, inputs, scratch, TO_QKV)
+        phase = attention_phase(model, args, phase, index, rows, scratch)
+        linear = linear_at(layer.attn_c_proj)
+        phase = quantize_phase(model, args, phase, inputs, rows, linear.in_features)
+        phase = matmul_phase(model, args, phase, index, linear, rows, inputs, scratch, TO_HIDDEN)
+        phase = layer_norm_phase(model, args, phase, rows, layer.ln_2, False)
+        linear = linear_at(layer.c_fc)
+        phase = matmul_phase(model, args, phase, index, linear, rows, inputs, scratch, TO_MLP_INPUTS)
+        linear = linear_at(layer.mlp_c_proj)
+        phase = quantize_phase(model, args, phase, args.mlp_inputs, rows, linear.in_features)
+        phase = matmul_phase(model, args, phase, index, linear, rows, args.mlp_inputs, scratch, TO_HIDDEN)
+    rows = args.num_logit_rows
     if rows > 0:
-        phase = norm_phase(model, call, phase, rows, model.norm, True)
-        product_phase(model, call, phase, 0, linear_at(model.head), rows, call.inputs, scratch, TO_LOGITS)
+        phase = layer_norm_phase(model, args, phase, rows, model.ln_f, True)
+        matmul_phase(model, args, phase, 0, linear_at(model.lm_head), rows, args.inputs, scratch, TO_LOGITS)
 
 
-def step(model_table, call_table, thread):
-    """run() for a caller that has addresses: of the Model and the Call as int64 arrays."""
-    m = carray(model_table, MODEL_FIELDS)
-    c = carray(call_table, CALL_FIELDS)
-    model = Model(
-        m[0],
-        m[1],
-        m[2],
-        m[3],
-        m[4],
-        m[5],
-        m[6],
-        m[7],
-        m[8],
-        m[9],
-        m[10],
-        m[11],
-        m[12],
-        m[13],
-        m[14],
-        m[15],
-        m[16],
-    )
-    call = Call(
-        c[0],
-        c[1],
-        c[2],
-        c[3],
-        c[4],
-        c[5],
-        c[6],
-        c[7],
-        c[8],
-        c[9],
-        c[10],
-        c[11],
-        c[12],
-        c[13],
-        c[14],
-        c[15],
-        c[16],
-        c[17],
-    )
-    run(model, call, thread)
+def step(model_address, step_address, thread):
+    """A step's part of one thread, given the addresses of ModelArgs and StepArgs as int64 arrays."""
+    model = ModelArgs(*to_fixed_tuple(carray(model_address, MODEL_FIELDS), MODEL_FIELDS))
+    args = StepArgs(*to_fixed_tuple(carray(step_address, STEP_FIELDS), STEP_FIELDS))
+    forward(model, args, thread)
 
 
 def compile_entry():
-    """Compile step; compiled.py keeps the machine code."""
+    """Compile step; compiled.py caches the machine code."""
     table = types.CPointer(types.int64)
     return cfunc(types.void(table, table, types.int64))(step)

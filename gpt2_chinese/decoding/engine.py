@@ -1,8 +1,8 @@
-"""Decodes many texts at once, step by step; generate.py and server.py share it.
+"""Decodes many sequences at once with continuous batching; used by generate.py, and by server.py in a process.
 
-One thread owns the model. A request waits until a row is free, its samples share one prefill, each sample then takes
-part in every step until it has ended, and leaves its row to the next. What a sample gets depends on its request and
-seed only: alone or in a crowd, the text is the same.
+One thread owns the model. A request waits in the queue until a batch slot is free; its samples share one prefill; each
+of them, a sequence, then takes part in every decode step until it ends, and its slot goes to the next one. A sequence
+depends on its request and seed only: the text is the same whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -17,40 +17,38 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gpt2_chinese.decoding.backend import CompletionBackend, Request
-from gpt2_chinese.decoding.compiled_decoder import CompiledDecoder, fastest_decoder, is_decoder_cached
-from gpt2_chinese.decoding.completion import (
-    Completion,
-    EngineStopped,
-    IncrementalDetokenizer,
-    Prompt,
-    TextDelta,
-    TokenLogprob,
-)
-from gpt2_chinese.decoding.decoder import Decoder, Prefix
-from gpt2_chinese.decoding.graph_decoder import decoder_on_gpu
-from gpt2_chinese.decoding.sampling import apply_repetition_penalty, draw, row_seed, uniforms
+from gpt2_chinese.decoding.compiled_decoder import CompiledDecoder, is_decoder_cached, make_cpu_decoder
+from gpt2_chinese.decoding.completion import Completion, EngineStopped, Prompt, TextDelta, TokenLogprob
+from gpt2_chinese.decoding.decoder import Decoder, PrefilledPrompt
+from gpt2_chinese.decoding.detokenizer import IncrementalDetokenizer
+from gpt2_chinese.decoding.graph_decoder import make_gpu_decoder
+from gpt2_chinese.decoding.sampling import BatchSampler, sequence_seed
 from gpt2_chinese.precision import to_device
-from gpt2_chinese.text.tokenizer import TextJoiner, Tokenizer
-from gpt2_chinese.text.vocabulary import CLS_ID, NEVER_PRODUCED
+from gpt2_chinese.text.tokenizers import Tokenizer
 
 LOGGER = logging.getLogger(__name__)
 MAX_PREFILL_TOKENS_PER_STEP = 512
-"""Tokens of prompts that are prefilled between two steps; more would let the running texts stand still."""
+"""Prompt tokens that are prefilled between two decode steps; more would interrupt the running sequences for longer."""
 
 
 @dataclass(eq=False)
-class _Request(Request):
-    """A ticket and how far it has come: `joined` of its samples have or had a row."""
+class _EngineRequest(Request):
+    """A request and its progress.
+
+    Attributes:
+        num_admitted: samples that have, or had, a batch slot.
+        prefilled: the prompt's prefill, kept while some samples still wait for a slot.
+        completions: of the samples that have ended.
+    """
 
     cancelled: bool = False
     cancelled_samples: set[int] = field(default_factory=set)
-    joined: int = 0
-    prefix: Prefix | None = None
+    num_admitted: int = 0
+    prefilled: PrefilledPrompt | None = None
     completions: dict[int, Completion] = field(default_factory=dict)
 
     def cancel(self, sample: int | None = None) -> None:
@@ -59,56 +57,66 @@ class _Request(Request):
         else:
             self.cancelled_samples.add(sample)
 
-    def gives_up(self, sample: int) -> bool:
+    def is_cancelled(self, sample: int) -> bool:
         return self.cancelled or sample in self.cancelled_samples
 
 
 @dataclass(eq=False)
-class _Sample:
-    """A sample in a row: `held` of its tokens are in the row's buffer, the last one is still to be fed.
+class _Sequence:
+    """A sample of a request in a batch slot.
 
-    `text` is what `joined` of its ids say; `reported` of its logprobs have gone out with pieces.
+    Attributes:
+        ids: the sampled tokens.
+        cache_length: tokens whose keys and values are in the slot; all but the last token after a step.
+        num_detokenized: how many of `ids` the detokenizer has got.
+        num_logprobs_sent: how many of `logprobs` were in a TextDelta.
     """
 
-    ticket: _Request
-    number: int
-    text: IncrementalDetokenizer
+    request: _EngineRequest
+    sample: int
+    detokenizer: IncrementalDetokenizer
+    cache_length: int
     ids: list[int] = field(default_factory=list)
-    held: int = 0
-    joined: int = 0
+    num_detokenized: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    reported: int = 0
+    num_logprobs_sent: int = 0
 
-    def join(self) -> str:
-        """Join the ids that are not yet text; give what is settled by them."""
-        settled = self.text.push(*self.ids[self.joined :])
-        self.joined = len(self.ids)
-        return settled
+    def detokenize(self) -> str:
+        """Detokenize the new ids; return the text that is settled by them."""
+        text = self.detokenizer.push(*self.ids[self.num_detokenized :])
+        self.num_detokenized = len(self.ids)
+        return text
 
-    def send(self, text: str, reason: str | None) -> None:
-        """Hand a piece to whoever streams: this text, the logprobs of the tokens that begin in what went out."""
-        if self.ticket.on_delta is None or not (text or reason):
+    def send_delta(self, text: str, finish_reason: str | None) -> None:
+        """Call `on_delta` with this text and the logprobs of the tokens that begin in the text sent so far."""
+        if self.request.on_delta is None or not (text or finish_reason):
             return
-        begin = self.reported
-        while self.reported < len(self.logprobs) and (reason or self.logprobs[self.reported].offset < self.text.given):
-            self.reported += 1
-        self.ticket.on_delta(TextDelta(self.number, text, tuple(self.logprobs[begin : self.reported]), reason))
+        begin, sent = self.num_logprobs_sent, self.detokenizer.num_emitted
+        while self.num_logprobs_sent < len(self.logprobs) and (
+            finish_reason or self.logprobs[self.num_logprobs_sent].offset < sent
+        ):
+            self.num_logprobs_sent += 1
+        logprobs = tuple(self.logprobs[begin : self.num_logprobs_sent])
+        self.request.on_delta(TextDelta(self.sample, text, logprobs, finish_reason))
 
 
 class Engine(CompletionBackend):
     """Decoding with one model thread; `with Engine(...) as engine:` starts and stops it.
 
     Args:
-        model: a GPT2LMHeadModel; its dtype and device are the engine's.
-        tokenizer: with as many tokens as the model has, or fewer: ids behind its vocabulary are never produced.
-        rows: sequences decoded at once. GPT-2 small with n_ctx 1024 takes up to 75 MB for each in float32.
-        max_waiting: sequences that may wait for a row.
-        precision: on the CPU, how the compiled decoder keeps the weights: fp32, bf16 or int8, which multiplies integers
-            too; "auto" is bf16. None takes PyTorch and the model's dtype. A GPU computes in fp32 or bf16 where one of
-            them is given, else in the model's dtype.
-        wait: where the compiled decoder must be compiled first, wait for it; else begin with PyTorch in float32 and
-            switch when it is there (`at_full_speed`).
-        on_step_end: called in the model's thread after every step, and when it ends.
+        model: a GPT2LMHeadModel, on the device that decodes.
+        tokenizer: with as many tokens as the model, or fewer: ids from the end of its vocabulary on are never sampled.
+        max_num_seqs: slots of the batch. The KV cache of GPT-2 small takes up to 75 MB a slot in float32.
+        max_waiting: sequences that may wait in the queue.
+        precision: on a CPU the precision of the compiled decoder's weights, fp32, bf16 ("auto") or int8, which also
+            quantizes the inputs of the products; None decodes with PyTorch in the model's dtype. On a GPU fp32 or bf16;
+            anything else is the model's dtype.
+        wait: compile the compiled decoder, where it is not cached, before this returns. Otherwise decoding begins with
+            PyTorch in float32 and switches to the compiled decoder when it is ready (`at_full_speed`).
+        on_step_end: called in the model thread after every decode step, and when it ends.
+
+    Raises:
+        ValueError: the vocabulary is larger than the model's, or the model cannot be decoded.
 
     Example:
         >>> with Engine(*load_model("model/final_model")) as engine:
@@ -120,7 +128,7 @@ class Engine(CompletionBackend):
         model: Any,
         tokenizer: Tokenizer,
         *,
-        rows: int = 32,
+        max_num_seqs: int = 32,
         max_waiting: int = 1024,
         precision: str | None = None,
         wait: bool = True,
@@ -130,39 +138,36 @@ class Engine(CompletionBackend):
         self.decoder: Decoder | CompiledDecoder
         self._next_decoder: Future[Decoder | CompiledDecoder] | None = None
         if model.device.type == "cuda":
-            self.decoder = decoder_on_gpu(model, rows, precision)
+            self.decoder = make_gpu_decoder(model, max_num_seqs, precision)
         elif precision is None or model.device.type != "cpu":
-            self.decoder = Decoder(model, rows)
+            self.decoder = Decoder(model, max_num_seqs)
         elif wait or is_decoder_cached():
-            self.decoder = fastest_decoder(model, rows, precision)
+            self.decoder = make_cpu_decoder(model, max_num_seqs, precision)
         else:
-            self.decoder = Decoder(model, rows)
-            self._next_decoder = _in_background(lambda: fastest_decoder(model, rows, precision))
-        if len(tokenizer) > self.decoder.vocab_size:
+            self.decoder = Decoder(model, max_num_seqs)
+            self._next_decoder = _in_background(lambda: make_cpu_decoder(model, max_num_seqs, precision))
+        vocab_size = self.decoder.vocab_size
+        if len(tokenizer) > vocab_size:
             raise ValueError(
-                f"the vocabulary has {len(tokenizer)} tokens and the model {self.decoder.vocab_size}: "
-                "they do not belong together"
+                f"the vocabulary has {len(tokenizer)} tokens and the model {vocab_size}: they do not belong together"
             )
         if self.decoder.n_ctx < 2:
-            raise ValueError(f"the model's n_ctx is {self.decoder.n_ctx}; to go on behind a context it takes 2 or more")
+            raise ValueError(f"the model's n_ctx is {self.decoder.n_ctx}; completing a context needs 2 or more")
         self.n_ctx = self.decoder.n_ctx
         self.max_waiting = max_waiting
         self.device = str(self.decoder.device)
-        self._on_turn = on_step_end
-        device, vocab_size = self.decoder.device, self.decoder.vocab_size
-        self._banned = torch.tensor([*NEVER_PRODUCED, *range(len(tokenizer), vocab_size)], device=device)
-        self._rows: list[_Sample] = []  # row i of the decoder holds sample i
-        # Of each row: how its tokens are drawn, and for a repetition penalty which tokens stand in it.
-        self._seen = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
-        self._seeds = np.zeros(rows, dtype=np.uint64)
-        self._drawn = np.zeros(rows, dtype=np.uint64)
-        # NumPy's, for PyTorch's operations give Python's lock away, and a busy server's other thread takes it.
-        self._temperature, self._top_p, self._penalty = np.zeros((3, rows), dtype=np.float32)
-        self._top_k = np.zeros(rows, dtype=np.int64)
-        self._waiting: deque[_Request] = deque()
-        self._queued = 0  # sequences so far
-        self.left_queue = 0
-        """Sequences that have joined, or ended before, so far."""
+        self._on_step_end = on_step_end
+        self.sampler = BatchSampler(
+            max_num_seqs,
+            vocab_size,
+            suppressed_ids=[*tokenizer.marks.never_produced, *range(len(tokenizer), vocab_size)],
+            device=self.decoder.device,
+        )
+        self._sequences: list[_Sequence] = []  # sequence i is in slot i of the decoder and of the sampler
+        self._waiting: deque[_EngineRequest] = deque()
+        self._num_enqueued = 0  # sequences so far
+        self.num_dequeued = 0
+        """Sequences that have left the queue so far: admitted, or ended before."""
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -190,337 +195,319 @@ class Engine(CompletionBackend):
 
     @property
     def running(self) -> int:
-        return len(self._rows)
+        return len(self._sequences)
 
     @property
     def waiting(self) -> int:
-        return self._queued - self.left_queue
+        return self._num_enqueued - self.num_dequeued
 
-    def _queue(self, **request: Any) -> Request:
-        ticket = _Request(**request)
-        # From here on only the engine ends it: asyncio would cancel the future of a client that has gone.
-        ticket.future.set_running_or_notify_cancel()
+    def _enqueue(self, **fields: Any) -> Request:
+        request = _EngineRequest(**fields)
+        # From here on the future cannot be cancelled: asyncio would do that when a client disconnects.
+        request.future.set_running_or_notify_cancel()
         with self._changed:
             if not self.alive:
                 raise EngineStopped(self._why_stopped())
-            self.check_room(ticket.samples)
-            self._waiting.append(ticket)
-            self._queued += ticket.samples
+            self.check_room(request.samples)
+            self._waiting.append(request)
+            self._num_enqueued += request.samples
             self._changed.notify_all()
-        return ticket
+        return request
+
+    # The model thread.
 
     def _run(self) -> None:
-        """The model thread: cancelled requests leave, waiting ones join, one step; until the engine is closed."""
+        """Release cancelled sequences, admit waiting ones, do a decode step; until the engine is closed."""
         try:
             with torch.inference_mode():
                 while self._wait_for_work():
                     self._switch_decoder()
-                    self._leave_cancelled()
-                    self._join()
+                    self._release_cancelled()
+                    self._admit()
                     self._step()
-                    self._turned()
-        except BaseException as error:  # whatever it is, those who wait must hear of it
+                    self._end_step()
+        except BaseException as error:  # whatever it is, the waiting requests must fail too
             self.error = error
             LOGGER.exception("the model thread has stopped")
         with self._changed:
             self._closing = True
-            left = {sample.ticket for sample in self._rows} | set(self._waiting)
-            self._rows.clear()
+            unfinished = {sequence.request for sequence in self._sequences} | set(self._waiting)
+            self._sequences.clear()
             self._waiting.clear()
-            self.left_queue = self._queued
-        for ticket in left:
-            ticket.future.set_exception(EngineStopped(self._why_stopped()))
-        self._turned()
+            self.num_dequeued = self._num_enqueued
+        for request in unfinished:
+            request.future.set_exception(EngineStopped(self._why_stopped()))
+        self._end_step()
 
-    def _turned(self) -> None:
-        if self._on_turn is not None:
-            self._on_turn()
+    def _end_step(self) -> None:
+        if self._on_step_end is not None:
+            self._on_step_end()
 
-    def _switch_decoder(self) -> None:
-        """Go on with the compiled decoder as soon as it is there; what the rows hold is prefilled anew."""
-        if self._next_decoder is None or not self._next_decoder.done():
-            return
-        self.decoder, self._next_decoder = self._next_decoder.result(), None
-        for row, sample in enumerate(self._rows):
-            text = [*sample.ticket.prompt.ids, *sample.ids][:-1]
-            self.decoder.load(row, self.decoder.prefill(text[-sample.held :]))
-        for ticket in self._waiting:
-            ticket.prefix = None  # of the decoder that has gone
-        LOGGER.info("decoding at full speed from here on")
+    def _wait_for_work(self) -> bool:
+        """Sleep until there is something to do; False when the engine is closed."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._closing or self._waiting or self._sequences or self._next_decoder_is_ready()
+            )
+            return not self._closing
 
     def _wake(self, _: object) -> None:
         with self._changed:
             self._changed.notify_all()
 
-    def _wait_for_work(self) -> bool:
-        with self._changed:
-            self._changed.wait_for(lambda: self._closing or self._waiting or self._rows or self._decoder_is_there())
-            return not self._closing
-
-    def _decoder_is_there(self) -> bool:
+    def _next_decoder_is_ready(self) -> bool:
         return self._next_decoder is not None and self._next_decoder.done()
 
-    def _leave_cancelled(self) -> None:
-        for row in reversed(range(len(self._rows))):
-            if self._rows[row].ticket.gives_up(self._rows[row].number):
-                self._leave(row, "cancelled")
+    def _switch_decoder(self) -> None:
+        """Switch to the compiled decoder as soon as it is ready; the running sequences are prefilled again."""
+        if self._next_decoder is None or not self._next_decoder.done():
+            return
+        self.decoder, self._next_decoder = self._next_decoder.result(), None
+        for slot, sequence in enumerate(self._sequences):
+            ids = [*sequence.request.prompt.ids, *sequence.ids][:-1]
+            self.decoder.load_prefill(slot, self.decoder.prefill(ids[-sequence.cache_length :]))
+        for request in self._waiting:
+            request.prefilled = None  # in the layout of the former decoder
+        LOGGER.info("the compiled decoder is ready and in use")
+
+    def _release_cancelled(self) -> None:
+        for slot in reversed(range(len(self._sequences))):
+            if self._sequences[slot].request.is_cancelled(self._sequences[slot].sample):
+                self._release(slot, "cancelled")
         with self._changed:
-            gone = [ticket for ticket in self._waiting if ticket.cancelled]
-            if gone:
-                self._waiting = deque(ticket for ticket in self._waiting if not ticket.cancelled)
-                self.left_queue += sum(ticket.samples - ticket.joined for ticket in gone)
-        for ticket in gone:
-            ticket.prefix = None
-            for number in range(ticket.joined, ticket.samples):
-                self._finish(self._sample(ticket, number), "cancelled")
+            cancelled = [request for request in self._waiting if request.cancelled]
+            if cancelled:
+                self._waiting = deque(request for request in self._waiting if not request.cancelled)
+                self.num_dequeued += sum(request.samples - request.num_admitted for request in cancelled)
+        for request in cancelled:
+            request.prefilled = None
+            for sample in range(request.num_admitted, request.samples):
+                self._finish(self._new_sequence(request, sample), "cancelled")
 
-    def _join(self) -> None:
-        """Let waiting requests take the free rows; the samples of each share one prefill.
+    # Admission.
 
-        Those that are running wait for `MAX_PREFILL_TOKENS_PER_STEP` of prompts at most, or for one longer prompt.
+    def _admit(self) -> None:
+        """Admit waiting requests into free slots; the samples of each share one prefill.
+
+        Prompts of at most `MAX_PREFILL_TOKENS_PER_STEP` tokens in all, or one longer prompt, are prefilled at once; the
+        running sequences wait for that.
         """
-        prompts: list[tuple[int, tuple[int, ...]]] = []  # with the row that each is prefilled into
-        samples: list[int] = []  # of each
-        first = len(self._rows)
-        tokens = 0
-        while self._waiting and (free := self.decoder.rows - len(self._rows)):
-            ticket = self._waiting[0]
-            if ticket.scored and ticket.prompt_logprobs is None:
-                ticket.prompt_logprobs = self._score(ticket.prompt, ticket.logprobs or 0)
-            if ticket.length == 0:
-                self._end_unsampled(ticket)
+        prompts: list[tuple[int, tuple[int, ...]]] = []  # with the slot that each is prefilled into
+        samples: list[int] = []  # of each prompt
+        first_slot = len(self._sequences)
+        num_tokens = 0
+        while self._waiting and (free := self.decoder.max_num_seqs - len(self._sequences)):
+            request = self._waiting[0]
+            if request.score_prompt and request.prompt_logprobs is None:
+                request.prompt_logprobs = self._score_prompt(request.prompt, request.logprobs or 0)
+            if request.length == 0:
+                self._finish_scored(request)
                 continue
-            tokens += len(ticket.prompt.ids)
-            if ticket.prefix is not None or ticket.samples > free:
+            num_tokens += len(request.prompt.ids)
+            if request.prefilled is not None or request.samples > free:
                 if not prompts:
-                    self._join_in_parts(ticket, free)
+                    self._admit_partly(request, free)
                     return
                 break
-            if prompts and tokens > MAX_PREFILL_TOKENS_PER_STEP:
+            if prompts and num_tokens > MAX_PREFILL_TOKENS_PER_STEP:
                 break
-            prompts.append((len(self._rows), ticket.prompt.ids))
-            samples.append(ticket.samples)
-            self._take_rows(ticket, ticket.samples)
+            prompts.append((len(self._sequences), request.prompt.ids))
+            samples.append(request.samples)
+            self._allocate_slots(request, request.samples)
         if not prompts:
             return
-        logits = self.decoder.prefill_rows(prompts)
-        self.prompt_tokens += sum(len(prompt) for _, prompt in prompts)
-        for (row, prompt), count in zip(prompts, samples, strict=True):
-            for other in range(row + 1, row + count):
-                self.decoder.copy_row(row, other, len(prompt))
-        places = [place for place, count in enumerate(samples) for _ in range(count)]
-        self._advance(range(first, len(self._rows)), _rows_of(logits, places))
+        logits = self.decoder.prefill_batch(prompts)
+        self.prompt_tokens += sum(len(ids) for _, ids in prompts)
+        for (slot, ids), count in zip(prompts, samples, strict=True):
+            for other in range(slot + 1, slot + count):
+                self.decoder.copy_slot(slot, other, len(ids))
+        rows = [row for row, count in enumerate(samples) for _ in range(count)]
+        self._append_next_tokens(range(first_slot, len(self._sequences)), _gather_rows(logits, rows))
 
-    def _join_in_parts(self, ticket: _Request, free: int) -> None:
-        """Let so many samples of a request join as there are rows; its prefill is kept for the others."""
-        if ticket.prefix is None:
-            ticket.prefix = self.decoder.prefill(ticket.prompt.ids)
-            self.prompt_tokens += len(ticket.prompt.ids)
-        prefix, first = ticket.prefix, len(self._rows)
-        self._take_rows(ticket, min(free, ticket.samples - ticket.joined))
-        for row in range(first, len(self._rows)):
-            self.decoder.load(row, prefix)
-        self._advance(range(first, len(self._rows)), prefix.logits.repeat(len(self._rows) - first, 1))
+    def _admit_partly(self, request: _EngineRequest, free: int) -> None:
+        """Admit as many samples of a request as slots are free; its prefill is kept for the others."""
+        if request.prefilled is None:
+            request.prefilled = self.decoder.prefill(request.prompt.ids)
+            self.prompt_tokens += len(request.prompt.ids)
+        prefilled, first_slot = request.prefilled, len(self._sequences)
+        self._allocate_slots(request, min(free, request.samples - request.num_admitted))
+        slots = range(first_slot, len(self._sequences))
+        for slot in slots:
+            self.decoder.load_prefill(slot, prefilled)
+        self._append_next_tokens(slots, prefilled.logits.repeat(len(slots), 1))
 
-    def _end_unsampled(self, ticket: _Request) -> None:
-        """End a request at the head of the queue that wants no tokens."""
+    def _allocate_slots(self, request: _EngineRequest, count: int) -> None:
+        """Put the next samples of the request at the head of the queue into the next slots."""
+        for sample in range(request.num_admitted, request.num_admitted + count):
+            seed = sequence_seed(request.seed, sample)
+            self.sampler.assign(len(self._sequences), request.sampling_params, seed, request.prompt.ids)
+            self._sequences.append(self._new_sequence(request, sample))
         with self._changed:
-            self._waiting.popleft()
-            self.left_queue += ticket.samples - ticket.joined
-            ticket.joined = ticket.samples
-        for number in range(ticket.samples):
-            self._finish(self._sample(ticket, number), "length")
+            request.num_admitted += count
+            self.num_dequeued += count
+            if request.num_admitted == request.samples:
+                self._waiting.popleft()
+                request.prefilled = None
 
-    def _score(self, prompt: Prompt, wanted: int) -> tuple[TokenLogprob, ...]:
-        """How likely the model holds each token of a prompt to be, of those that the caller has given."""
-        before = 0
-        reports: list[tuple[float | None, dict[str, float] | None]] = [] if prompt.implied else [(None, None)]
+    def _new_sequence(self, request: _EngineRequest, sample: int) -> _Sequence:
+        detokenizer = IncrementalDetokenizer(self.tokenizer, request.prompt, request.stop)
+        return _Sequence(request, sample, detokenizer, cache_length=len(request.prompt.ids))
+
+    def _score_prompt(self, prompt: Prompt, num_alternatives: int) -> tuple[TokenLogprob, ...]:
+        """The log-probabilities of the tokens of a prompt that the caller has given."""
+        num_scored = 0
+        logprobs: list[tuple[float | None, dict[str, float] | None]] = [] if prompt.added else [(None, None)]
         for logits in self.decoder.prompt_logits(prompt.ids[:-1]) if len(prompt.ids) > 1 else ():
-            following = prompt.ids[before + 1 : before + 1 + len(logits)]
-            reports += self._reports([wanted] * len(following), following, logits)
-            before += len(following)
-        self.prompt_tokens += before
-        ids = prompt.ids[prompt.implied :]
-        joiner = TextJoiner(compat=self.tokenizer.compat)
-        tokens = [self.tokenizer.vocabulary[id_] for id_ in ids]
-        lengths = [len(joiner.push(token)) for token in tokens]
-        # Counted from the end: what was cut from the left stands in the context too.
+            ids = prompt.ids[num_scored + 1 : num_scored + 1 + len(logits)]
+            logprobs += self._logprobs([num_alternatives] * len(ids), ids, logits)
+            num_scored += len(ids)
+        self.prompt_tokens += num_scored
+        joiner = self.tokenizer.joiner()
+        own = prompt.ids[prompt.added :]
+        tokens = [self.tokenizer.vocabulary[id_] for id_ in own]
+        lengths = [len(joiner.push(id_)) for id_ in own]
+        # Counted from the end, since the context also contains what was truncated.
         begin = len(prompt.context) - sum(lengths)
-        offsets = [max(0, place) for place in itertools.accumulate(lengths, initial=begin)]
+        offsets = [max(0, offset) for offset in itertools.accumulate(lengths, initial=begin)]
         return tuple(
-            TokenLogprob(token, *report, offset)
-            for token, report, offset in zip(tokens, reports, offsets, strict=False)
+            TokenLogprob(token, *logprob, offset)
+            for token, logprob, offset in zip(tokens, logprobs, offsets, strict=False)
         )
 
-    def _take_rows(self, ticket: _Request, count: int) -> None:
-        """Give the next samples of the first waiting request their rows."""
-        for number in range(ticket.joined, ticket.joined + count):
-            row, settings = len(self._rows), ticket.settings
-            self._seeds[row], self._drawn[row] = row_seed(ticket.seed, number), 0
-            self._temperature[row], self._top_p[row] = settings.temperature, settings.top_p
-            self._top_k[row] = min(settings.top_k, self.decoder.vocab_size)
-            self._penalty[row] = settings.repetition_penalty
-            if settings.repetition_penalty != 1:
-                self._seen[row] = False
-                self._seen[row, list(ticket.prompt.ids)] = True
-            self._rows.append(self._sample(ticket, number))
+    def _finish_scored(self, request: _EngineRequest) -> None:
+        """Finish the request at the head of the queue, which only wants its prompt to be scored."""
         with self._changed:
-            ticket.joined += count
-            self.left_queue += count
-            if ticket.joined == ticket.samples:
-                self._waiting.popleft()
-                ticket.prefix = None
+            self._waiting.popleft()
+            self.num_dequeued += request.samples - request.num_admitted
+            request.num_admitted = request.samples
+        for sample in range(request.samples):
+            self._finish(self._new_sequence(request, sample), "length")
+
+    # A decode step.
 
     def _step(self) -> None:
-        """One more token for every row; a row whose window is full goes on behind the second half of its text."""
-        for row in reversed(range(len(self._rows))):
-            sample = self._rows[row]
-            if sample.held == self.n_ctx:
+        """Append one token to every sequence. One that fills n_ctx continues after the second half of its tokens."""
+        for slot in reversed(range(len(self._sequences))):
+            sequence = self._sequences[slot]
+            if sequence.cache_length == self.n_ctx:
                 half = max(1, self.n_ctx // 2)
-                prefix = self.decoder.prefill([*sample.ticket.prompt.ids, *sample.ids][-half:])
-                self.decoder.load(row, prefix)
-                sample.held = half
-                self._advance(range(row, row + 1), prefix.logits[None])
-        if not self._rows:
+                prefilled = self.decoder.prefill([*sequence.request.prompt.ids, *sequence.ids][-half:])
+                self.decoder.load_prefill(slot, prefilled)
+                sequence.cache_length = half
+                self._append_next_tokens(range(slot, slot + 1), prefilled.logits[None])
+        if not self._sequences:
             return
-        logits = self.decoder.step([sample.ids[-1] for sample in self._rows], [sample.held for sample in self._rows])
-        for sample in self._rows:
-            sample.held += 1
-        self._advance(range(len(self._rows)), logits)
+        logits = self.decoder.step(
+            [sequence.ids[-1] for sequence in self._sequences],
+            [sequence.cache_length for sequence in self._sequences],
+        )
+        for sequence in self._sequences:
+            sequence.cache_length += 1
+        self._append_next_tokens(range(len(self._sequences)), logits)
 
-    def _advance(self, rows: range, logits: Tensor) -> None:
-        """Draw the next token of these rows from their logits, which are spoilt; those that have ended leave."""
-        samples = [self._rows[row] for row in rows]
-        wanted = {place: count for place, one in enumerate(samples) if (count := one.ticket.logprobs) is not None}
-        reporting = list(wanted)
-        reported = logits[reporting] if reporting else logits  # a copy, before some are banned
-        tokens = self._draw(samples, slice(rows.start, rows.stop), logits)
+    def _append_next_tokens(self, slots: range, logits: Tensor) -> None:
+        """Sample the next token of these slots from their logits, which are overwritten; release those that end."""
+        sequences = [self._sequences[slot] for slot in slots]
+        num_alternatives = {
+            row: count for row, one in enumerate(sequences) if (count := one.request.logprobs) is not None
+        }
+        rows = list(num_alternatives)
+        raw_logits = logits[rows] if rows else logits  # a copy: the sampler suppresses some
+        tokens = self.sampler.sample(slice(slots.start, slots.stop), logits, self.decoder.compiled_sampler)
         logprobs = {}
-        if reporting:
-            reports = self._reports(list(wanted.values()), tokens[reporting].tolist(), reported)
-            logprobs = {rows[place]: report for place, report in zip(reporting, reports, strict=True)}
+        if rows:
+            reported = self._logprobs(list(num_alternatives.values()), tokens[rows].tolist(), raw_logits)
+            logprobs = {slots[row]: logprob for row, logprob in zip(rows, reported, strict=True)}
         now = time.monotonic()
-        for row, sample, token in reversed(list(zip(rows, samples, tokens.tolist(), strict=True))):
-            ticket = sample.ticket
-            ticket.first_token_at = ticket.first_token_at or now
-            if token == CLS_ID:
-                self._leave(row, "stop")
+        # From the last slot on, since the last sequence moves into a slot that is released.
+        for slot, sequence, token in reversed(list(zip(slots, sequences, tokens.tolist(), strict=True))):
+            request = sequence.request
+            request.first_token_at = request.first_token_at or now
+            if token == self.tokenizer.marks.end:
+                self._release(slot, "stop")
                 continue
-            sample.ids.append(token)
+            sequence.ids.append(token)
             self.generated_tokens += 1
-            if row in logprobs:
-                chosen, top = logprobs[row]
-                sample.logprobs.append(
-                    TokenLogprob(self.tokenizer.vocabulary[token], chosen, top, len(sample.text.text))
-                )
-            if ticket.stop or ticket.on_delta is not None or row in logprobs:
-                sample.send(sample.join(), None)
-            if sample.text.stopped:
-                self._leave(row, "stop")
-            elif len(sample.ids) == ticket.length:
-                self._leave(row, "length")
+            if slot in logprobs:
+                offset = len(sequence.detokenizer.text)
+                sequence.logprobs.append(TokenLogprob(self.tokenizer.vocabulary[token], *logprobs[slot], offset))
+            if request.stop or request.on_delta is not None or slot in logprobs:
+                sequence.send_delta(sequence.detokenize(), None)
+            if sequence.detokenizer.stopped:
+                self._release(slot, "stop")
+            elif len(sequence.ids) == request.length:
+                self._release(slot, "length")
 
-    def _reports(
-        self, wanted: Sequence[int], tokens: Sequence[int], logits: Tensor
+    def _logprobs(
+        self, num_alternatives: Sequence[int], tokens: Sequence[int], logits: Tensor
     ) -> list[tuple[float, dict[str, float]]]:
-        """For each row: the logprob of its token, and those of its likeliest tokens, so many as are wanted."""
-        reports = []
-        for count, token, scores in zip(wanted, tokens, logits, strict=True):
+        """For each row of logits, the logprob of its token and those of the likeliest tokens and of this one."""
+        results = []
+        for count, token, scores in zip(num_alternatives, tokens, logits, strict=True):
             scores = torch.log_softmax(scores.double(), dim=-1)
             best = scores.topk(min(count, len(self.tokenizer)))
             top = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if count else {}
             top.setdefault(token, float(scores[token]))
             names = {self.tokenizer.vocabulary[id_]: score for id_, score in top.items() if id_ < len(self.tokenizer)}
-            reports.append((top[token], names))
-        return reports
+            results.append((top[token], names))
+        return results
 
-    def _draw(self, samples: Sequence[_Sample], rows: slice, logits: Tensor) -> Tensor:
-        """One token for each sample; a copy of the logits only to ban some tokens would take as long as the draw."""
-        penalised = any(sample.ticket.settings.repetition_penalty != 1 for sample in samples)
-        if penalised:
-            penalty = to_device(torch.from_numpy(self._penalty[rows]), logits.device)
-            logits = apply_repetition_penalty(logits, self._seen[rows], penalty)
-        if logits.is_cpu:  # by NumPy, which keeps Python's lock
-            logits.numpy()[:, self._banned.numpy()] = -np.inf
-        else:
-            logits.index_fill_(1, self._banned, -torch.inf)
-        tokens = draw(
-            logits,
-            uniforms(self._seeds[rows], self._drawn[rows]),
-            *(torch.from_numpy(part[rows]) for part in (self._temperature, self._top_k, self._top_p)),
-            compiled=self.decoder.compiled_draw,
+    def _release(self, slot: int, finish_reason: str) -> None:
+        """End the sequence of a slot; the last sequence moves there, so that the batch stays dense."""
+        sequence = self._sequences[slot]
+        last = len(self._sequences) - 1
+        if slot != last:
+            moved = self._sequences[slot] = self._sequences[last]
+            self.decoder.copy_slot(last, slot, moved.cache_length)
+            self.sampler.move(last, slot)
+        self._sequences.pop()
+        self._finish(sequence, finish_reason)
+
+    def _finish(self, sequence: _Sequence, finish_reason: str) -> None:
+        """Complete a sequence, and its request if it was the last one."""
+        request, detokenizer = sequence.request, sequence.detokenizer
+        text = sequence.detokenize() + detokenizer.flush()
+        if detokenizer.stopped:
+            # The tokens of the stop string are among the ids, but not in the text.
+            sequence.logprobs = [one for one in sequence.logprobs if one.offset < len(detokenizer.text)]
+        request.completions[sequence.sample] = Completion(
+            text=request.prompt.context + detokenizer.text,
+            ids=tuple(sequence.ids),
+            finish_reason=finish_reason,
+            logprobs=tuple(sequence.logprobs),
         )
-        self._drawn[rows] += np.uint64(1)
-        if penalised:  # of the other rows no one asks
-            self._seen[rows].scatter_(1, to_device(tokens[:, None], self._seen.device), True)
-        return tokens
-
-    def _leave(self, row: int, reason: str) -> None:
-        """End the sample of a row; the last row moves into its place."""
-        sample = self._rows[row]
-        last = len(self._rows) - 1
-        if row != last:
-            moved = self._rows[row] = self._rows[last]
-            self.decoder.copy_row(last, row, moved.held)
-            for part in (self._seeds, self._drawn, self._temperature, self._top_p, self._top_k, self._penalty):
-                part[row] = part[last]
-            if moved.ticket.settings.repetition_penalty != 1:
-                self._seen[row] = self._seen[last]
-        self._rows.pop()
-        self._finish(sample, reason)
-
-    def _sample(self, ticket: _Request, number: int) -> _Sample:
-        text = IncrementalDetokenizer(self.tokenizer, ticket.prompt, ticket.stop)
-        return _Sample(ticket, number, text, held=len(ticket.prompt.ids))
-
-    def _finish(self, sample: _Sample, reason: str) -> None:
-        ticket = sample.ticket
-        settled = sample.join() + sample.text.rest()
-        if sample.text.stopped:
-            # The tokens of the stop string are in the ids, not in the text.
-            sample.logprobs = [one for one in sample.logprobs if one.offset < len(sample.text.text)]
-        text = ticket.prompt.context + sample.text.text
-        ticket.completions[sample.number] = Completion(text, tuple(sample.ids), reason, tuple(sample.logprobs))
-        sample.send(settled, reason)
-        if len(ticket.completions) == ticket.samples:
-            ticket.future.set_result([ticket.completions[number] for number in range(ticket.samples)])
+        sequence.send_delta(text, finish_reason)
+        if len(request.completions) == request.samples:
+            request.future.set_result([request.completions[sample] for sample in range(request.samples)])
 
 
-def _rows_of(logits: Tensor, places: list[int]) -> Tensor:
-    """Some rows, as a copy."""
+def _gather_rows(logits: Tensor, rows: list[int]) -> Tensor:
+    """Rows of the logits, also repeatedly, as a copy."""
     if logits.is_cpu:
-        # PyTorch would share the copy out among its threads, which then spin for a while on what others could use.
-        return torch.from_numpy(logits.numpy()[places])
-    return logits.index_select(0, to_device(torch.tensor(places), logits.device))
+        # By NumPy: PyTorch would divide the copy among its threads, which then spin and take time from others.
+        return torch.from_numpy(logits.numpy()[rows])
+    return logits.index_select(0, to_device(torch.tensor(rows), logits.device))
 
 
 def _in_background(function: Callable[[], Any]) -> Future[Any]:
-    """What a function gives, or raises, in a thread of its own that nobody waits for at the end."""
+    """Call a function in a daemon thread, which the end of the process does not wait for."""
     future: Future[Any] = Future()
 
     def run() -> None:
         try:
             future.set_result(function())
-        except BaseException as error:  # it is raised in the model thread
+        except BaseException as error:  # raised again in the model thread
             future.set_exception(error)
 
     threading.Thread(target=run, name="decoder-builder", daemon=True).start()
     return future
 
 
-def continuation(tokenizer: Tokenizer, prompt: Prompt, ids: Sequence[int]) -> str:
-    """The whole text of ids behind a prompt."""
-    text = IncrementalDetokenizer(tokenizer, prompt)
-    for id_ in ids:
-        text.push(id_)
-    return text.text
-
-
 def choose_device(name: str) -> torch.device:
-    """The device that `--device` names: "auto", "cpu", "cuda", or numbers of GPUs, of which the first is taken.
+    """The device that `--device` names: "auto", "cpu", "cuda", or numbers of GPUs, of which the first is used.
 
     Raises:
-        ValueError: no such device on this machine.
+        ValueError: this machine has no such device.
     """
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu" or (name == "auto" and not available):

@@ -1,12 +1,14 @@
-"""From logits to a token: repetition penalty, temperature, top-k, top-p and a seeded draw, for many rows at once.
+"""From logits to tokens: repetition penalty, temperature, top-k, top-p and seeded sampling, for a batch at once.
 
-Every function takes a batch of logits [B, V] and one setting a row. What a row gets depends on its own logits, settings
-and random number only, never on the rows beside it.
+The functions take logits [B, V] and one value of each parameter for each of the B sequences. The token of a sequence
+depends on its own logits, parameters and random number only, never on the other sequences of the batch.
+
+`BatchSampler` keeps the parameters and the random state of every batch slot; the engine calls it once in a decode step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -15,25 +17,103 @@ import torch
 from torch import Tensor
 
 from gpt2_chinese.compiled import load_function
+from gpt2_chinese.decoding.completion import SamplingParams
 from gpt2_chinese.precision import to_device
 
-MASK_64 = (1 << 64) - 1
-GOLDEN = 0x9E3779B97F4A7C15
-"""2^64 over the golden ratio: the step of the SplitMix64 generator."""
-
-# Of a row with top-k, at most FEW, only top_k and SPARE more of the greatest logits are looked at, unless ties at its
-# edge need more.
-FEW = 128
-SPARE = 8
-BLOCK = 16
+# With a top-k below MAX_PARTIAL_TOP_K only the top_k + EXTRA_CANDIDATES greatest logits are sorted, unless ties at the
+# k-th need more. They are found by way of the greatest logit of each block of BLOCK_SIZE.
+MAX_PARTIAL_TOP_K = 128
+EXTRA_CANDIDATES = 8
+BLOCK_SIZE = 16
 MAX_CANDIDATES = 512
-"""Ties included; the compiled draw leaves a row with more to PyTorch."""
-KERNEL = "gpt2_chinese.decoding.sampling_kernel"
-SOURCES = (Path(__file__), Path(__file__).with_name("sampling_kernel.py"))
+"""Candidates, ties included, that the compiled sampler has room for; PyTorch samples sequences with more."""
+KERNEL_MODULE = "gpt2_chinese.decoding.sampling_kernel"
+KERNEL_SOURCES = (Path(__file__), Path(__file__).with_name("sampling_kernel.py"))
+
+
+class BatchSampler:
+    """Samples the next tokens of a batch, with the sampling parameters and the random state of each of its slots.
+
+    Args:
+        max_num_seqs: slots of the batch.
+        vocab_size: logits of a sequence.
+        suppressed_ids: tokens that are never sampled.
+        device: where the logits are.
+    """
+
+    def __init__(
+        self, max_num_seqs: int, vocab_size: int, *, suppressed_ids: Iterable[int], device: torch.device
+    ) -> None:
+        self.suppressed_ids = torch.tensor([*suppressed_ids], device=device)
+        self._vocab_size = vocab_size
+        self._seeds = np.zeros(max_num_seqs, dtype=np.uint64)
+        self._num_sampled = np.zeros(max_num_seqs, dtype=np.uint64)
+        # NumPy keeps Python's global lock; PyTorch releases it, and the busy event loop of a server would take it.
+        self._temperature, self._top_p, self._penalty = np.zeros((3, max_num_seqs), dtype=np.float32)
+        self._top_k = np.zeros(max_num_seqs, dtype=np.int64)
+        # For the repetition penalty: the tokens of the prompt and of the completion so far. Not kept where it is off.
+        self._seen = torch.zeros(max_num_seqs, vocab_size, dtype=torch.bool, device=device)
+
+    def assign(self, slot: int, params: SamplingParams, seed: int, prompt_ids: Sequence[int]) -> None:
+        """Begin a sequence in a slot; `seed` is the sequence's own, see `sequence_seed`."""
+        self._seeds[slot], self._num_sampled[slot] = seed, 0
+        self._temperature[slot], self._top_p[slot] = params.temperature, params.top_p
+        self._top_k[slot] = min(params.top_k, self._vocab_size)
+        self._penalty[slot] = params.repetition_penalty
+        if self._penalty[slot] != 1:
+            self._seen[slot] = False
+            self._seen[slot, list(prompt_ids)] = True
+
+    def move(self, source: int, target: int) -> None:
+        """Move a sequence to another slot."""
+        for values in (
+            self._seeds,
+            self._num_sampled,
+            self._temperature,
+            self._top_p,
+            self._top_k,
+            self._penalty,
+        ):
+            values[target] = values[source]
+        if self._penalty[target] != 1:
+            self._seen[target] = self._seen[source]
+
+    def sample(self, slots: slice, logits: Tensor, compiled: CompiledSampler | None = None) -> Tensor:
+        """Sample one token for each of these slots.
+
+        Args:
+            slots: B slots that follow each other.
+            logits: float32 [B, V], overwritten: a copy of them would take as long as the sampling.
+            compiled: samples the sequences that it can.
+
+        Returns:
+            Token ids [B], int64, on the CPU.
+        """
+        is_penalized = bool((self._penalty[slots] != 1).any())
+        if is_penalized:
+            penalty = to_device(torch.from_numpy(self._penalty[slots]), logits.device)
+            logits = apply_repetition_penalty(logits, self._seen[slots], penalty)
+        if logits.is_cpu:  # by NumPy, see above
+            logits.numpy()[:, self.suppressed_ids.numpy()] = -np.inf
+        else:
+            logits.index_fill_(1, self.suppressed_ids, -torch.inf)
+        tokens = sample_tokens(
+            logits,
+            uniform_random(self._seeds[slots], self._num_sampled[slots]),
+            *(torch.from_numpy(values[slots]) for values in (self._temperature, self._top_k, self._top_p)),
+            compiled=compiled,
+        )
+        self._num_sampled[slots] += np.uint64(1)
+        if is_penalized:
+            self._seen[slots].scatter_(1, to_device(tokens[:, None], self._seen.device), True)
+        return tokens
+
+
+# The sampling parameters.
 
 
 def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
-    """CTRL's repetition penalty: a positive logit of a seen token is divided by it, a negative one multiplied.
+    """CTRL's repetition penalty: positive logits of seen tokens are divided by it, negative ones are multiplied.
 
     Args:
         logits: [B, V].
@@ -45,30 +125,30 @@ def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: Tensor) -> T
 
 
 def apply_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
-    """The logits over the temperature [B], shifted so that the greatest of a row is 0 and nothing overflows."""
+    """The logits over the temperature [B], shifted so that the greatest of a sequence is 0 and nothing overflows."""
     shifted = logits - logits.amax(dim=-1, keepdim=True)
     return shifted / temperature.to(logits.dtype).clamp_min(torch.finfo(logits.dtype).tiny)[:, None]
 
 
-def top_k_top_p_mask(ranked: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of the logits, sorted in descending order, pass top-k first and then top-p on what is left.
+def top_k_top_p_mask(sorted_logits: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
+    """Which candidates pass top-k, and then top-p on what top-k leaves.
 
-    Top-k keeps every logit that is not below the k-th, so ties at the edge all stay. Top-p keeps a token while the
+    Top-k keeps every logit that is not below the k-th, so all ties with it stay. Top-p keeps a token while the
     probability of those before it is not above `top_p`, so the first one always stays.
 
     Args:
-        ranked: [B, C], descending.
+        sorted_logits: [B, C], descending.
         top_k: [B] integers; 0 is off.
         top_p: [B]; 0 and everything from 1 on is off.
 
     Returns:
-        The mask [B, C] of those that stay and the unnormalised probabilities [B, C] in float64, 0 for the others.
+        The mask [B, C] of those that stay and their unnormalized probabilities [B, C] in float64, 0 for the others.
     """
-    candidates = ranked.shape[1]
-    edge = torch.where(top_k > 0, top_k, candidates).clamp_max(candidates) - 1
-    keep = ranked >= ranked.gather(1, edge[:, None])
-    # In float64 the order of the sum, which may change with the shape of the batch, does not show in the result.
-    weights = (ranked.double() - ranked[:, :1].double()).exp() * keep
+    candidates = sorted_logits.shape[1]
+    kth = torch.where(top_k > 0, top_k, candidates).clamp_max(candidates) - 1
+    keep = sorted_logits >= sorted_logits.gather(1, kth[:, None])
+    # float64 hides the order of the summation, which may change with the shape of the batch.
+    weights = (sorted_logits.double() - sorted_logits[:, :1].double()).exp() * keep
     cumulative = weights.cumsum(dim=1)
     limit = torch.where((top_p > 0) & (top_p < 1), top_p.double(), torch.inf)
     keep[:, 1:] &= cumulative[:, :-1] <= limit[:, None] * cumulative[:, -1:]
@@ -77,52 +157,65 @@ def top_k_top_p_mask(ranked: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tens
 
 def apply_top_k_top_p(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """The logits [B, V] with -inf for what top-k [B] and top-p [B] remove; of equal logits the first ones stay."""
-    ranked, order = logits.sort(dim=-1, descending=True, stable=True)
-    keep, _ = top_k_top_p_mask(ranked, top_k, top_p)
+    sorted_logits, order = logits.sort(dim=-1, descending=True, stable=True)
+    keep, _ = top_k_top_p_mask(sorted_logits, top_k, top_p)
     return logits.masked_fill(~torch.zeros_like(keep).scatter(1, order, keep), -torch.inf)
 
 
-def row_seed(seed: int, sample: int) -> int:
-    """The seed of one sample of a request: another one for each sample, the same however many there are."""
-    return _mixed(_mixed(seed & MASK_64) + (sample + 1) * GOLDEN)
+# Random numbers.
+
+GOLDEN_GAMMA = 0x9E3779B97F4A7C15
+"""SplitMix64's increment of the state: 2^64 over the golden ratio, odd."""
 
 
-def _mixed(value: int) -> int:
-    """SplitMix64's finaliser, on a Python integer."""
-    value &= MASK_64
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & MASK_64
-    return value ^ (value >> 31)
+def splitmix64(seeds: Sequence[int] | np.ndarray, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Output number `indices` [B] of SplitMix64 generators that start at `seeds` [B], both of 64 bits: uint64 [B].
 
-
-def uniforms(seeds: Sequence[int] | np.ndarray, steps: Sequence[int] | np.ndarray) -> Tensor:
-    """One number above 0 and below 1 for each row, from its seed and the count of its tokens alone: float64 [B].
-
-    A counter-based generator (SplitMix64): no state to keep or to share, so a row may join, leave and move. 48 bits,
-    so that a number times a sum is never rounded up to the sum.
+    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014; the mixing function
+    is that of Java's SplittableRandom. Its state is seed + index * GOLDEN_GAMMA, so no state has to be kept.
     """
-    value = np.asarray(seeds, dtype=np.uint64) + np.asarray(steps, dtype=np.uint64) * np.uint64(GOLDEN)
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    value ^= value >> np.uint64(31)
-    return torch.from_numpy(((value >> np.uint64(16)).astype(np.float64) + 0.5) / 2.0**48)
+    z = np.asarray(seeds, dtype=np.uint64) + np.asarray(indices, dtype=np.uint64) * np.uint64(GOLDEN_GAMMA)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def sequence_seed(seed: int, sample: int) -> int:
+    """The seed of one sample of a request: another one for each sample, whatever the number of samples."""
+    mixed = splitmix64([seed % 2**64], [0])
+    return int(splitmix64(mixed, [sample + 1])[0])
+
+
+def uniform_random(seeds: Sequence[int] | np.ndarray, indices: Sequence[int] | np.ndarray) -> Tensor:
+    """A random number above 0 and below 1 for each sequence, from its seed and the index of its token: float64 [B].
+
+    The generator is counter-based, so a sequence may be admitted, released or moved without a change of its numbers.
+    They have 48 bits, so that a number times a sum is never rounded up to the sum.
+    """
+    bits = splitmix64(seeds, indices) >> np.uint64(16)
+    return torch.from_numpy((bits.astype(np.float64) + 0.5) / 2.0**48)
+
+
+# Sampling.
 
 
 @cache
-def load_draw() -> Callable[..., None]:
-    """The compiled code; see sampling_kernel.draw_few for its arguments."""
-    return load_function(KERNEL, SOURCES, arguments=12)  # to get Python's lock back may take longer than the draw
+def load_sampling_kernel() -> Callable[..., None]:
+    """The compiled code; see sampling_kernel.sample_batch for its arguments."""
+    # It keeps Python's global lock, since getting that back may take longer than the sampling.
+    return load_function(KERNEL_MODULE, KERNEL_SOURCES, arguments=12)
 
 
-class CompiledDraw:
-    """The draw of rows on the CPU whose temperature is 0 or whose top-k is on and below FEW, by our own compiled code.
+class CompiledSampler:
+    """Compiled sampling on the CPU, for temperature 0 and for a top-k from 1 to MAX_PARTIAL_TOP_K - 1.
 
-    Args of a call are those of `draw`. Returns the tokens [B], -1 for a row that PyTorch is to draw.
+    A call takes the arguments of `sample_tokens` and returns the tokens [B], -1 for a sequence left to PyTorch: the
+    place to leave those with a new parameter that sampling_kernel.py does not know.
     """
 
     def __init__(self, vocab_size: int) -> None:
-        self._function = load_draw()
-        # Room for one row: the greatest of its blocks, the candidates' ids, apply_temperature logits and weights.
+        self._function = load_sampling_kernel()
+        # Scratch memory for one sequence: the maxima of its blocks; the candidates' ids, logits and weights.
         scratch = (
             np.empty(vocab_size, np.float32),
             np.empty(MAX_CANDIDATES, np.int64),
@@ -130,45 +223,45 @@ class CompiledDraw:
             np.empty(MAX_CANDIDATES, np.float64),
         )
         self._vocab_size, self._scratch = vocab_size, scratch
-        self._addresses = [part.ctypes.data for part in scratch]
+        self._addresses = [array.ctypes.data for array in scratch]
 
     def __call__(self, logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-        rows = len(logits)
-        tokens = np.empty(rows, dtype=np.int64)
-        given = (logits, uniform, temperature, top_k, top_p)
-        kinds = (torch.float32, torch.float64, torch.float32, torch.int64, torch.float32)
-        assert logits.shape == (rows, self._vocab_size)
-        assert all(part.is_contiguous() and part.dtype == kind for part, kind in zip(given, kinds, strict=True))
-        addresses = [part.data_ptr() for part in given[1:]]
-        self._function(logits.data_ptr(), self._vocab_size, rows, *addresses, tokens.ctypes.data, *self._addresses)
+        batch = len(logits)
+        tokens = np.empty(batch, dtype=np.int64)
+        inputs = (logits, uniform, temperature, top_k, top_p)
+        dtypes = (torch.float32, torch.float64, torch.float32, torch.int64, torch.float32)
+        assert logits.shape == (batch, self._vocab_size)
+        assert all(part.is_contiguous() and part.dtype == dtype for part, dtype in zip(inputs, dtypes, strict=True))
+        addresses = [part.data_ptr() for part in inputs[1:]]
+        self._function(logits.data_ptr(), self._vocab_size, batch, *addresses, tokens.ctypes.data, *self._addresses)
         return torch.from_numpy(tokens)
 
 
-def draw(
+def sample_tokens(
     logits: Tensor,
     uniform: Tensor,
     temperature: Tensor,
     top_k: Tensor,
     top_p: Tensor,
     *,
-    compiled: CompiledDraw | None = None,
+    compiled: CompiledSampler | None = None,
 ) -> Tensor:
-    """One token for each row: the greatest logit where the temperature is 0, else a draw from what the filter keeps.
+    """Sample one token for each sequence: the greatest logit at temperature 0, else one of what the filters keep.
 
-    The draw turns one uniform number into a token: candidates stand in descending order (equal ones by their id; in
-    the order of the vocabulary where neither top-k nor top-p is on), and the first is taken whose cumulative
-    probability is above the number.
+    This is inverse transform sampling from one uniform number: the candidates are in descending order (equal ones by
+    their id; in the order of the vocabulary where neither top-k nor top-p is on), and the first one is taken whose
+    cumulative probability is above the number.
 
-    The settings and numbers are on the CPU, wherever the logits are: which rows go which way is decided there, and all
-    that a GPU is waited for is its tokens, once.
+    The parameters and the numbers are on the CPU wherever the logits are, so that the choice of a method for each
+    sequence needs no synchronization with a GPU; there is one, for the tokens.
 
     Args:
-        logits: [B, V], on any device; -inf for what must not be drawn.
-        uniform: [B] in (0, 1), see `uniforms`.
+        logits: [B, V], on any device; -inf for what must not be sampled.
+        uniform: [B] in (0, 1), see `uniform_random`.
         temperature: [B], 0 or more.
         top_k: [B] integers; 0 is off.
         top_p: [B]; 0 and everything from 1 on is off.
-        compiled: draws the rows that it can; the tokens are the same.
+        compiled: samples the sequences that it can; the tokens are the same.
 
     Returns:
         Token ids [B], int64, on the CPU.
@@ -176,92 +269,97 @@ def draw(
     if compiled is not None:
         tokens = compiled(logits, uniform, temperature, top_k, top_p)
         if rows := np.flatnonzero(tokens.numpy() < 0).tolist():
-            left = (part[rows] for part in (uniform, temperature, top_k, top_p))
-            tokens[rows] = draw(_rows(logits, rows), *left)
+            parameters = (part[rows] for part in (uniform, temperature, top_k, top_p))
+            tokens[rows] = sample_tokens(_select_rows(logits, rows), *parameters)
         return tokens
-    random = temperature > 0
+    is_random = temperature > 0
     has_top_p = (top_p > 0) & (top_p < 1)
-    few = random & (top_k > 0) & (top_k < min(FEW, logits.shape[1]))
-    ranked = random & ~few & ((top_k > 0) | has_top_p)
-    plain = random & ~few & ~ranked
+    is_partial = is_random & (top_k > 0) & (top_k < min(MAX_PARTIAL_TOP_K, logits.shape[1]))
+    is_sorted = is_random & ~is_partial & ((top_k > 0) | has_top_p)
+    is_unfiltered = is_random & ~is_partial & ~is_sorted
 
-    def drawn(way: Callable[..., Tensor], rows: list[int]) -> Tensor:
-        settings = (to_device(part[rows], logits.device) for part in (uniform, temperature, top_k, top_p))
-        return way(_rows(logits, rows), *settings)
+    def sample_rows(method: Callable[..., Tensor], rows: list[int]) -> Tensor:
+        parameters = (to_device(part[rows], logits.device) for part in (uniform, temperature, top_k, top_p))
+        return method(_select_rows(logits, rows), *parameters)
 
-    ways: list[tuple[Tensor, Callable[..., Tensor]]]
-    # Where rows differ, as many candidates as the greatest top_k needs: a row's token is the same with more.
-    count = min(int((top_k * few).max()) + SPARE, logits.shape[1])
-    of_few = partial(_draw_of_few, count=count)
-    ways = [(~random, _draw_greatest), (few, of_few), (ranked, _draw_of_ranked), (plain, _draw_of_all)]
-    groups = [(rows, drawn(way, rows)) for mask, way in ways if (rows := mask.nonzero().flatten().tolist())]
+    # As many candidates for all as the greatest top_k needs; more candidates do not change a token.
+    num_candidates = min(int((top_k * is_partial).max()) + EXTRA_CANDIDATES, logits.shape[1])
+    methods: list[tuple[Tensor, Callable[..., Tensor]]] = [
+        (~is_random, _sample_greedy),
+        (is_partial, partial(_sample_from_top_k, num_candidates=num_candidates)),
+        (is_sorted, _sample_from_sorted),
+        (is_unfiltered, _sample_from_all),
+    ]
+    groups = [
+        (rows, sample_rows(method, rows)) for mask, method in methods if (rows := mask.nonzero().flatten().tolist())
+    ]
     tokens = torch.empty(len(logits), dtype=torch.int64)
-    # A GPU is waited for here.
+    # .cpu() synchronizes with a GPU.
     tokens[[row for rows, _ in groups for row in rows]] = torch.cat([part for _, part in groups]).cpu()
     if rows := (tokens < 0).nonzero().flatten().tolist():
-        tokens[rows] = drawn(_draw_of_ranked, rows).cpu()
+        tokens[rows] = sample_rows(_sample_from_sorted, rows).cpu()
     return tokens
 
 
-def _draw_greatest(logits: Tensor, *_: Tensor) -> Tensor:
+def _sample_greedy(logits: Tensor, *_: Tensor) -> Tensor:
     return logits.argmax(dim=-1)
 
 
-def _draw_of_few(
-    logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, *, count: int
+def _sample_from_top_k(
+    logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, *, num_candidates: int
 ) -> Tensor:
-    """Draw with top-k from the `count` greatest; -1 where they may not hold all that top-k keeps."""
-    # The temperature keeps the order, so only the candidates need it; what it makes equal is a tie, see below.
-    best, ids = _greatest(logits, count)
+    """Sample with top-k from the greatest logits; -1 where these may not be all that top-k keeps."""
+    # The temperature keeps the order, so only the candidates need it. Logits that it makes equal are ties, see below.
+    best, ids = _greatest(logits, num_candidates)
     best = apply_temperature(best, temperature)
-    # topk promises no order among equal logits: first by id, then stably by logit.
+    # topk promises no order among equal logits: sort by id first, then stably by logit.
     ids, by_id = ids.sort(dim=-1)
     best, by_logit = best.gather(1, by_id).sort(dim=-1, descending=True, stable=True)
     _, weights = top_k_top_p_mask(best, top_k, top_p)
-    tokens = _pick(weights, uniform, ids.gather(1, by_logit))
-    # Ties at top-k's edge that reach the last candidate may go on behind it: such rows are ranked whole.
-    edge = best.gather(1, top_k[:, None] - 1)[:, 0]
-    return tokens.masked_fill((best[:, -1] == edge) & edge.isfinite(), -1)
+    tokens = _sample_from_weights(weights, uniform, ids.gather(1, by_logit))
+    # If ties with the k-th logit reach the last candidate, there may be more of them: such rows are sorted as a whole.
+    kth = best.gather(1, top_k[:, None] - 1)[:, 0]
+    return tokens.masked_fill((best[:, -1] == kth) & kth.isfinite(), -1)
 
 
-def _draw_of_ranked(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+def _sample_from_sorted(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     best, ids = apply_temperature(logits, temperature).sort(dim=-1, descending=True, stable=True)
     _, weights = top_k_top_p_mask(best, top_k, top_p)
-    return _pick(weights, uniform, ids)
+    return _sample_from_weights(weights, uniform, ids)
 
 
-def _draw_of_all(logits: Tensor, uniform: Tensor, temperature: Tensor, *_: Tensor) -> Tensor:
-    return _pick(apply_temperature(logits, temperature).double().exp(), uniform, None)
+def _sample_from_all(logits: Tensor, uniform: Tensor, temperature: Tensor, *_: Tensor) -> Tensor:
+    return _sample_from_weights(apply_temperature(logits, temperature).double().exp(), uniform, None)
 
 
-def _rows(logits: Tensor, rows: list[int]) -> Tensor:
-    """Some rows; no copy where they are all."""
+def _select_rows(logits: Tensor, rows: list[int]) -> Tensor:
+    """Some rows, in ascending order; no copy where they are all."""
     return logits if len(rows) == len(logits) else logits.index_select(0, to_device(torch.tensor(rows), logits.device))
 
 
 def _greatest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` greatest of each row [B, V], in no particular order among equals, and their ids.
+    """The `count` greatest of each row [B, V] and their ids, equal ones in any order.
 
-    Looks for the blocks that hold them first: no more blocks than tokens can.
+    The greatest logits are in the `count` blocks of the greatest maxima, so `topk` need not search all of a row.
     """
-    size = logits.shape[1] // BLOCK * BLOCK
-    columns = size // BLOCK
-    if columns <= 2 * count:
+    size = logits.shape[1] // BLOCK_SIZE * BLOCK_SIZE
+    num_blocks = size // BLOCK_SIZE
+    if num_blocks <= 2 * count:
         return logits.topk(count, dim=-1)
-    # A block is every `columns`-th logit, for so the processor compares many blocks at once.
-    blocks = logits[:, :size].unflatten(1, (BLOCK, columns))
+    # A block is every `num_blocks`-th logit, so that many blocks are compared by one vector instruction.
+    blocks = logits[:, :size].unflatten(1, (BLOCK_SIZE, num_blocks))
     chosen = blocks.amax(dim=1).topk(count, dim=-1, sorted=False).indices
-    ids = (torch.arange(0, size, columns, device=logits.device)[:, None] + chosen[:, None]).flatten(1)
+    ids = (torch.arange(0, size, num_blocks, device=logits.device)[:, None] + chosen[:, None]).flatten(1)
     rest = torch.arange(size, logits.shape[1], device=logits.device).expand(len(logits), -1)
     ids = torch.cat([ids, rest], dim=1)
-    best, places = logits.gather(1, ids).topk(count, dim=-1, sorted=False)
-    return best, ids.gather(1, places)
+    best, indices = logits.gather(1, ids).topk(count, dim=-1, sorted=False)
+    return best, ids.gather(1, indices)
 
 
-def _pick(weights: Tensor, uniform: Tensor, ids: Tensor | None) -> Tensor:
-    """The token in whose share of the cumulative weights [B, C] the number [B] falls; its place where ids is None."""
+def _sample_from_weights(weights: Tensor, uniform: Tensor, ids: Tensor | None) -> Tensor:
+    """Inverse transform sampling from unnormalized probabilities [B, C] of tokens `ids` [B, C], or of 0 to C - 1."""
     cumulative = weights.cumsum(dim=1)
-    place = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
-    # Past the end only if a logit was not a number; the last candidate rather than a crash of every row.
-    place = place.clamp_max(weights.shape[1] - 1)
-    return (place if ids is None else ids.gather(1, place))[:, 0]
+    index = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+    # Only NaN logits lead past the end; the last candidate then, rather than an error for the whole batch.
+    index = index.clamp_max(weights.shape[1] - 1)
+    return (index if ids is None else ids.gather(1, index))[:, 0]

@@ -1,12 +1,12 @@
-"""The compiled part of sampling.py: the draw with a small top-k, and the greatest logit, row by row.
+"""The compiled part of sampling.py: sampling with a small top-k, and greedy decoding, one sequence after the other.
 
-Importing this module imports Numba; sampling.py does so only where the machine code is not on disk yet. It does, number
-for number, what `sampling._draw_of_few` does in PyTorch, which needs some forty operations for it: for a small model
-they take longer than the model, and each of them asks for Python's lock.
+Importing this module imports Numba; sampling.py does so only where the machine code is not cached yet. The numbers are
+those of `sampling._sample_from_top_k`, which needs some forty PyTorch operations: for a small model they take longer
+than the model, and each of them releases Python's global lock.
 """
 
 # mypy: allow-untyped-defs
-# Numba finds the types of the compiled functions from their calls.
+# Numba infers the types of the compiled functions from their calls.
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ import math
 import numpy as np
 from numba import carray, cfunc, njit, types
 
-from gpt2_chinese.decoding.sampling import BLOCK, FEW, MAX_CANDIDATES
+from gpt2_chinese.decoding.sampling import BLOCK_SIZE, MAX_CANDIDATES, MAX_PARTIAL_TOP_K
 
-LEFT = -1  # a row that PyTorch is to draw
-MOST_STEP = np.float32(1e30)  # below the greatest logit; nothing so far down is ever drawn
-HALVINGS = 24
+NOT_SAMPLED = -1  # the sequence is left to PyTorch
+MAX_DISTANCE = np.float32(1e30)  # below the greatest logit; no candidate is so far below it
+MAX_BISECTIONS = 24
 INVERSE_OF_LN_2 = 1.4426950408889634
 LN_2_HIGH, LN_2_LOW = (
     6.93147180369123816490e-01,
     1.90821492927058770002e-10,
 )  # their sum; multiples of the first are exact
-# Of Taylor's series, the smallest first; what is left out is below half a unit in the last place.
-FACTORS = tuple(1 / math.factorial(power) for power in range(14, -1, -1))
+# Coefficients of exp's Taylor series, the highest power first; the remainder is below half a unit in the last place.
+TAYLOR_COEFFICIENTS = tuple(1 / math.factorial(power) for power in range(14, -1, -1))
 
 compiled = njit(error_model="numpy")
 
 
 @compiled
-def exponential(x):
-    """e to the power of x, which is 0 or below, in float64 to some units in the last place."""
+def exp(x):
+    """e to the power of x, for x up to 0, in float64 to some units in the last place."""
     if not x > -708.0:
         return 0.0
     power = np.int64(0.5 - x * INVERSE_OF_LN_2)  # of one half
     rest = x + power * LN_2_HIGH + power * LN_2_LOW
     series = 0.0
-    for factor in FACTORS:
-        series = series * rest + factor
+    for coefficient in TAYLOR_COEFFICIENTS:
+        series = series * rest + coefficient
     half = 0.5
     while power:
         if power & 1:
@@ -57,151 +57,160 @@ def apply_temperature(logit, greatest, temperature):
 
 
 @compiled
-def greatest_of_blocks(logits, columns, maxima):
-    """A block is every `columns`-th logit, BLOCK of them, for so the processor compares many blocks at once."""
-    for column in range(columns):
-        maxima[column] = logits[column]
-    for part in range(1, BLOCK):
-        for column in range(columns):
-            logit = logits[part * columns + column]
-            maxima[column] = logit if logit > maxima[column] else maxima[column]
+def block_maxima(logits, num_blocks, maxima):
+    """The maximum of each block of logits.
+
+    A block is every `num_blocks`-th logit, BLOCK_SIZE in all, so that one vector instruction compares many blocks.
+    """
+    for block in range(num_blocks):
+        maxima[block] = logits[block]
+    for part in range(1, BLOCK_SIZE):
+        for block in range(num_blocks):
+            logit = logits[part * num_blocks + block]
+            maxima[block] = logit if logit > maxima[block] else maxima[block]
 
 
 @compiled
-def greatest_of(numbers, first, last, greatest):
-    for index in range(first, last):
-        if numbers[index] > greatest:
-            greatest = numbers[index]
+def maximum(values, begin, end, greatest):
+    """The maximum of `greatest` and the values from `begin` to `end`."""
+    for index in range(begin, end):
+        if values[index] > greatest:
+            greatest = values[index]
     return greatest
 
 
 @compiled
-def count_from(numbers, size, threshold):
+def count_at_least(values, size, threshold):
     count = 0
     for index in range(size):
-        count += numbers[index] >= threshold
+        count += values[index] >= threshold
     return count
 
 
 @compiled
-def threshold_for(numbers, size, wanted, greatest):
-    """A number that `wanted` of the numbers, or not many more, are not below; -inf if it is not found."""
-    step = np.float32(1)
-    low, high = greatest - step, greatest
-    count = count_from(numbers, size, low)
+def find_threshold(values, size, wanted, greatest):
+    """A threshold that `wanted` of the values, or not many more, reach; -inf if none is found."""
+    distance = np.float32(1)
+    low, high = greatest - distance, greatest
+    count = count_at_least(values, size, low)
     while count < wanted:
-        if step > MOST_STEP:
+        if distance > MAX_DISTANCE:
             return np.float32(-np.inf)
-        step *= np.float32(2)
-        low, high = greatest - step, low
-        count = count_from(numbers, size, low)
-    for _ in range(HALVINGS):
+        distance *= np.float32(2)
+        low, high = greatest - distance, low
+        count = count_at_least(values, size, low)
+    for _ in range(MAX_BISECTIONS):
         if count <= wanted + wanted // 2 + 4:
             break
         middle = low + (high - low) * np.float32(0.5)
-        at_middle = count_from(numbers, size, middle)
-        if at_middle >= wanted:
-            low, count = middle, at_middle
+        count_of_middle = count_at_least(values, size, middle)
+        if count_of_middle >= wanted:
+            low, count = middle, count_of_middle
         else:
             high = middle
     return low
 
 
 @compiled
-def first_of(logits, vocab_size, wanted):
-    """The least id with this logit; LEFT if there is none, for no logit is a number."""
+def first_index(logits, vocab_size, value):
+    """The least id with this logit; NOT_SAMPLED if there is none, since all logits are NaN."""
     for index in range(vocab_size):
-        if logits[index] == wanted:
+        if logits[index] == value:
             return index
-    return LEFT
+    return NOT_SAMPLED
 
 
 @compiled
-def consider(logits, index, greatest, temperature, threshold, ids, ranked, count):
-    """Put a token that is not below the threshold among the candidates, greatest first, equal ones by their id.
+def insert_candidate(logits, index, greatest, temperature, threshold, ids, candidates, count):
+    """Insert a token that reaches the threshold into the sorted candidates: descending, equal ones by their id.
 
     Returns:
-        The number of candidates; more than MAX_CANDIDATES where there is no room.
+        The number of candidates; more than MAX_CANDIDATES if there is no room.
     """
     if not (logits[index] >= threshold and logits[index] > -np.inf):
         return count
     if count >= MAX_CANDIDATES:
         return MAX_CANDIDATES + 1
     logit = apply_temperature(logits[index], greatest, temperature)
-    place = count
-    while place and (ranked[place - 1] < logit or (ranked[place - 1] == logit and ids[place - 1] > index)):
-        ranked[place], ids[place] = ranked[place - 1], ids[place - 1]
-        place -= 1
-    ranked[place], ids[place] = logit, index
+    rank = count
+    while rank and (candidates[rank - 1] < logit or (candidates[rank - 1] == logit and ids[rank - 1] > index)):
+        candidates[rank], ids[rank] = candidates[rank - 1], ids[rank - 1]
+        rank -= 1
+    candidates[rank], ids[rank] = logit, index
     return count + 1
 
 
 @compiled
-def draw_row(logits, vocab_size, uniform, temperature, top_k, top_p, maxima, ids, ranked, weights):
-    if temperature > 0 and not 0 < top_k < min(FEW, vocab_size):
-        return LEFT
-    columns = vocab_size // BLOCK
-    if columns:
-        greatest_of_blocks(logits, columns, maxima)
-    greatest = greatest_of(maxima, 0, columns, np.float32(-np.inf))
-    greatest = greatest_of(logits, BLOCK * columns, vocab_size, greatest)
+def sample_sequence(logits, vocab_size, uniform, temperature, top_k, top_p, maxima, ids, candidates, weights):
+    if temperature > 0 and not 0 < top_k < min(MAX_PARTIAL_TOP_K, vocab_size):
+        return NOT_SAMPLED
+    num_blocks = vocab_size // BLOCK_SIZE
+    if num_blocks:
+        block_maxima(logits, num_blocks, maxima)
+    greatest = maximum(maxima, 0, num_blocks, np.float32(-np.inf))
+    greatest = maximum(logits, BLOCK_SIZE * num_blocks, vocab_size, greatest)
     if not temperature > 0:
-        return first_of(logits, vocab_size, greatest)
+        return first_index(logits, vocab_size, greatest)
     if not -np.inf < greatest < np.inf:
-        return LEFT
-    if columns >= top_k:
-        threshold = threshold_for(maxima, columns, top_k, greatest)
+        return NOT_SAMPLED
+    if num_blocks >= top_k:
+        threshold = find_threshold(maxima, num_blocks, top_k, greatest)
     else:
-        threshold = threshold_for(logits, vocab_size, top_k, greatest)
-    # What is below it by less than rounding may be equal to it over the temperature.
+        threshold = find_threshold(logits, vocab_size, top_k, greatest)
+    # A logit that is below it by less than the rounding may become equal when it is divided by the temperature.
     threshold -= (greatest - threshold) * np.float32(2**-20)
     count = 0
-    for column in range(columns):
-        if maxima[column] >= threshold:
-            for part in range(BLOCK):
-                index = part * columns + column
-                count = consider(logits, index, greatest, temperature, threshold, ids, ranked, count)
-    for index in range(BLOCK * columns, vocab_size):
-        count = consider(logits, index, greatest, temperature, threshold, ids, ranked, count)
+    for block in range(num_blocks):
+        if maxima[block] >= threshold:
+            for part in range(BLOCK_SIZE):
+                index = part * num_blocks + block
+                count = insert_candidate(logits, index, greatest, temperature, threshold, ids, candidates, count)
+    for index in range(BLOCK_SIZE * num_blocks, vocab_size):
+        count = insert_candidate(logits, index, greatest, temperature, threshold, ids, candidates, count)
     if count > MAX_CANDIDATES:
-        return LEFT
-    while count > top_k and ranked[count - 1] < ranked[top_k - 1]:
+        return NOT_SAMPLED
+    while count > top_k and candidates[count - 1] < candidates[top_k - 1]:
         count -= 1
-    while count > 1 and ranked[count - 1] == -np.inf:
+    while count > 1 and candidates[count - 1] == -np.inf:
         count -= 1
-    return pick(ids, ranked, weights, count, uniform, top_p)
+    return sample_from_candidates(ids, candidates, weights, count, uniform, top_p)
 
 
 @compiled
-def pick(ids, ranked, weights, count, uniform, top_p):
-    """Top-p on the candidates, as sampling.top_k_top_p_mask, and the token in whose share the number falls."""
+def sample_from_candidates(ids, candidates, weights, count, uniform, top_p):
+    """Top-p, as sampling.top_k_top_p_mask, and inverse transform sampling."""
     total = 0.0
-    for place in range(count):
-        weights[place] = exponential(np.float64(ranked[place]))
-        total += weights[place]
+    for rank in range(count):
+        weights[rank] = exp(np.float64(candidates[rank]))
+        total += weights[rank]
     kept_total = total
     if 0 < top_p < 1:
         limit = np.float64(top_p) * total
         kept_total = weights[0]
-        for place in range(1, count):
+        for rank in range(1, count):
             if kept_total > limit:
                 break
-            kept_total += weights[place]
-    wanted = uniform * kept_total
+            kept_total += weights[rank]
+    target = uniform * kept_total
     cumulative = 0.0
-    for place in range(count):
-        cumulative += weights[place]
-        if cumulative > wanted:
-            return ids[place]
+    for rank in range(count):
+        cumulative += weights[rank]
+        if cumulative > target:
+            return ids[rank]
     return ids[count - 1]
 
 
-def draw_few(logits, vocab_size, rows, uniform, temperature, top_k, top_p, tokens, maxima, ids, ranked, weights):
-    """A token for each row of logits [rows, vocab_size], LEFT for one with other settings; see sampling.draw."""
-    tokens_there = carray(tokens, rows)
-    for row in range(rows):
-        row_logits = carray(logits, rows * vocab_size)[row * vocab_size : (row + 1) * vocab_size]
-        tokens_there[row] = draw_row(
+def sample_batch(
+    logits, vocab_size, batch, uniform, temperature, top_k, top_p, tokens, maxima, ids, candidates, weights
+):
+    """A token for each row of logits [batch, vocab_size], or NOT_SAMPLED; see sampling.sample_tokens.
+
+    All but `vocab_size` and `batch` are addresses; the last four are those of CompiledSampler's scratch memory.
+    """
+    results = carray(tokens, batch)
+    for row in range(batch):
+        row_logits = carray(logits, batch * vocab_size)[row * vocab_size : (row + 1) * vocab_size]
+        results[row] = sample_sequence(
             row_logits,
             vocab_size,
             uniform[row],
@@ -210,15 +219,15 @@ def draw_few(logits, vocab_size, rows, uniform, temperature, top_k, top_p, token
             top_p[row],
             carray(maxima, vocab_size),
             carray(ids, MAX_CANDIDATES),
-            carray(ranked, MAX_CANDIDATES),
+            carray(candidates, MAX_CANDIDATES),
             carray(weights, MAX_CANDIDATES),
         )
 
 
 def compile_entry():
-    """Compile draw_few; compiled.py keeps the machine code."""
+    """Compile sample_batch; compiled.py caches the machine code."""
     float32, float64, int64 = (types.CPointer(kind) for kind in (types.float32, types.float64, types.int64))
     size = types.int64
-    given = (float32, size, size, float64, float32, int64, float32)
-    arguments = (*given, int64, float32, int64, float32, float64)
-    return cfunc(types.void(*arguments), error_model="numpy")(draw_few)
+    inputs = (float32, size, size, float64, float32, int64, float32)
+    arguments = (*inputs, int64, float32, int64, float32, float64)
+    return cfunc(types.void(*arguments), error_model="numpy")(sample_batch)

@@ -1,6 +1,6 @@
-"""What a request over HTTP may look like: one table of fields for the checks and for /openapi.json.
+"""The requests of the HTTP API: one table of fields, which the checks and /openapi.json share.
 
-Nothing but a CompletionRequest or a ApiError comes out of a request's bytes.
+A request's bytes become a CompletionRequest or raise an ApiError, nothing else.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NoReturn
 
-from gpt2_chinese.decoding.completion import MAX_LOGPROBS, SETTING_LIMITS, Settings
+from gpt2_chinese.decoding.completion import MAX_LOGPROBS, SAMPLING_LIMITS, SamplingParams
+from gpt2_chinese.serving.errors import ApiError
 
 DEFAULT_LENGTH = 50
 DEFAULT_SAMPLES = 5
@@ -20,17 +21,17 @@ MAX_STOP_STRINGS = 4
 MAX_STOP_LENGTH = 256
 
 MAX_TOKENS = 2**31
-"""More than any vocabulary has; stands for one that is not known yet."""
+"""Larger than any vocabulary; stands for the size of one that is not loaded yet."""
 
 MIN_TOP_P = 1e-6
-"""Leaves the likeliest token only. In /v1/completions top_p 0 means that; in the engine 0 is off."""
+"""Keeps only the most likely token. /v1/completions means that by top_p 0, which is off in the engine."""
 
 Schema = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for and how long it may take; how much the server takes at once."""
+    """The largest request that is accepted, its time limits, and the number of connections."""
 
     samples: int = 32
     length: int = 1024
@@ -44,15 +45,18 @@ class Limits:
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """A request that has been checked: `samples` completions of each context, a text or a list of ids.
+    """A checked request: `samples` completions of each context, which is a text or a list of token ids.
 
-    `model` is the name that was asked for, None where none was.
+    Attributes:
+        scored: report the logprobs of the contexts' own tokens too.
+        model: the name of the model; None is the first one.
+        length_field: what the request calls `length`, for error messages.
     """
 
     contexts: tuple[str | tuple[int, ...], ...]
     length: int
     samples: int
-    settings: Settings
+    settings: SamplingParams
     seed: int | None
     stop: tuple[str, ...] = ()
     stream: bool = False
@@ -61,20 +65,10 @@ class CompletionRequest:
     scored: bool = False
     include_usage: bool = False
     model: str | None = None
+    length_field: str = "maxlength"
 
 
-class ApiError(Exception):
-    """A request that is answered with an error."""
-
-    def __init__(self, status: int, code: str, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.message = message
-        self.param = param
-
-
-# The fields. A field that is null counts as not given.
+# The fields. A field that is null is treated as absent.
 
 
 def _whole(default: int | None, low: float, high: float, description: str) -> Schema:
@@ -96,20 +90,26 @@ def _flag(description: str) -> Schema:
 
 
 def _neutral(description: str, *values: Any) -> Schema:
-    """A parameter that OpenAI's clients may send, of which only the values that change nothing are taken."""
+    """A parameter of OpenAI's API that is not supported: only values without an effect are accepted."""
     return {"enum": [None, *values], "description": description}
 
 
 def _sampling(top_k: int, top_p: float) -> dict[str, Schema]:
-    setting = Settings()
+    setting = SamplingParams()
     return {
-        "temperature": _number(setting.temperature, *SETTING_LIMITS["temperature"], "0 takes the likeliest token"),
-        "top_k": _whole(top_k, *SETTING_LIMITS["top_k"], "draw from the k likeliest tokens; 0 is off"),
-        "top_p": _number(top_p, *SETTING_LIMITS["top_p"], "draw from the likeliest tokens that make p; 1 is off"),
-        "repetition_penalty": _number(
-            setting.repetition_penalty, *SETTING_LIMITS["repetition_penalty"], "above 1 avoids repeats"
+        "temperature": _number(setting.temperature, *SAMPLING_LIMITS["temperature"], "0 is greedy decoding"),
+        "top_k": _whole(top_k, *SAMPLING_LIMITS["top_k"], "sample from the k most likely tokens; 0 is off"),
+        "top_p": _number(
+            top_p,
+            *SAMPLING_LIMITS["top_p"],
+            "sample from the fewest tokens whose probabilities add up to p; 1 is off",
         ),
-        "seed": _whole(None, *SETTING_LIMITS["seed"], "the same seed gives the same texts"),
+        "repetition_penalty": _number(
+            setting.repetition_penalty,
+            *SAMPLING_LIMITS["repetition_penalty"],
+            "above 1 makes repetition less likely",
+        ),
+        "seed": _whole(None, *SAMPLING_LIMITS["seed"], "the same seed gives the same texts"),
         "stop": {
             "anyOf": [
                 {"type": "null"},
@@ -120,15 +120,15 @@ def _sampling(top_k: int, top_p: float) -> dict[str, Schema]:
                     "items": {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH},
                 },
             ],
-            "description": "texts that end a completion, which is cut before them",
+            "description": "strings that end a completion; they are not part of it",
         },
-        "stream": _flag("answer with server-sent events while the texts grow"),
+        "stream": _flag("answer with server-sent events as tokens are generated"),
     }
 
 
 _MODEL: Schema = {
     "type": ["string", "null"],
-    "description": "the model's name, as GET /v1/models has it; the first one where it is not given",
+    "description": "a model of GET /v1/models; the default is the first",
 }
 
 
@@ -137,11 +137,11 @@ def generate_fields(limits: Limits) -> dict[str, Schema]:
     """The fields of POST /generate and POST /, as JSON schemas."""
     length, samples = min(DEFAULT_LENGTH, limits.length), min(DEFAULT_SAMPLES, limits.samples)
     return {
-        "context": {"type": "string", "description": "the text to go on with"},
-        "maxlength": _whole(length, 1, limits.length, "tokens of a completion"),
-        "samples": _whole(samples, 1, limits.samples, "completions"),
+        "context": {"type": "string", "description": "the text to complete"},
+        "maxlength": _whole(length, 1, limits.length, "maximum tokens of a completion"),
+        "samples": _whole(samples, 1, limits.samples, "number of completions"),
         "model": _MODEL,
-        **_sampling(Settings().top_k, Settings().top_p),
+        **_sampling(SamplingParams().top_k, SamplingParams().top_p),
     }
 
 
@@ -158,30 +158,34 @@ def v1_fields(limits: Limits, vocab_size: int = MAX_TOKENS) -> dict[str, Schema]
                 ids,
                 {"type": "array", "minItems": 1, "maxItems": limits.prompts, "items": ids},
             ],
-            "description": "a text, texts, a list of token ids or lists of token ids",
+            "description": "a text, several texts, token ids, or several lists of token ids",
         },
         "max_tokens": _whole(
             min(V1_DEFAULT_LENGTH, limits.length),
             0,
             limits.length,
-            "tokens of a completion; 0 with echo and logprobs says how likely the prompt's own are",
+            "maximum tokens of a completion; 0 with echo and logprobs scores the prompt alone",
         ),
-        "n": _whole(1, 1, limits.samples, "completions of each prompt"),
-        "best_of": _whole(None, 1, limits.samples, "must be n where it is given"),
+        "n": _whole(1, 1, limits.samples, "number of completions of each prompt"),
+        "best_of": _whole(None, 1, limits.samples, "must equal n if given"),
         **_sampling(0, 1.0),
-        "echo": _flag("put the prompt before the completion, and its tokens before the completion's in logprobs"),
-        "logprobs": _whole(None, 0, MAX_LOGPROBS, "report the tokens' logprobs and so many likeliest tokens"),
+        "echo": _flag("return the prompt before the completion, in the text and in logprobs"),
+        "logprobs": _whole(None, 0, MAX_LOGPROBS, "return each token's logprob and this many most likely tokens"),
         "stream_options": {
             "type": ["object", "null"],
             "properties": {"include_usage": {"type": ["boolean", "null"]}},
             "additionalProperties": False,
-            "description": "include_usage: a last chunk with the usage",
+            "description": "include_usage sends a last chunk with the usage",
         },
-        "presence_penalty": _neutral("only 0; repetition_penalty is there instead", 0),
-        "frequency_penalty": _neutral("only 0; repetition_penalty is there instead", 0),
-        "logit_bias": {"type": ["object", "null"], "maxProperties": 0, "description": "only an empty one"},
-        "suffix": _neutral("only an empty one", ""),
-        "user": {"type": ["string", "null"], "description": "taken and not used"},
+        "presence_penalty": _neutral("only 0 is accepted; use repetition_penalty", 0),
+        "frequency_penalty": _neutral("only 0 is accepted; use repetition_penalty", 0),
+        "logit_bias": {
+            "type": ["object", "null"],
+            "maxProperties": 0,
+            "description": "only an empty object is accepted",
+        },
+        "suffix": _neutral("only an empty string is accepted", ""),
+        "user": {"type": ["string", "null"], "description": "accepted and ignored"},
     }
 
 
@@ -189,7 +193,7 @@ def v1_fields(limits: Limits, vocab_size: int = MAX_TOKENS) -> dict[str, Schema]
 
 
 def parse_json_object(body: bytes, example: str) -> dict[str, Any]:
-    """Read a JSON object strictly: UTF-8, no duplicate names, no NaN, and no error but a ApiError."""
+    """Parse a JSON object strictly: UTF-8, no duplicate names, no NaN; every fault is an ApiError."""
     if not body.strip():
         raise ApiError(400, "empty_body", f"the body is empty; send JSON such as {example}")
     try:
@@ -205,23 +209,23 @@ def parse_json_object(body: bytes, example: str) -> dict[str, Any]:
         fields: dict[str, Any] = {}
         for name, value in pairs:
             if name in fields:
-                raise ApiError(400, "duplicate_field", f"{_quoted(name)} stands there twice", name)
+                raise ApiError(400, "duplicate_field", f"the field {_quoted(name)} is given twice", name)
             fields[name] = value
         return fields
 
     def no_constant(name: str) -> NoReturn:
-        raise ApiError(400, "invalid_json", f"the body is not JSON: {name} is not a JSON number")
+        raise ApiError(400, "invalid_json", f"the body is not valid JSON: {name} is not a JSON number")
 
     try:
         value = json.loads(text, object_pairs_hook=without_duplicates, parse_constant=no_constant)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise ApiError(400, "invalid_json", f"the body is not JSON: {where}: {error.msg}") from None
+        raise ApiError(400, "invalid_json", f"the body is not valid JSON: {where}: {error.msg}") from None
     except RecursionError:
         raise ApiError(400, "invalid_json", "the body is nested too deeply") from None
     except ValueError:
         # Python refuses to convert integers of thousands of digits.
-        raise ApiError(400, "invalid_json", "the body has a number with too many digits") from None
+        raise ApiError(400, "invalid_json", "a number in the body has too many digits") from None
     if not isinstance(value, dict):
         raise ApiError(400, "not_an_object", f"the body must be a JSON object, it is {_json_type(value)}")
     return value
@@ -231,9 +235,9 @@ def parse_generate(body: bytes, limits: Limits) -> CompletionRequest:
     """Check a request of /generate.
 
     Raises:
-        ApiError: the first thing that is wrong, with the field's name.
+        ApiError: the first fault, with the name of its field.
     """
-    fields = _known(parse_json_object(body, '{"context": "你好"}'), generate_fields(limits))
+    fields = _checked_fields(parse_json_object(body, '{"context": "你好"}'), generate_fields(limits))
     context = fields["context"]
     if context is None:
         raise ApiError(400, "missing_field", 'context is missing; send JSON such as {"context": "你好"}', "context")
@@ -255,26 +259,26 @@ def parse_v1(body: bytes, limits: Limits, vocab_size_of: Callable[[str | None], 
     """Check a request of /v1/completions.
 
     Args:
-        vocab_size_of: the number of tokens of the model of a name, or of the one for those who name none; None while
-            it is not known. It raises a ApiError for a name that is none.
+        vocab_size_of: from the name of a model (None is the first model) to the size of its vocabulary, None while
+            it is loading; raises ApiError for an unknown name.
 
     Raises:
-        ApiError: the first thing that is wrong, with the parameter's name.
+        ApiError: the first fault, with the name of its field.
     """
-    fields = _known(parse_json_object(body, '{"prompt": "你好"}'), v1_fields(limits))
+    fields = _checked_fields(parse_json_object(body, '{"prompt": "你好"}'), v1_fields(limits))
     vocab_size = vocab_size_of(fields["model"]) or MAX_TOKENS
     if fields["prompt"] is None:
         raise ApiError(400, "missing_field", 'prompt is missing; send JSON such as {"prompt": "你好"}', "prompt")
     contexts = _prompts(fields["prompt"], limits.prompts, vocab_size)
     if fields["best_of"] not in (None, fields["n"]):
-        raise ApiError(400, "unsupported", f"best_of must be n, which is {fields['n']}; leave it out", "best_of")
+        raise ApiError(400, "unsupported", f"best_of must equal n, which is {fields['n']}; leave it out", "best_of")
     scored = bool(fields["echo"]) and fields["logprobs"] is not None
     if fields["max_tokens"] == 0 and not scored:
-        message = "max_tokens 0 leaves nothing to answer; take 1 or more, or echo and logprobs too"
+        message = "max_tokens 0 needs echo and logprobs; otherwise it must be 1 or more"
         raise ApiError(400, "out_of_range", message, "max_tokens")
     settings = _settings(fields)
     if settings.top_p < MIN_TOP_P:
-        settings = Settings(settings.temperature, settings.top_k, MIN_TOP_P, settings.repetition_penalty)
+        settings = SamplingParams(settings.temperature, settings.top_k, MIN_TOP_P, settings.repetition_penalty)
     return CompletionRequest(
         contexts=contexts,
         length=fields["max_tokens"],
@@ -288,11 +292,12 @@ def parse_v1(body: bytes, limits: Limits, vocab_size_of: Callable[[str | None], 
         scored=scored,
         include_usage=_include_usage(fields["stream_options"]),
         model=fields["model"],
+        length_field="max_tokens",
     )
 
 
-def _known(given: dict[str, Any], schemas: dict[str, Schema]) -> dict[str, Any]:
-    """Every field with its value or default; names that are not known and values outside a schema are refused."""
+def _checked_fields(given: dict[str, Any], schemas: dict[str, Schema]) -> dict[str, Any]:
+    """Every field with its value or its default; raises ApiError for an unknown name or a value outside its schema."""
     for name in given:
         if name not in schemas:
             message = f"there is no field {_quoted(name)}; the fields are {', '.join(schemas)}"
@@ -303,14 +308,14 @@ def _known(given: dict[str, Any], schemas: dict[str, Schema]) -> dict[str, Any]:
         if value is None:
             fields[name] = schema.get("default")
         else:
-            value = _whole_if_it_is(value) if schema.get("type", [""])[0] == "integer" else value
+            value = _to_whole_number(value) if schema.get("type", [""])[0] == "integer" else value
             _check_scalar(name, value, schema)
             fields[name] = value
     return fields
 
 
-def _whole_if_it_is(value: Any) -> Any:
-    """5.0 is a whole number in JSON, which knows one kind of numbers."""
+def _to_whole_number(value: Any) -> Any:
+    """5.0 as 5: JSON does not distinguish integers from floats."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -337,8 +342,8 @@ def _check_scalar(name: str, value: Any, schema: Schema) -> None:
         raise ApiError(400, "unsupported", f"{name} is not supported: {schema['description']}", name)
 
 
-def _settings(fields: dict[str, Any]) -> Settings:
-    return Settings(
+def _settings(fields: dict[str, Any]) -> SamplingParams:
+    return SamplingParams(
         temperature=float(fields["temperature"]),
         top_k=fields["top_k"],
         top_p=float(fields["top_p"]),
@@ -350,7 +355,7 @@ def _characters(name: str, text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        message = f"{name} has half of a surrogate pair at character {error.start + 1}, which is no character"
+        message = f"{name} has an unpaired surrogate at character {error.start + 1}"
         raise ApiError(400, "invalid_character", message, name) from None
     return text
 
@@ -363,42 +368,42 @@ def _stop(value: Any) -> tuple[str, ...]:
         if not isinstance(text, str):
             raise _wrong_type("stop", "a string or an array of strings", text if isinstance(value, list) else value)
         if not 1 <= len(text) <= MAX_STOP_LENGTH:
-            message = f"a stop string must have 1 to {MAX_STOP_LENGTH} characters, one has {len(text)}"
+            message = f"each string of stop must have 1 to {MAX_STOP_LENGTH} characters, one has {len(text)}"
             raise ApiError(400, "out_of_range", message, "stop")
         _characters("stop", text)
     if len(texts) > MAX_STOP_STRINGS:
-        message = f"stop may have {MAX_STOP_STRINGS} strings, it has {len(texts)}"
+        message = f"stop may have at most {MAX_STOP_STRINGS} strings, it has {len(texts)}"
         raise ApiError(400, "out_of_range", message, "stop")
     return tuple(texts)
 
 
-def _prompts(value: Any, most: int, vocab_size: int) -> tuple[str | tuple[int, ...], ...]:
+def _prompts(value: Any, max_prompts: int, vocab_size: int) -> tuple[str | tuple[int, ...], ...]:
     words = "a string, an array of strings, an array of token ids or an array of such arrays"
     if isinstance(value, str):
         return (_characters("prompt", value),)
     if not isinstance(value, list):
         raise _wrong_type("prompt", words, value)
-    value = [_whole_if_it_is(item) for item in value]
+    value = [_to_whole_number(item) for item in value]
     if value and all(type(item) is int for item in value):
         return (_ids(value, vocab_size),)
-    if not 1 <= len(value) <= most:
-        raise ApiError(400, "out_of_range", f"prompt may have 1 to {most} texts, it has {len(value)}", "prompt")
+    if not 1 <= len(value) <= max_prompts:
+        raise ApiError(400, "out_of_range", f"prompt may have 1 to {max_prompts} texts, it has {len(value)}", "prompt")
     if all(isinstance(item, str) for item in value):
         return tuple(_characters("prompt", item) for item in value)
-    lists = [[_whole_if_it_is(id_) for id_ in item] for item in value if isinstance(item, list)]
+    lists = [[_to_whole_number(id_) for id_ in item] for item in value if isinstance(item, list)]
     if len(lists) == len(value) and all(type(id_) is int for ids in lists for id_ in ids):
         return tuple(_ids(ids, vocab_size) for ids in lists)
-    raise ApiError(400, "wrong_type", f"prompt must be {words}; this array holds something else", "prompt")
+    raise ApiError(400, "wrong_type", f"prompt must be {words}; this array is none of these", "prompt")
 
 
 def _ids(ids: list[int], vocab_size: int) -> tuple[int, ...]:
     if not ids:
         raise ApiError(
-            400, "out_of_range", 'a prompt of token ids must have at least one; "" is an empty text', "prompt"
+            400, "out_of_range", 'a prompt of token ids must not be empty; send "" for an empty text', "prompt"
         )
     for id_ in ids:
         if not 0 <= id_ < vocab_size:
-            message = f"the vocabulary has the ids from 0 to {vocab_size - 1}; prompt has another"
+            message = f"prompt has a token id outside the vocabulary, whose ids are 0 to {vocab_size - 1}"
             raise ApiError(400, "out_of_range", message, "prompt")
     return tuple(ids)
 
@@ -407,7 +412,7 @@ def _include_usage(options: dict[str, Any] | None) -> bool:
     for name, value in (options or {}).items():
         param = f"stream_options.{name}"
         if name != "include_usage":
-            message = f"there is no field {_quoted(name)} in stream_options, only include_usage"
+            message = f"stream_options has no field {_quoted(name)}, only include_usage"
             raise ApiError(400, "unknown_field", message, param)
         if value is not None and type(value) is not bool:
             raise _wrong_type(param, "true or false", value)
@@ -427,124 +432,3 @@ def _json_type(value: Any) -> str:
         return "a fraction" if isinstance(value, float) else "a number"
     names = {str: "a string", bool: "true or false", list: "an array", dict: "an object", type(None): "null"}
     return names[type(value)]
-
-
-# The description.
-
-
-def openapi(limits: Limits, vocab_size: int, *, needs_key: bool) -> dict[str, Any]:
-    """The OpenAPI 3.1 document of this server with its limits."""
-    text, whole = {"type": "string"}, {"type": "integer"}
-    error = _object(error=_object(message=text, type=text, param={"type": ["string", "null"]}, code=text))
-    logprobs = _object(
-        tokens={"type": "array", "items": text},
-        token_logprobs={"type": "array", "items": {"type": ["number", "null"]}},
-        top_logprobs={"type": ["array", "null"], "items": {"type": ["object", "null"]}},
-        text_offset={"type": "array", "items": whole},
-    )
-    choice = _object(
-        text=text,
-        index=whole,
-        logprobs=logprobs | {"type": ["object", "null"]},
-        finish_reason={"enum": ["stop", "length"]},
-    )
-    completion = _object(
-        id=text,
-        object={"const": "text_completion"},
-        created=whole,
-        model=text,
-        choices={"type": "array", "items": choice},
-        usage=_object(prompt_tokens=whole, completion_tokens=whole, total_tokens=whole),
-    )
-    model = _object(id=text, object={"const": "model"}, created=whole, owned_by=text)
-    of_model = _object(
-        model=text,
-        status={"enum": ["loading", "ready", "dead"]},
-        running=whole,
-        waiting=whole,
-        full_speed={"type": "boolean"},
-        n_ctx={"type": ["integer", "null"]},
-    )
-    health = _object(
-        status={"enum": ["loading", "ready", "draining", "dead"]},
-        model=text,
-        device={"type": ["string", "null"]},
-        running=whole,
-        waiting=whole,
-        full_speed={"type": "boolean"},
-        n_ctx={"type": ["integer", "null"]},
-        models={"type": "array", "items": of_model},
-        maxlength=whole,
-        samples=whole,
-    )
-
-    def answer(schema: Schema | None, kind: str = "application/json", *more: str) -> Schema:
-        content: Schema = {kind: {"schema": schema} if schema else {}}
-        return {"description": "the answer", "content": content | {other: {} for other in more}}
-
-    def operation(summary: str, good: Schema, *errors: int, body: Schema | None = None) -> Schema:
-        refusals = {str(status): answer(error) for status in sorted({*errors, *([401] if needs_key else [])})}
-        described: Schema = {"summary": summary, "responses": {"200": good, **refusals}}
-        if body is not None:
-            described["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
-        return described
-
-    def body(fields: dict[str, Schema], required: str) -> Schema:
-        return {"type": "object", "properties": fields, "required": [required], "additionalProperties": False}
-
-    posted = (400, 408, 413, 415, 429, 500, 503, 504)
-    generate = operation(
-        "complete a text",
-        answer({"type": "array", "items": text}, "application/json", "text/event-stream"),
-        *posted,
-        404,
-        body=body(generate_fields(limits), "context"),
-    )
-    document = {
-        "openapi": "3.1.0",
-        "info": {"title": "GPT2-Chinese", "version": "1"},
-        "paths": {
-            "/generate": {"post": generate},
-            "/": {
-                "post": generate,
-                "get": {"summary": "the page", "responses": {"200": answer(text, "text/html")}},
-            },
-            "/v1/completions": {
-                "post": operation(
-                    "complete texts as OpenAI's API does",
-                    answer(completion, "application/json", "text/event-stream"),
-                    *posted,
-                    404,
-                    body=body(v1_fields(limits, vocab_size), "prompt"),
-                )
-            },
-            "/v1/models": {
-                "get": operation(
-                    "the models", answer(_object(object={"const": "list"}, data={"type": "array", "items": model}))
-                )
-            },
-            "/v1/models/{model}": {
-                "parameters": [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}],
-                "get": operation("the model by its name", answer(model), 404),
-            },
-            "/health": {
-                "get": {
-                    "summary": "how the server is; 503 while it takes no requests",
-                    "responses": {"200": answer(health), "503": answer(health)},
-                }
-            },
-            "/metrics": {"get": operation("Prometheus' text format", answer(text, "text/plain"))},
-            "/openapi.json": {"get": operation("this document", answer({"type": "object"}))},
-        },
-    }
-    if needs_key:
-        document["components"] = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}}
-        for path, methods in document["paths"].items():  # type: ignore[attr-defined]
-            for method, described in methods.items():
-                if method in ("get", "post") and (path, method) not in (("/", "get"), ("/health", "get")):
-                    described["security"] = [{"key": []}]
-    return document
-
-
-def _object(**properties: Schema) -> Schema:
-    return {"type": "object", "properties": properties, "required": list(properties)}

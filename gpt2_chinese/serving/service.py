@@ -1,4 +1,4 @@
-"""The models as the handlers of server.py see them: their states, and requests on their way there and back."""
+"""What the handlers of server.py share: the models with their states, the admission of requests, loading."""
 
 from __future__ import annotations
 
@@ -6,40 +6,46 @@ import asyncio
 import gc
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 
-from gpt2_chinese.decoding.backend import CompletionBackend, Request
-from gpt2_chinese.decoding.completion import Completion, EngineFull, Prompt, TextDelta, TokenLogprob
-from gpt2_chinese.serving.api import ApiError, CompletionRequest, Limits
-from gpt2_chinese.serving.prometheus import Timings
+from gpt2_chinese.decoding.backend import CompletionBackend
+from gpt2_chinese.decoding.completion import Prompt
+from gpt2_chinese.serving.api import Limits
+from gpt2_chinese.serving.errors import ApiError, engine_stopped_error
+from gpt2_chinese.serving.timings import Timings
 
-WARM_UP = "你好"
-STOPPED = "the model has stopped; the server must be started again"
-SHORT = 200  # characters, or ids
+WARM_UP_CONTEXT = "你好"
+MAX_INLINE_LENGTH = 200
+"""Characters or ids of contexts that are tokenized in the event loop; longer ones go to a thread."""
 
 
 @dataclass(eq=False)
 class ServedModel:
-    """A model in its states; `load` gives what completes, not yet started, and is called in a thread of its own."""
+    """One model: loading, ready or dead.
+
+    Attributes:
+        load: gives the backend, not started yet; called in the thread that loads.
+        engine: None until the model has been loaded.
+        error: why loading has failed.
+        tokenizing_sequences: sequences of requests that are being tokenized and not in the engine's queue yet.
+        last_sequences: sequences of the latest request, an estimate for the next one.
+        was_full: whether the queue had no room at the last look.
+    """
 
     name: str
     load: Callable[[], CompletionBackend]
     engine: CompletionBackend | None = None
     error: BaseException | None = None
-    arriving: int = 0
-    """Sequences of requests that are being tokenized: they will wait for the engine in a moment."""
-    last: int = 1
-    """Sequences of the request that came last; the next one will hardly want fewer."""
-    full: bool = False
-    """Whether the last request was refused for want of room."""
+    tokenizing_sequences: int = 0
+    last_sequences: int = 1
+    was_full: bool = False
     timings: Timings = field(default_factory=Timings)
-    tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizing"))
-    tokenizer_taken: threading.Lock = field(default_factory=threading.Lock)
+    tokenizer_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizing"))
+    tokenizer_lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def status(self) -> str:
@@ -54,57 +60,66 @@ class ServedModel:
 
     @property
     def waiting(self) -> int:
-        """Sequences that wait for a row."""
+        """Sequences in the queue."""
         return self.engine.waiting if self.engine else 0
 
     @property
     def at_full_speed(self) -> bool:
+        """Whether its final decoder decodes, not PyTorch while that is compiled."""
         return self.engine is not None and self.engine.at_full_speed
 
     @property
     def vocab_size(self) -> int | None:
-        """Tokens of its vocabulary; None while it is being loaded."""
+        """Tokens of its vocabulary; None while it is loading."""
         return len(self.engine.tokenizer) if self.engine else None
 
-    async def prompts(self, contexts: Sequence[str | tuple[int, ...]], length: int) -> list[Prompt]:
-        """The ids of contexts; a long text takes its time, and gets a thread of its own for it."""
+    async def tokenize(self, contexts: Sequence[str | tuple[int, ...]], length: int) -> list[Prompt]:
+        """The prompts of contexts, each cut to leave room for `length` tokens."""
         engine = self.engine
         assert engine is not None
 
-        def make() -> list[Prompt]:
+        def tokenize_all() -> list[Prompt]:
             return [
-                engine.prompt(context, length) if isinstance(context, str) else engine.prompt_of_ids(context, length)
+                engine.prompt(context, length) if isinstance(context, str) else engine.prompt_from_ids(context, length)
                 for context in contexts
             ]
 
-        def make_in_turn() -> list[Prompt]:
-            with self.tokenizer_taken:
-                return make()
+        def tokenize_locked() -> list[Prompt]:
+            with self.tokenizer_lock:
+                return tokenize_all()
 
-        # What a person types takes less time than another thread takes to hear of it.
-        if sum(map(len, contexts)) <= SHORT and self.tokenizer_taken.acquire(blocking=False):
+        # Handing a short text to another thread would take longer than tokenizing it.
+        if sum(map(len, contexts)) <= MAX_INLINE_LENGTH and self.tokenizer_lock.acquire(blocking=False):
             try:
-                return make()
+                return tokenize_all()
             finally:
-                self.tokenizer_taken.release()
-        return await asyncio.get_running_loop().run_in_executor(self.tokenizing, make_in_turn)
+                self.tokenizer_lock.release()
+        return await asyncio.get_running_loop().run_in_executor(self.tokenizer_thread, tokenize_locked)
 
 
 @dataclass
 class Service:
-    """What the handlers share: the models, of which the first answers who names none, and the limits of them all."""
+    """What all handlers share.
+
+    Attributes:
+        models: the first one answers requests that name no model.
+        keys: the API keys; none means that no key is needed.
+        device: where the models are, as PyTorch calls it; None until one has been loaded.
+        draining: no new requests are accepted, those admitted are finished.
+        loading_done: set when every model is ready or one could not be loaded.
+        admitted: requests that will be finished before the server stops.
+        response_counts: answers by route and status.
+        started: when the server started, in seconds since 1970.
+    """
 
     models: Sequence[ServedModel]
     limits: Limits
     keys: tuple[bytes, ...] = ()
     device: str | None = None
     draining: bool = False
-    settled: asyncio.Event = field(default_factory=asyncio.Event)
-    """Every model is ready, or one has failed to load."""
+    loading_done: asyncio.Event = field(default_factory=asyncio.Event)
     admitted: int = 0
-    """Requests that will be finished before the server stops."""
-    requests: Counter[tuple[str, int]] = field(default_factory=Counter)
-    """Answers by route and status."""
+    response_counts: Counter[tuple[str, int]] = field(default_factory=Counter)
     started: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -112,11 +127,11 @@ class Service:
 
     @property
     def status(self) -> str:
-        """What the worst of the models is, or "draining"."""
-        states = {model.status for model in self.models}
-        if "dead" in states:
+        """The worst status of the models: "dead", then "draining", "loading", "ready"."""
+        statuses = {model.status for model in self.models}
+        if "dead" in statuses:
             return "dead"
-        return "draining" if self.draining else "loading" if "loading" in states else "ready"
+        return "draining" if self.draining else "loading" if "loading" in statuses else "ready"
 
     @property
     def error(self) -> BaseException | None:
@@ -124,230 +139,97 @@ class Service:
         return next((model.error for model in self.models if model.error is not None), None)
 
     def model(self, name: str | None) -> ServedModel:
-        """The model of a name, or the first.
+        """The model with this name; None is the first one.
 
         Raises:
-            ApiError: there is none of that name.
+            ApiError: there is no such model.
         """
         if name is None:
             return self.models[0]
         if name not in self.by_name:
-            there = ", ".join(self.by_name)
-            raise ApiError(404, "model_not_found", f"there is no such model; this server has {there}", "model")
+            names = ", ".join(self.by_name)
+            raise ApiError(404, "model_not_found", f"there is no such model; this server has {names}", "model")
         return self.by_name[name]
 
-    def refusal(self) -> ApiError | None:
-        """Why a request would be refused whatever it is: no model is ready, or those that are have no room.
+    def admission_error(self) -> ApiError | None:
+        """Why any request would be refused now: no model is ready, or the queues of the ready ones are full.
 
-        Notes of each model whether it had room.
+        Sets `was_full` of the models.
         """
-        refusals = []
+        errors = []
         for model in self.models:
             try:
                 engine = self.ready_engine(model)
-            except ApiError as refusal:
-                refusals.append(refusal)
+            except ApiError as error:
+                errors.append(error)
                 continue
-            # For another like the last one; but one that was large must not keep the small ones out. Where there was no
-            # room there will be for several, for to take them one at a time costs more.
-            some = max(1, engine.max_waiting // 8)
-            wanted = some if model.full else min(model.last, some)
-            model.full = not engine.has_room(wanted + model.arriving)
-            if not model.full:
+            # The next request is expected to be as large as the last one, but at most an eighth of the queue, so that
+            # a large request does not keep small ones out. A full queue must first have room for an eighth: admitting
+            # one request at a time costs more.
+            eighth = max(1, engine.max_waiting // 8)
+            expected = eighth if model.was_full else min(model.last_sequences, eighth)
+            model.was_full = not engine.has_room(expected + model.tokenizing_sequences)
+            if not model.was_full:
                 return None
-            refusals.append(ApiError(429, "full", engine.why_full()))
-        return min(refusals, key=lambda refusal: refusal.status)  # "try again later" rather than "never"
+            errors.append(ApiError(429, "full", engine.why_full()))
+        return min(errors, key=lambda error: error.status)  # 429 before 503: one of the models will have room
 
     def ready_engine(self, model: ServedModel) -> CompletionBackend:
-        """Raise a ApiError unless requests for a model are taken."""
+        """The engine of a model.
+
+        Raises:
+            ApiError: the model accepts no requests.
+        """
         status = "draining" if self.draining and model.status != "dead" else model.status
         if status == "ready" and model.engine is not None:
             return model.engine
+        if status == "dead":
+            raise engine_stopped_error()
         messages = {
-            "loading": "the model is being loaded; try again in a few seconds",
+            "loading": "the model is loading; try again in a few seconds",
             "draining": "the server is shutting down",
-            "dead": STOPPED,
         }
-        raise ApiError(503, "engine_stopped" if status == "dead" else status, messages[status])
+        raise ApiError(503, status, messages[status])
 
 
 @asynccontextmanager
-async def running(service: Service) -> AsyncIterator[None]:
-    """Load the models while requests are answered with "loading" already; stop them at the end."""
+async def run_models(service: Service) -> AsyncIterator[None]:
+    """Load the models in a thread; close them at the end. Requests are answered meanwhile."""
     loop = asyncio.get_running_loop()
 
     def load(model: ServedModel) -> None:
         engine: CompletionBackend | None = None
         error: BaseException | None = None
         try:
-            starting = model.load()
-            starting.start()
-            engine = starting
-            # The first use loads the segmenter's model and compiles: before the first client, not for it.
-            prompt = model.tokenizing.submit(engine.prompt, WARM_UP, 1).result()
+            backend = model.load()
+            backend.start()
+            engine = backend
+            # The first completion loads the segmenter's dictionary and compiled code: before the first client's.
+            prompt = model.tokenizer_thread.submit(engine.prompt, WARM_UP_CONTEXT, 1).result()
             engine.submit(prompt, samples=1, length=2, seed=0).future.result()
-        except BaseException as fault:
-            error = fault
+        except BaseException as caught:
+            error = caught
         with suppress(RuntimeError):  # the server has stopped meanwhile
-            loop.call_soon_threadsafe(settle, model, engine, error)
+            loop.call_soon_threadsafe(finish_loading, model, engine, error)
 
-    def settle(model: ServedModel, engine: CompletionBackend | None, error: BaseException | None) -> None:
+    def finish_loading(model: ServedModel, engine: CompletionBackend | None, error: BaseException | None) -> None:
         model.engine, model.error = engine, error
         if engine is not None:
             service.device = engine.device
-        # What is there now stays; a collection that looked at all of it would halt every answer.
+        # What exists now lives as long as the process: garbage collections that visit it would delay all answers.
         gc.collect()
         gc.freeze()
         if error is not None or all(model.status != "loading" for model in service.models):
-            service.settled.set()
+            service.loading_done.set()
 
     def load_all() -> None:
         for model in service.models:
             load(model)
 
-    # A daemon, so that a server that is stopped while it loads need not wait for the end of it.
+    # A daemon thread, so that a server that is stopped while it loads does not wait for the end of loading.
     threading.Thread(target=load_all, name="loading", daemon=True).start()
     yield
     for model in service.models:
-        model.tokenizing.shutdown(wait=False, cancel_futures=True)
+        model.tokenizer_thread.shutdown(wait=False, cancel_futures=True)
         if model.engine is not None:
             await asyncio.to_thread(model.engine.close)
-
-
-class DeltaQueue:
-    """Pieces on their way from the model's thread to a handler, which is woken once however many there are."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._pieces: deque[tuple[int, TextDelta | None]] = deque()
-        self._event = asyncio.Event()
-        self._woken = False
-
-    def put(self, place: int, piece: TextDelta | None) -> None:
-        """Called in the model's thread with the place of the prompt; None says that its request has ended."""
-        self._pieces.append((place, piece))
-        if not self._woken:
-            self._woken = True
-            with suppress(RuntimeError):  # the loop is closed: no one waits any more
-                self._loop.call_soon_threadsafe(self._event.set)
-
-    def end(self, place: int, _: Future[list[Completion]]) -> None:
-        self.put(place, None)
-
-    async def get(self) -> list[tuple[int, TextDelta | None]]:
-        await self._event.wait()
-        self._event.clear()
-        self._woken = False
-        return [self._pieces.popleft() for _ in range(len(self._pieces))]
-
-
-@dataclass
-class RunningRequest:
-    """A wish in a model's engine: a prompt and a ticket for each context, what arrives, and when its time is over."""
-
-    model: ServedModel
-    wish: CompletionRequest
-    prompts: list[Prompt]
-    tickets: list[Request]
-    arrivals: DeltaQueue | None
-    arrived: float
-    deadline: float
-
-    @property
-    def cut(self) -> int:
-        """Tokens of the longest context that did not fit the model."""
-        return max(prompt.cut for prompt in self.prompts)
-
-    def echoed(
-        self, place: int, logprobs: tuple[TokenLogprob, ...], *, begun: bool = False
-    ) -> tuple[TokenLogprob, ...]:
-        """Logprobs of a completion of a context, as they stand behind the context's own where it is scored.
-
-        Args:
-            begun: the context's own have been given already.
-        """
-        if not self.wish.scored:
-            return logprobs
-        moved = len(self.prompts[place].context)
-        own = () if begun else self.tickets[place].prompt_logprobs or ()
-        return (*own, *(replace(one, offset=one.offset + moved) for one in logprobs))
-
-
-@asynccontextmanager
-async def asked(service: Service, wish: CompletionRequest) -> AsyncIterator[RunningRequest]:
-    """Hand a wish to the engine; when the block is left, whatever is left of it is cancelled.
-
-    Raises:
-        ApiError: no requests are taken, or too many sequences wait.
-    """
-    model = service.model(wish.model)
-    engine = service.ready_engine(model)
-    arrived = time.monotonic()
-    arrivals = DeltaQueue() if wish.stream else None
-    result = RunningRequest(model, wish, [], [], arrivals, arrived, arrived + service.limits.request_seconds)
-    service.admitted += 1
-    try:
-        try:
-            # A request that will be refused need not be tokenized first.
-            sequences = model.last = wish.samples * len(wish.contexts)
-            engine.check_room(sequences + model.arriving)
-            model.arriving += sequences
-            try:
-                result.prompts = await model.prompts(wish.contexts, wish.length)
-            finally:
-                model.arriving -= sequences
-            for place, prompt in enumerate(result.prompts):
-                ticket = engine.submit(
-                    prompt,
-                    samples=wish.samples,
-                    length=wish.length,
-                    settings=wish.settings,
-                    seed=wish.seed,
-                    stop=wish.stop,
-                    logprobs=wish.logprobs,
-                    scored=wish.scored,
-                    on_delta=None if arrivals is None else partial(arrivals.put, place),
-                )
-                result.tickets.append(ticket)
-                if arrivals is not None:
-                    ticket.future.add_done_callback(partial(arrivals.end, place))
-        except EngineFull as error:
-            raise ApiError(429, "full", str(error)) from None
-        yield result
-    finally:
-        for ticket in result.tickets:
-            ticket.cancel()  # frees its rows if the client has gone or the time is over
-        service.admitted -= 1
-
-
-def timeout_error(limits: Limits, length: str) -> ApiError:
-    message = f"no answer within {limits.request_seconds:g} seconds; ask for fewer samples or a smaller {length}"
-    return ApiError(504, "timeout", message)
-
-
-async def completions_of(limits: Limits, asked: RunningRequest, length: str) -> list[list[Completion]]:
-    """Wait for all completions, in the order of the prompts; `length` is the name of the field."""
-    completions = []
-    for ticket in asked.tickets:
-        left = max(0.0, asked.deadline - time.monotonic())
-        try:
-            completions.append(await asyncio.wait_for(asyncio.wrap_future(ticket.future), left))
-        except asyncio.TimeoutError:
-            raise timeout_error(limits, length) from None
-    observe(asked, completions)
-    return completions
-
-
-def observe(asked: RunningRequest, completions: Sequence[Sequence[Completion]]) -> None:
-    first = [ticket.first_token_at for ticket in asked.tickets if ticket.first_token_at is not None]
-    longest = max(len(completion.ids) for group in completions for completion in group)
-    if first:
-        asked.model.timings.observe_completion(asked.arrived, min(first), time.monotonic(), longest)
-
-
-def tokens_of(completions: Sequence[Sequence[Completion]]) -> int:
-    return sum(len(completion.ids) for group in completions for completion in group)
-
-
-def stopped() -> ApiError:
-    return ApiError(503, "engine_stopped", STOPPED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from gpt2_chinese.artifacts import read_json, sha256_of
-from gpt2_chinese.text.tokenizer import BYTE_TOKENS, PART_PREFIX
-from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS
+from gpt2_chinese.text.tokenizers import HasDefinition, Tokenizer, TokenizerSpec, read_tokenizer
+from gpt2_chinese.text.vocabulary import Marks
+from gpt2_chinese.text.word_tokenizer import BYTE_TOKENS, PART_PREFIX
 
 MANIFEST = "manifest.json"
 PROGRESS = ".progress.jsonl"  # there while make-tokenized.py is at work, or when it was interrupted
 _PIECE = re.compile(r"tokenized_train_(0|[1-9]\d*)\.txt")
 _BLOCK = 1 << 22  # bytes of a piece in memory at a time
-_CACHE_FORMAT = 2
 HOW_TO_FIX = "run make-tokenized.py again"
 
 
@@ -49,8 +49,13 @@ def check_vocabulary(folder: str | Path, manifest: dict[str, Any] | None, vocab_
     """Refuse a vocabulary other than the one that the pieces were made with.
 
     Raises:
+        FileNotFoundError: there is none.
         ValueError: it is another; the message names both files and the command that mends it.
     """
+    if not Path(vocab_file).is_file():
+        raise FileNotFoundError(
+            f"there is no vocabulary {vocab_file}: run make-vocab.py first, or name the file with --vocab_file"
+        )
     if manifest is not None and manifest["vocabulary"]["sha256"] != sha256_of(vocab_file):
         raise ValueError(
             f"{vocab_file} is not the vocabulary that {Path(folder) / MANIFEST} was made with; "
@@ -58,15 +63,46 @@ def check_vocabulary(folder: str | Path, manifest: dict[str, Any] | None, vocab_
         )
 
 
-def text_of_tokens(vocabulary: Sequence[str]) -> list[bytes]:
-    """What each token adds to a text, without the spaces between words: the same text for every vocabulary."""
-    byte_of = {token: bytes([value]) for value, token in enumerate(BYTE_TOKENS)}
-    specials = dict.fromkeys(SPECIAL_TOKENS, b"") | {"[SEP]": b"\n", "[UNK]": "\ufffd".encode()}
-    known = byte_of | specials
-    return [
-        known[token] if token in known else token.removeprefix(PART_PREFIX).encode("utf-8", "surrogatepass")
-        for token in vocabulary
-    ]
+def read_pieces_tokenizer(manifest: dict[str, Any] | None, vocab_file: str | Path) -> TokenizerSpec:
+    """The tokenizer that pieces were made with, given its vocabulary; without a manifest they are the reference's."""
+    if manifest is None:
+        return read_tokenizer(vocab_file, compat=True)
+    settings = manifest.get("tokenizer")
+    if settings is None:  # written before there were others than words
+        rules = int(manifest.get("tokenizer_rules", 1))
+        settings = {"kind": "word", "compat": bool(manifest["options"]["compat"]), "rules": rules}
+    try:
+        return read_tokenizer(vocab_file, settings=settings)
+    except TypeError as error:
+        raise ValueError(f"the tokenizer in {MANIFEST} is of another version of this program; {HOW_TO_FIX}") from error
+
+
+def text_of_tokens(tokenizer: Tokenizer) -> list[bytes]:
+    """What each token adds to a text, without case and the spaces between words: much the same for every vocabulary."""
+    marks = tokenizer.marks
+    special = dict.fromkeys([marks.begin, marks.end, marks.padding, *marks.never_produced], b"")
+    special[marks.unknown] = "\ufffd".encode()
+    if marks.line_break is not None:
+        special[marks.line_break] = b"\n"
+    if isinstance(tokenizer, HasDefinition):
+        texts = [text.replace(b" ", b"").lower() for text in tokenizer.token_bytes]
+    else:
+        byte_of = {token: bytes([value]) for value, token in enumerate(BYTE_TOKENS)} | {BYTE_TOKENS[0x20]: b""}
+        texts = [
+            byte_of[token] if token in byte_of else token.removeprefix(PART_PREFIX).encode("utf-8", "surrogatepass")
+            for token in tokenizer.vocabulary
+        ]
+    return [special.get(id_, text) for id_, text in enumerate(texts)]
+
+
+def document_begins(ids: npt.NDArray[Any], marks: Marks, *, inside: bool = False) -> npt.NDArray[np.int64]:
+    """Where documents begin among ids; where one token begins and ends them, at every second one.
+
+    Args:
+        inside: whether the first of the ids is inside a document whose end is still to come.
+    """
+    found = np.flatnonzero(ids == marks.begin).astype(np.int64)
+    return found[int(inside) :: 2] if marks.begin == marks.end else found
 
 
 def piece_numbers(folder: Path) -> list[int]:

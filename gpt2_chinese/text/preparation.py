@@ -7,15 +7,17 @@ on which machine they run. A worker keeps what it has learned about words for it
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Protocol
 
 import numpy as np
 
+from gpt2_chinese.text.char_tokenizer import CharSegmenter, CharTokenizer
 from gpt2_chinese.text.segmenter import Segmenter
-from gpt2_chinese.text.tokenizer import LINE_BREAK, Tokenizer, dropped_characters, fold_word
-from gpt2_chinese.text.vocabulary import CLS_ID, MASK_ID, SEP_ID, UNK_ID
+from gpt2_chinese.text.tokenizers import TokenizerSpec
+from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS, Marks
 from gpt2_chinese.text.word_table import (
     DOCUMENT_END,
     FORMAT,
@@ -24,8 +26,19 @@ from gpt2_chinese.text.word_table import (
     WordCounter,
     WordStore,
     WordTable,
+    class_by_bert,
+    class_by_rules,
     run,
     spell_plain_words,
+)
+from gpt2_chinese.text.word_tokenizer import (
+    LINE_BREAK,
+    RULES,
+    RULES_VERSION,
+    WordTokenizer,
+    clean_bert_character,
+    dropped_characters,
+    fold_word,
 )
 
 BATCH_CHARACTERS = 1 << 20
@@ -52,14 +65,23 @@ def shared_segmenter() -> Segmenter:
     return Segmenter()
 
 
-@lru_cache(maxsize=1)
-def _shared_table() -> WordTable:
-    return WordTable(shared_segmenter())
+@lru_cache(maxsize=4)
+def _shared_table(kind: str, rules: int = RULES_VERSION, digits: bool = False) -> WordTable:
+    """A process's table of words, of the segmenter or of single characters."""
+    if kind == "char":
+        return WordTable(CharSegmenter(digits=digits), class_by_bert)
+    return WordTable(shared_segmenter(), partial(class_by_rules, rules=RULES[rules]))
 
 
 def count_batch(documents: list[str]) -> CountedWords:
     """Count the words that the tokenizer will look up, before they are folded."""
-    table = _shared_table()
+    table = _shared_table("word")
+    return table.count(table.number(documents))
+
+
+def count_batch_of_characters(documents: list[str]) -> CountedWords:
+    """Count single characters and the runs of others between them, before they are folded."""
+    table = _shared_table("char")
     return table.count(table.number(documents))
 
 
@@ -74,12 +96,21 @@ def count_batch_of_reference(documents: list[str]) -> dict[str, int]:
 
 def fold_counts(batches: Iterable[CountedWords]) -> dict[str, int]:
     """Add up counts of `count_batch` as those of the folded words, in the order of first appearance."""
+    return _fold_counts(batches, lambda word, touching: fold_word(word, touching)[0])
+
+
+def fold_character_counts(batches: Iterable[CountedWords], fold: Callable[[str], list[str]]) -> dict[str, int]:
+    """The same for single characters and runs of others, folded as `CharTokenizer` does."""
+    return _fold_counts(batches, lambda word, _: fold(word))
+
+
+def _fold_counts(batches: Iterable[CountedWords], fold: Callable[[str, bool], list[str]]) -> dict[str, int]:
     counter = WordCounter()
     for batch in batches:
         counter.add(batch)
     folded: dict[str, int] = {}
     for (word, touching), count in counter.items():
-        for part in fold_word(word, touching)[0]:
+        for part in fold(word, touching):
             folded[part] = folded.get(part, 0) + count
     return folded
 
@@ -88,8 +119,7 @@ def fold_counts(batches: Iterable[CountedWords]) -> dict[str, int]:
 class Tokenizing:
     """How documents become ids; equal ones share a worker's tables."""
 
-    vocabulary: tuple[str, ...]
-    compat: bool
+    spec: TokenizerSpec
     min_length: int
 
 
@@ -121,41 +151,85 @@ def measured_length(document: str, *, compat: bool) -> int:
 
 
 def tokenize_batch(task: tuple[Tokenizing, list[str]]) -> tuple[bytes, PieceReport]:
-    """Give the text of `[MASK] ids [CLS]` of the documents that are long enough, and the report."""
+    """Give the ids of the documents that are long enough, each between its marks, as text; and the report."""
     tokenizing, documents = task
-    kept = [d for d in documents if measured_length(d, compat=tokenizing.compat) > tokenizing.min_length]
+    compat = tokenizing.spec.compat
+    kept = [d for d in documents if measured_length(d, compat=compat) > tokenizing.min_length]
     report = PieceReport(too_short=len(documents) - len(kept))
     if not kept:
         return b"", report
-    ids_of = _ids_of(tokenizing)
-    return (ids_of.format_reference if tokenizing.compat else ids_of.format)(kept, report), report
+    return _formatter(tokenizing.spec).format(kept, report), report
 
 
 @lru_cache(maxsize=1)
-def _ids_of(tokenizing: Tokenizing) -> _IdTable:
-    return _IdTable(tokenizing)
+def _formatter(spec: TokenizerSpec) -> _Formatter:
+    if spec.kind == "bpe":
+        return _BpeFormatter(spec)
+    return _ReferenceFormatter(spec) if spec.kind == "word" and spec.compat else _TableFormatter(spec)
 
 
-class _IdTable:
-    """The ids of every word of a `WordTable`, and what the reports need of it."""
+class _Formatter(Protocol):
+    """Writes the ids of documents in decimal and adds to the report."""
 
-    def __init__(self, tokenizing: Tokenizing) -> None:
-        segmenter = None if tokenizing.compat else shared_segmenter()
-        self._tokenizer = Tokenizer(tokenizing.vocabulary, compat=tokenizing.compat, segmenter=segmenter)
-        self._table = None if tokenizing.compat else _shared_table()
-        if self._table is not None:
-            self._vocabulary = WordStore.of(tokenizing.vocabulary)
-            self._longest = max(map(len, tokenizing.vocabulary))
-        decimal = [b"%d " % id_ for id_ in range(len(tokenizing.vocabulary))]
+    def format(self, documents: list[str], report: PieceReport) -> bytes: ...
+
+
+class _Decimal:
+    """Writes ids in decimal, by compiled code."""
+
+    def __init__(self, size: int) -> None:
+        decimal = [b"%d " % id_ for id_ in range(size)]
         assert len(decimal[-1]) <= ID_BYTES
-        self._decimal = np.frombuffer(b"".join(text.ljust(ID_BYTES) for text in decimal), np.uint8).reshape(
-            -1, ID_BYTES
-        )
-        self._decimal_lengths = np.fromiter(map(len, decimal), np.int64, len(decimal))
+        self._digits = np.frombuffer(b"".join(text.ljust(ID_BYTES) for text in decimal), np.uint8).reshape(-1, ID_BYTES)
+        self._lengths = np.fromiter(map(len, decimal), np.int64, len(decimal))
+
+    def write(
+        self,
+        sequence: np.ndarray,
+        starts: np.ndarray,
+        ends: np.ndarray,
+        ids: np.ndarray,
+        count: int,
+        marks: Marks,
+        report: PieceReport,
+        *,
+        keep_empty: bool = False,
+    ) -> bytes:
+        """The text of a sequence of word numbers, `DOCUMENT_END` and `LINE_BREAK_WORD`, with `count` ids at most.
+
+        Word n has ids[starts[n] : ends[n]].
+        """
+        output = np.empty((count + 1) * ID_BYTES, dtype=np.uint8)
+        line_break = -1 if marks.line_break is None else marks.line_break
+        length, tokens, kept, empty, *_ = run(
+            FORMAT, [marks.begin, marks.end, line_break, int(keep_empty)], sequence, starts, ends, ids, self._digits,
+            self._lengths, output,
+        )  # fmt: skip
+        report.tokens += tokens
+        report.documents += kept
+        report.empty += empty
+        return output[:length].tobytes()
+
+
+class _TableFormatter:
+    """Words or characters: the ids of every word of a `WordTable`, and what the reports need of it."""
+
+    def __init__(self, spec: TokenizerSpec) -> None:
+        self._spec = spec
+        tokenizer = spec.build(segmenter=shared_segmenter() if spec.kind == "word" else None)
+        assert isinstance(tokenizer, (WordTokenizer, CharTokenizer))
+        self._tokenizer = tokenizer
+        self._table = _shared_table(spec.kind, spec.rules, spec.kind == "char" and spec.compat)
+        # Of a token that stands there twice the last one counts; what is blank is no word.
+        token_ids = {token: id_ for id_, token in enumerate(tokenizer.vocabulary) if token.strip(" \n")}
+        self._vocabulary = WordStore.of(list(token_ids))
+        self._token_ids = np.fromiter(token_ids.values(), np.int32, len(token_ids))
+        self._longest = max(map(len, tokenizer.vocabulary))
+        self._decimal = _Decimal(len(tokenizer))
         self._clear()
 
     def _clear(self) -> None:
-        self._generation = self._table.generation if self._table is not None else 0
+        self._generation = self._table.generation
         # Of every word: where its ids begin and end, its parts, parts of several tokens, unknown tokens, those parts.
         self._starts: np.ndarray = np.zeros(0, dtype=np.int64)
         self._ends: np.ndarray = np.zeros(0, dtype=np.int64)
@@ -163,38 +237,44 @@ class _IdTable:
         self._figures: np.ndarray = np.zeros((3, 0), dtype=np.int64)
         self._unknown: dict[int, list[str]] = {}
 
+    def _parts(self, word: str, touching: bool) -> list[str]:
+        if isinstance(self._tokenizer, CharTokenizer):
+            return self._tokenizer.fold(word)
+        return fold_word(word, touching, self._tokenizer.rules)[0]
+
     def _learn(self, words: WordStore) -> None:
         """Take in the words that have come since the last call."""
         first = self._figures.shape[1]
         if words.count == first:
             return
+        unknown = self._tokenizer.marks.unknown
         # 1) Nearly all words, in compiled code.
         spelled = spell_plain_words(self._vocabulary, self._longest, words, first)
-        starts, ends, ids = spelled.starts, spelled.ends, spelled.ids.tolist()
+        starts, ends, ids = spelled.starts, spelled.ends, self._token_ids[spelled.ids].tolist()
         figures = np.ones((3, words.count - first), dtype=np.int64)
         figures[1] = ends - starts > 1
         figures[2] = 0
         # 2) The others, as the tokenizer says.
         for number in np.flatnonzero(ends < 0).tolist():
-            parts = fold_word(*words.read_one(first + number))[0]
+            parts = self._parts(*words.read_one(first + number))
             starts[number] = len(ids)
             several = 0
             for part in parts:
                 part_ids = self._tokenizer.word_ids(part)
                 ids += part_ids
                 several += len(part_ids) > 1
-                if UNK_ID in part_ids:
+                if unknown is not None and unknown in part_ids:
                     self._unknown.setdefault(first + number, []).append(part)
             ends[number] = len(ids)
-            figures[:, number] = len(parts), several, ids[starts[number] :].count(UNK_ID)
+            figures[:, number] = len(parts), several, ids[starts[number] :].count(unknown)
         self._starts = np.concatenate((self._starts, starts + len(self._ids)))
         self._ends = np.concatenate((self._ends, ends + len(self._ids)))
         self._ids = np.concatenate((self._ids, np.asarray(ids, dtype=np.int32)))
         self._figures = np.concatenate((self._figures, figures), axis=1)
 
     def format(self, documents: list[str], report: PieceReport) -> bytes:
-        """The ids of documents in decimal; adds to the report."""
-        assert self._table is not None
+        if self._spec.compat and any(_is_special(document) for document in documents):
+            return _ReferenceFormatter(self._spec, self._tokenizer).format(documents, report)
         dropped_before = self._table.dropped_characters
         sequence = self._table.number(documents)
         report.dropped_characters += self._table.dropped_characters - dropped_before
@@ -213,34 +293,75 @@ class _IdTable:
                 for part in parts:
                     report.unknown_words[part] += int(counts[number])
 
-        marks = 2 * int(np.count_nonzero(sequence == DOCUMENT_END)) + line_breaks
-        most_ids = int(counts @ (self._ends - self._starts)) + marks
-        output = np.empty((most_ids + 1) * ID_BYTES, dtype=np.uint8)
-        length, tokens, kept, empty, *_ = run(
-            FORMAT, [MASK_ID, CLS_ID, SEP_ID], sequence, self._starts, self._ends, self._ids, self._decimal,
-            self._decimal_lengths, output,
-        )  # fmt: skip
-        report.tokens += tokens
-        report.documents += kept
-        report.empty += empty
-        return output[:length].tobytes()
+        count = int(counts @ (self._ends - self._starts)) + line_breaks
+        count += 2 * int(np.count_nonzero(sequence == DOCUMENT_END))
+        return self._decimal.write(
+            sequence,
+            self._starts,
+            self._ends,
+            self._ids,
+            count,
+            self._tokenizer.marks,
+            report,
+            keep_empty=self._spec.compat,
+        )
 
-    def format_reference(self, documents: list[str], report: PieceReport) -> bytes:
-        """The reference's ids; it keeps a document of which nothing is left."""
+
+def _is_special(document: str) -> bool:
+    """Whether GPT2-Chinese finds special tokens in a text: their names, or white space alone."""
+    return not document.strip() or any(token in document for token in SPECIAL_TOKENS)
+
+
+class _ReferenceFormatter:
+    """A document at a time, as the tokenizer itself does it; a document of which nothing is left is kept."""
+
+    def __init__(self, spec: TokenizerSpec, tokenizer: WordTokenizer | CharTokenizer | None = None) -> None:
+        built = tokenizer or spec.build()
+        assert isinstance(built, (WordTokenizer, CharTokenizer))
+        self._tokenizer = built
+
+    def format(self, documents: list[str], report: PieceReport) -> bytes:
+        marks = self._tokenizer.marks
         lines: list[str] = []
         for document in documents:
-            ids = [MASK_ID]
+            ids = [marks.begin]
             for word in self._tokenizer.words(document):
                 word_ids = self._tokenizer.word_ids(word)
                 ids += word_ids
                 report.words += 1
                 report.spelled_words += len(word_ids) > 1
-                if UNK_ID in word_ids:
+                if marks.unknown in word_ids:
                     report.unknown_words[word] += 1
-                    report.unknown_tokens += word_ids.count(UNK_ID)
-            ids.append(CLS_ID)
+                    report.unknown_tokens += word_ids.count(marks.unknown or 0)
+            ids.append(marks.end)
             report.documents += 1
-            report.dropped_characters += dropped_characters(document)
+            report.dropped_characters += dropped_characters(document, clean_bert_character)
             report.tokens += len(ids)
             lines.append(" ".join(map(str, ids)) + " ")
         return "".join(lines).encode("ascii")
+
+
+class _BpeFormatter:
+    """BPE, by the package; its ids are the numbers of the words."""
+
+    def __init__(self, spec: TokenizerSpec) -> None:
+        from gpt2_chinese.text.bpe_tokenizer import BpeTokenizer
+
+        tokenizer = spec.build()
+        assert isinstance(tokenizer, BpeTokenizer)
+        self._tokenizer = tokenizer
+        self._decimal = _Decimal(len(tokenizer))
+        self._ids = np.arange(len(tokenizer), dtype=np.int32)
+        self._starts = np.arange(len(tokenizer), dtype=np.int64)
+
+    def format(self, documents: list[str], report: PieceReport) -> bytes:
+        numbers: list[int] = []
+        for ids in self._tokenizer.encode_batch(documents):
+            numbers += ids
+            numbers.append(int(DOCUMENT_END))
+        sequence = np.array(numbers, dtype=np.int32)
+        count = len(numbers) + len(documents)
+        report.words += len(numbers) - len(documents)
+        return self._decimal.write(
+            sequence, self._starts, self._starts + 1, self._ids, count, self._tokenizer.marks, report
+        )

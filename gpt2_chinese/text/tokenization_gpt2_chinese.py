@@ -23,8 +23,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizer
 
-from .tokenizer import Tokenizer, join_tokens
 from .vocabulary import SPECIAL_TOKENS, read_vocabulary
+from .word_tokenizer import WordTokenizer, join_tokens
 
 _VOCABULARY = "vocab.txt"
 _SEPARATOR, _END, _BEGIN, _PADDING, _UNKNOWN = SPECIAL_TOKENS
@@ -38,14 +38,16 @@ class GPT2ChineseTokenizer(PreTrainedTokenizer):
     Args:
         vocab_file: one token a line, its id is its line number from 0.
         compat: tokenize as GPT2-Chinese did, with its `[UNK]`s.
+        rules: the number of the rules by which text is tokenized.
     """
 
     vocab_files_names = {"vocab_file": _VOCABULARY}
     model_input_names = ["input_ids", "attention_mask"]
 
-    def __init__(self, vocab_file: str, compat: bool = False, **kwargs: Any) -> None:
+    def __init__(self, vocab_file: str, compat: bool = False, rules: int = 1, **kwargs: Any) -> None:
         segmenter = Thulac(SPECIAL_TOKENS if compat else ())
-        self._tokenizer = Tokenizer(read_vocabulary(vocab_file), compat=compat, segmenter=segmenter)
+        vocabulary = read_vocabulary(vocab_file, strict=False)
+        self._tokenizer = WordTokenizer(vocabulary, compat=compat, rules=rules, segmenter=segmenter)
         self._id_of = {token: id_ for id_, token in enumerate(self._tokenizer.vocabulary)}
         defaults = {
             "bos_token": _BEGIN,
@@ -55,7 +57,7 @@ class GPT2ChineseTokenizer(PreTrainedTokenizer):
             "unk_token": _UNKNOWN,
             "padding_side": "left",
         }
-        super().__init__(compat=compat, **(defaults | kwargs))
+        super().__init__(compat=compat, rules=rules, **(defaults | kwargs))
 
     @property
     def vocab_size(self) -> int:
@@ -98,7 +100,7 @@ class GPT2ChineseTokenizer(PreTrainedTokenizer):
         return [1, *[0] * len(token_ids_0), *second]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        return join_tokens(tokens, compat=self._tokenizer.compat)
+        return join_tokens(tokens, compat=self._tokenizer.compat, rules=self._tokenizer.rules)
 
     def _decode(
         self,

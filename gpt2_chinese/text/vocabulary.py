@@ -1,26 +1,79 @@
-"""The special tokens, and vocabulary files: one token a line, its id is its line number from 0.
+"""Vocabulary files, one token a line, its id is its line number from 0; and the special tokens, found by name.
 
-A copy of this file travels in every model folder (see tokenization_gpt2_chinese.py).
+A copy of this file travels in the model folders of word vocabularies (see tokenization_gpt2_chinese.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 SPECIAL_TOKENS = ("[SEP]", "[CLS]", "[MASK]", "[PAD]", "[UNK]")
-SEP_ID, CLS_ID, MASK_ID, PAD_ID, UNK_ID = range(5)
-"""A line break, the end of a document, its beginning, padding, and what the vocabulary cannot spell."""
-NEVER_PRODUCED = (MASK_ID, PAD_ID, UNK_ID)
-"""They mean nothing in a completion; every decoder leaves them out."""
+"""In the order in which make-vocab.py writes them; a vocabulary from elsewhere may have them anywhere."""
 
 
-def read_vocabulary(path: str | Path) -> list[str]:
+@dataclass(frozen=True)
+class Marks:
+    """The ids of special tokens, by what they do.
+
+    Attributes:
+        begin: begins a document.
+        end: ends it; may be the same as `begin`.
+        line_break: a line break within a document; None where a line break is white space, or text as any other.
+        padding, unknown: None where the vocabulary has none.
+        never_produced: mean nothing in a completion; every decoder leaves them out.
+    """
+
+    begin: int
+    end: int
+    line_break: int | None
+    padding: int | None
+    unknown: int | None
+    never_produced: tuple[int, ...]
+
+
+def find_marks(
+    ids: Mapping[str, int], *, begin: str = "[MASK]", end: str = "[CLS]", line_break: str | None = "[SEP]"
+) -> Marks:
+    """Find the special tokens of a vocabulary by name.
+
+    Args:
+        ids: the id of each token.
+        begin, end, line_break: the names of those that mark a document; those of GPT2-Chinese by default. A line break
+            is white space where its token is None or missing.
+
+    Raises:
+        ValueError: the token that begins or ends a document is missing.
+    """
+    for token, role in ((begin, "begins a document"), (end, "ends a document")):
+        if token not in ids:
+            raise ValueError(
+                f"has no {token}, which {role}; put it on a line of its own where the model was trained with it, or "
+                "name the tokens that begin and end a document with --document_marks"
+            )
+    known = {name: ids.get(name) for name in ("[MASK]", "[PAD]", "[UNK]")}
+    break_id = ids.get(line_break) if line_break is not None else None
+    never = [id_ for id_ in [ids[begin], *known.values()] if id_ is not None and id_ not in (ids[end], break_id)]
+    return Marks(
+        begin=ids[begin],
+        end=ids[end],
+        line_break=break_id,
+        padding=known["[PAD]"],
+        unknown=known["[UNK]"],
+        never_produced=tuple(dict.fromkeys(never)),
+    )
+
+
+def read_vocabulary(path: str | Path, *, strict: bool = True) -> list[str]:
     """Read a vocabulary file; the id of a token is its index in the list.
+
+    Args:
+        strict: refuse empty lines and tokens that stand there twice; vocabularies that were published have some.
 
     Raises:
         FileNotFoundError: there is no such file; the message says which script writes it.
-        ValueError: not UTF-8, the first five lines are not the special tokens, an empty line, white space inside a
-            token, or a token that stands there twice; the message names the line.
+        ValueError: not UTF-8, no token, an empty line, or a token that stands there twice; the message names the line.
     """
     path = Path(path)
     try:
@@ -37,12 +90,15 @@ def read_vocabulary(path: str | Path) -> list[str]:
         raise ValueError(f"{path}, line {line}: byte {error.start} is not UTF-8; build it with make-vocab.py") from None
     # Not splitlines(): a token may be one of the other line separators of Unicode.
     tokens = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
-    first = tuple(tokens[: len(SPECIAL_TOKENS)])
-    if first != SPECIAL_TOKENS:
-        raise ValueError(
-            f"{path}: the first five lines must be {' '.join(SPECIAL_TOKENS)}, they are {' '.join(first) or 'empty'}; "
-            "put them there, or build the vocabulary with make-vocab.py"
-        )
+    if not any(tokens):
+        raise ValueError(f"{path} is empty; build the vocabulary with make-vocab.py")
+    if strict:
+        check_tokens(path, tokens)
+    return tokens
+
+
+def check_tokens(path: str | Path, tokens: Sequence[str]) -> None:
+    """Refuse empty tokens, and those that stand in the vocabulary twice; errors as in `read_vocabulary`."""
     seen: dict[str, int] = {}
     for number, token in enumerate(tokens, start=1):
         if not token:
@@ -53,4 +109,3 @@ def read_vocabulary(path: str | Path) -> list[str]:
                 "or build the vocabulary with make-vocab.py"
             )
         seen[token] = number
-    return tokens

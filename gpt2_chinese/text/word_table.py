@@ -1,8 +1,8 @@
-"""The words of many documents at once, compiled: what `WordSplitter` gives, as numbers.
+"""The words of many documents at once, compiled: what a tokenizer's `words` gives, as numbers.
 
-Every word that THULAC cuts gets a number when it is first seen, so that a batch of documents becomes an array of
+Every word that the segmenter cuts gets a number when it is first seen, so that a batch of documents becomes an array of
 numbers, and the work on a word (folding, looking up, spelling) is done in Python once for each different word.
-The tests hold this module to `WordSplitter` and `Tokenizer`, which say in Python what it does.
+The tests hold this module to `WordTokenizer` and `CharTokenizer`, which say in Python what it does.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from gpt2_chinese.compiled import load_function
-from gpt2_chinese.text.segmenter import Segmenter
-from gpt2_chinese.text.tokenizer import clean_character, fold, is_spaced
+from gpt2_chinese.text.word_tokenizer import Rules, clean_bert_character
 
 # What a character is for the compiled code.
 WIDE, SPACED, VANISHES, SPACE, DROPPED, UNSEEN = (
@@ -39,7 +39,7 @@ ARRAYS = {
     SPELL: "u4 i8 i4 u8 i8 u4 i4 i8 i8",
     FORMAT: "i4 i8 i8 i4 u1 i8 u1",
 }
-MOST_TABLES, MOST_VALUES = 11, 5
+MAX_TABLES, MAX_VALUES = 11, 5
 
 # What stands in a sequence of word numbers besides words.
 DOCUMENT_END = np.int32(-1)
@@ -182,8 +182,38 @@ class WordCounter:
         return zip(self._store.read(0), self._totals[: self._store.count].tolist(), strict=True)
 
 
+class Segments(Protocol):
+    """What cuts cleaned text into words: `segmenter.Segmenter` or `char_tokenizer.CharSegmenter`."""
+
+    def segment(self, code_points: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+def class_by_rules(character: str, rules: Rules) -> np.uint8:
+    """What a character is for words, as their rules have it."""
+    kept = rules.clean_character(character)
+    if not kept:
+        return DROPPED
+    if kept == " " or character.isspace():
+        return SPACE
+    if not (folded := rules.fold(character)):
+        return VANISHES
+    return SPACED if rules.is_spaced(folded[-1]) else WIDE
+
+
+def class_by_bert(character: str) -> np.uint8:
+    """What a character is for WordPiece, which knows no spaces between words."""
+    kept = clean_bert_character(character)
+    if not kept:
+        return DROPPED
+    return SPACE if kept == " " else WIDE
+
+
 class WordTable:
-    """Numbers the words of documents. A word is THULAC's as it stands in the cleaned text; see `WordStore`.
+    """Numbers the words of documents. A word is the segmenter's as it stands in the cleaned text; see `WordStore`.
+
+    Args:
+        segmenter: cuts the cleaned text.
+        class_of: what a character is, WIDE, SPACED, VANISHES, SPACE or DROPPED.
 
     Attributes:
         words: numbered in the order in which they are first seen.
@@ -191,8 +221,9 @@ class WordTable:
         dropped_characters: those that cleaning has left out so far.
     """
 
-    def __init__(self, segmenter: Segmenter) -> None:
+    def __init__(self, segmenter: Segments, class_of: Callable[[str], np.uint8]) -> None:
         self._segmenter = segmenter
+        self._class_of = class_of
         self._classes = np.full(0x110000, UNSEEN, dtype=np.uint8)
         self.words = WordStore()
         self.generation = 0
@@ -213,7 +244,7 @@ class WordTable:
         code_points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
         ends = np.cumsum(np.fromiter(map(len, documents), np.int64, len(documents)) + 1) - 1
 
-        # 1) Clean, and cut into THULAC's words; every document's end stays a line break.
+        # 1) Clean, and cut into words; every document's end stays a line break.
         cleaned = np.empty(len(code_points), dtype=np.uint32)
         cleaned_ends = np.empty_like(ends)
         while True:
@@ -244,17 +275,7 @@ class WordTable:
         there = np.zeros(len(self._classes), dtype=np.uint8)
         there[code_points] = True
         for code in np.flatnonzero(there & (self._classes == UNSEEN)).tolist():
-            character = chr(code)
-            kept = clean_character(character)
-            if not kept:
-                class_ = DROPPED
-            elif kept == " " or character.isspace():
-                class_ = SPACE
-            elif not (folded := fold(character)):
-                class_ = VANISHES
-            else:
-                class_ = SPACED if is_spaced(folded[-1]) else WIDE
-            self._classes[code] = class_
+            self._classes[code] = self._class_of(chr(code))
 
 
 def _doubled(array: np.ndarray) -> np.ndarray:
@@ -272,7 +293,7 @@ def run(operation: int, values: Sequence[int], *arrays: np.ndarray) -> list[int]
     """Run compiled code: see the function of that name in the kernel; gives the numbers that it gives."""
     assert [f"{array.dtype.kind}{array.dtype.itemsize}" for array in arrays] == ARRAYS[operation].split()
     assert all(array.flags.c_contiguous for array in arrays)
-    numbers = np.zeros(MOST_VALUES, dtype=np.int64)
+    numbers = np.zeros(MAX_VALUES, dtype=np.int64)
     numbers[: len(values)] = values
     tables = np.array([(array.ctypes.data, array.size) for array in arrays], dtype=np.int64)
     _compiled()(operation, numbers.ctypes.data, tables.ctypes.data)

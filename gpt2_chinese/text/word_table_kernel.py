@@ -21,8 +21,8 @@ from gpt2_chinese.text.word_table import (
     FILL_SLOTS,
     FORMAT,
     LINE_BREAK_WORD,
-    MOST_TABLES,
-    MOST_VALUES,
+    MAX_TABLES,
+    MAX_VALUES,
     NUMBER,
     SPACE,
     SPACED,
@@ -319,13 +319,14 @@ def format_ids(
     first_id,
     last_id,
     line_break_id,
+    keep_empty,
     output,
 ):
     """Write documents of word numbers as ids in decimal, each `first_id` ids `last_id`, a space behind every id.
 
-    A document without any id is left out.
-
     Args:
+        line_break_id: -1 where a line break has no id.
+        keep_empty: whether a document without any id is written, as its first and last id, or left out.
         id_starts, id_ends, ids: word n has ids[id_starts[n] : id_ends[n]].
         decimal, decimal_lengths: the digits and the space of every id, in eight bytes, and how many they are.
         output: uint8, as long as the text can become and eight bytes more.
@@ -341,24 +342,21 @@ def format_ids(
     for index in range(len(sequence)):
         if sequence[index] != DOCUMENT_END:
             continue
-        if begin == index:
-            empty += 1
-            begin = index + 1
-            continue
         document_start = length
         length = append_id(first_id, decimal, decimal_lengths, output, length)
         inner = 0
         for position in range(begin, index):
             number = sequence[position]
             if number == LINE_BREAK_WORD:
-                length = append_id(line_break_id, decimal, decimal_lengths, output, length)
-                inner += 1
+                if line_break_id >= 0:
+                    length = append_id(line_break_id, decimal, decimal_lengths, output, length)
+                    inner += 1
                 continue
             for place in range(id_starts[number], id_ends[number]):
                 length = append_id(ids[place], decimal, decimal_lengths, output, length)
             inner += id_ends[number] - id_starts[number]
         begin = index + 1
-        if inner == 0:
+        if inner == 0 and not keep_empty:
             length = document_start
             empty += 1
             continue
@@ -382,8 +380,8 @@ def append_id(id_, decimal, lengths, output, length):
 
 def run_addresses(operation, values, tables):
     """One operation for a caller that has addresses: numbers go in and out by `values`, arrays are in `tables`."""
-    values = carray(values, MOST_VALUES)
-    tables = carray(tables, 2 * MOST_TABLES)
+    values = carray(values, MAX_VALUES)
+    tables = carray(tables, 2 * MAX_TABLES)
     if operation == CLEAN:
         values[0], values[1] = clean_documents(
             table(tables, 0, np.uint32), table(tables, 1, np.int64), table(tables, 2, np.uint8),
@@ -420,7 +418,7 @@ def run_addresses(operation, values, tables):
         values[0], values[1], values[2], values[3] = format_ids(
             table(tables, 0, np.int32), table(tables, 1, np.int64), table(tables, 2, np.int64),
             table(tables, 3, np.int32), table(tables, 4, np.uint8), table(tables, 5, np.int64), values[0], values[1],
-            values[2], table(tables, 6, np.uint8),
+            values[2], values[3] != 0, table(tables, 6, np.uint8),
         )  # fmt: skip
 
 

@@ -32,6 +32,10 @@ _LEFT_OVER = re.compile(r"\.step_\d+\.(tmp|old)")  # half written or half delete
 _FORMAT = 1
 
 
+ADDED_SETTINGS: dict[str, Any] = {"--weight_decay": 0.0, "--muon_weight_decay": None}
+"""What checkpoints of earlier versions, which did not have these flags, were made with."""
+
+
 def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
     """The checkpoints of a run and their steps, the latest first; whether they are whole is not looked at."""
     if not folder.is_dir():
@@ -137,11 +141,12 @@ def check_settings(path: Path, saved: Mapping[str, Any], current: Mapping[str, A
     Raises:
         ValueError: they differ; the message names what, with both values.
     """
+    saved = ADDED_SETTINGS | dict(saved)
     differing = [name for name in current if saved.get(name) != current[name]]
     if differing:
         named = "; ".join(f"{name} was {saved.get(name)}, is {current[name]}" for name in differing)
         raise ValueError(
-            f"{path} cannot be gone on from: {named}. Give what it was made with, or take another --output_dir, "
+            f"{path} cannot be resumed: {named}. Give what it was made with, or take another --output_dir, "
             "or start anew with --resume none"
         )
 

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2LMHeadModel
 
-from gpt2_chinese.decoding.sampling import draw, uniforms
-from gpt2_chinese.text.tokenizer import Tokenizer
-from gpt2_chinese.text.vocabulary import CLS_ID, MASK_ID, PAD_ID, UNK_ID
+from gpt2_chinese.decoding.sampling import sample_tokens, uniform_random
+from gpt2_chinese.text.pieces import document_begins
+from gpt2_chinese.text.tokenizers import Tokenizer
+from gpt2_chinese.text.vocabulary import Marks
 
 UNKNOWN_BITS = math.log2(0x110000)
 """What an `[UNK]` is charged on top of its own loss: to name one of all code points of Unicode, 20.09 bits."""
@@ -48,14 +49,14 @@ class Documents:
     first window has at least `n_ctx // 2` before it; only what the window before has not seen is counted.
 
     Args:
-        tokens: documents one after the other, each beginning with `[MASK]`.
+        tokens: documents one after the other, each with its marks.
     """
 
     def __init__(self, tokens: npt.NDArray[Any], n_ctx: int, tokenizer: Tokenizer) -> None:
         self.tokens = tokens
-        begins = (
-            np.union1d([0], np.flatnonzero(tokens == MASK_ID)).astype(np.int64) if len(tokens) else np.empty(0, int)
-        )
+        self._padding = tokenizer.marks.padding if tokenizer.marks.padding is not None else tokenizer.marks.end
+        found = document_begins(tokens, tokenizer.marks)
+        begins = np.union1d([0], found).astype(np.int64) if len(tokens) else np.empty(0, np.int64)
         ends = np.append(begins[1:], len(tokens))
         windows = [
             window
@@ -71,10 +72,10 @@ class Documents:
             self.unknown += unknown
 
     def batch(self, windows: Iterable[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The ids and targets of windows, int64 [windows, length]; `[PAD]` behind shorter ones is not counted."""
+        """The ids and targets of windows, int64 [windows, length]; what pads shorter ones is not counted."""
         windows = list(windows)
         length = max(end - begin for begin, end, _ in windows)
-        input_ids = np.full((len(windows), length), PAD_ID, np.int64)
+        input_ids = np.full((len(windows), length), self._padding, np.int64)
         targets = np.full((len(windows), length - 1), _UNCOUNTED, np.int64)
         for row, (begin, end, first) in enumerate(windows):
             input_ids[row, : end - begin] = self.tokens[begin:end]
@@ -108,8 +109,9 @@ def document_windows(begin: int, end: int, n_ctx: int) -> list[tuple[int, int, i
 
 def count_characters(ids: npt.NDArray[Any], tokenizer: Tokenizer) -> tuple[int, int]:
     """The characters of a document's text, in which an `[UNK]` counts as one; and how many `[UNK]` there are."""
-    unknown = int(np.count_nonzero(ids == UNK_ID))
-    text = tokenizer.decode(id_ for id_ in ids.tolist() if id_ not in (MASK_ID, CLS_ID))
+    marks = tokenizer.marks
+    unknown = 0 if marks.unknown is None else int(np.count_nonzero(ids == marks.unknown))
+    text = tokenizer.decode(id_ for id_ in ids.tolist() if id_ not in (marks.begin, marks.end))
     return len(text) + unknown, unknown
 
 
@@ -119,7 +121,7 @@ def bits_per_character(nats: float, characters: int, unknown: int) -> float:
         (nats / ln 2 + unknown * log2(0x110000)) / characters
 
     Args:
-        nats: the loss, summed over every token but `[MASK]`: over line breaks (`[SEP]`) and ends (`[CLS]`) too.
+        nats: the loss, summed over every token but a document's first: over line breaks and ends too.
         characters: of the text that the tokens decode to; a line break is one, an `[UNK]` counts as one, an end as
             none.
         unknown: how many `[UNK]` there are. Such a token says that something was there and not what, so it is
@@ -193,8 +195,8 @@ def evaluating(model: GPT2LMHeadModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def complete(model: GPT2LMHeadModel, prompt: list[int], *, rows: int, seed: int) -> list[int]:
-    """Go on from a prompt, at temperature 1 among the 30 likeliest tokens, until the document or the window ends.
+def complete(model: GPT2LMHeadModel, prompt: list[int], *, rows: int, marks: Marks, seed: int) -> list[int]:
+    """Continue a prompt, at temperature 1 among the 30 likeliest tokens, until the document or the window ends.
 
     There is no cache of keys and values: it is a look at the model now and then, with the model as it stands. The
     random numbers come from `seed` alone.
@@ -207,9 +209,9 @@ def complete(model: GPT2LMHeadModel, prompt: list[int], *, rows: int, seed: int)
         for step in range(min(_COMPLETION_LENGTH, model.config.n_ctx - len(ids))):
             hidden = model.transformer(torch.tensor([ids], device=device), use_cache=False).last_hidden_state
             logits = model.lm_head(hidden[:, -1])[:, :rows].float().cpu()
-            logits[:, [MASK_ID, PAD_ID, UNK_ID]] = -torch.inf
-            id_ = int(draw(logits, uniforms([seed], [step]), one, torch.tensor([30]), one))
-            if id_ == CLS_ID:
+            logits[:, list(marks.never_produced)] = -torch.inf
+            id_ = int(sample_tokens(logits, uniform_random([seed], [step]), one, torch.tensor([30]), one))
+            if id_ == marks.end:
                 break
             ids = [*ids, id_]
     return ids[begin:]

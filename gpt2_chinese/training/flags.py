@@ -156,6 +156,23 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--muon_lr", type=_positive_number, help="peak learning rate of Muon (default: --lr)")
     parser.add_argument(
+        "--weight_decay",
+        type=_not_negative_number,
+        default=0.0,
+        help="decoupled weight decay, as a share of the learning rate; norms and biases do not decay "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--muon_weight_decay",
+        type=_not_negative_number,
+        help="of the matrices that Muon updates (default: --weight_decay)",
+    )
+    parser.add_argument(
+        "--dropout",
+        type=_fraction,
+        help="of the embedding, the attention and the residual branches (default: what --model_config says)",
+    )
+    parser.add_argument(
         "--max_bad_updates",
         type=_positive,
         default=3,
@@ -235,6 +252,13 @@ def _share(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0, at most 1")
+    return value
+
+
+def _not_negative_number(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
     return value
 
 

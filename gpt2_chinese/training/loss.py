@@ -127,31 +127,43 @@ class WindowLoss(nn.Module):
 
 
 def pad_vocabulary(model: GPT2LMHeadModel, multiple: int = 64) -> int:
-    """Give the embedding rows that no token uses, up to a multiple that matrix products are fast at.
+    """Give the embedding, and an output layer of its own, rows that no token uses, so that there is a multiple of them
+    that matrix products are fast at.
 
     Their logits are cut off before the loss, so they change no figure and stay 0. Gives the number of true rows.
     """
     rows = int(model.config.vocab_size)
-    weight = model.transformer.wte.weight
-    padded = F.pad(weight.detach(), (0, 0, 0, -rows % multiple))
-    _set_embedding(model, nn.Parameter(padded))
+    embedding, head = (F.pad(weight.detach(), (0, 0, 0, -rows % multiple)) for weight in _vocabulary_weights(model))
+    _set_vocabulary_weights(model, nn.Parameter(embedding), None if is_tied(model) else nn.Parameter(head))
     return rows
 
 
 @contextmanager
 def unpadded(model: GPT2LMHeadModel, rows: int) -> Iterator[GPT2LMHeadModel]:
     """The model with its true rows only, to be saved; it shares its memory with the one that is trained."""
-    padded = model.transformer.wte.weight
-    _set_embedding(model, nn.Parameter(padded.detach()[:rows]))
+    tied = is_tied(model)
+    embedding, head = _vocabulary_weights(model)
+    cut, cut_head = (nn.Parameter(weight.detach()[:rows]) for weight in (embedding, head))
+    _set_vocabulary_weights(model, cut, None if tied else cut_head)
     try:
         yield model
     finally:
-        _set_embedding(model, padded)
+        _set_vocabulary_weights(model, embedding, None if tied else head)
 
 
-def _set_embedding(model: GPT2LMHeadModel, weight: torch.Tensor) -> None:
-    """The embedding and the head, which are one matrix."""
-    model.transformer.wte.weight = model.lm_head.weight = weight
+def is_tied(model: GPT2LMHeadModel) -> bool:
+    """Whether the output layer is the embedding."""
+    return model.lm_head.weight is model.transformer.wte.weight
+
+
+def _vocabulary_weights(model: Any) -> tuple[nn.Parameter, nn.Parameter]:
+    return model.transformer.wte.weight, model.lm_head.weight
+
+
+def _set_vocabulary_weights(model: GPT2LMHeadModel, embedding: nn.Parameter, head: nn.Parameter | None) -> None:
+    """Set the embedding and the output layer; None ties it to the embedding."""
+    model.transformer.wte.weight = embedding
+    model.lm_head.weight = embedding if head is None else head
 
 
 def should_compile(

@@ -1,6 +1,6 @@
 """Muon for the hidden matrices of a GPT-2, AdamW for its embeddings, norms and biases, as one optimizer.
 
-Muon (Keller Jordan, 2024) steps along the orthogonalize momentum: every direction in which a matrix can change is
+Muon (Keller Jordan, 2024) steps along the orthogonalized momentum: every direction in which a matrix can change is
 changed by as much. It wants the same learning rate as AdamW here, since a step has the root mean square of AdamW's
 (Moonlight, 2025: 0.2 times the root of the longer side).
 """
@@ -59,14 +59,16 @@ def _polynomial(coefficients: tuple[float, float, float], gram: torch.Tensor, sq
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon and AdamW over the parameters of a GPT-2, without weight decay.
+    """Muon and AdamW over the parameters of a GPT-2, with decoupled weight decay.
 
     Args:
         model: matrices of its blocks go to Muon, the rest to AdamW.
         lr: of AdamW.
         muon_lr: of Muon.
+        weight_decay: of the embeddings; norms and biases do not decay.
+        muon_weight_decay: of the matrices that Muon updates.
         momentum: of Muon, in Nesterov's way.
-        dtype: in which Muon orthogonalises; bfloat16 is enough, where the device computes it.
+        dtype: in which Muon orthogonalizes; bfloat16 is enough, where the device computes it.
 
     A tensor `found_inf`, set as an attribute before `step`, leaves the step out where it is not 0, on the device.
     """
@@ -77,6 +79,8 @@ class Muon(torch.optim.Optimizer):
         *,
         lr: float,
         muon_lr: float,
+        weight_decay: float = 0.0,
+        muon_weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         momentum: float = 0.95,
@@ -85,16 +89,22 @@ class Muon(torch.optim.Optimizer):
         fused: list[nn.Parameter] = []
         matrices: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
+        decaying: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
             if ".h." in f".{name}" and parameter.ndim == 2:
                 (fused if name.endswith("attn.c_attn.weight") else matrices).append(parameter)
+            elif weight_decay and parameter.ndim == 2:
+                decaying.append(parameter)
             else:
                 others.append(parameter)
         defaults = {"betas": betas, "eps": eps, "momentum": momentum, "fused": True}
         groups: list[dict[str, Any]] = [
-            {"params": fused, "lr": muon_lr, "parts": 3},  # queries, keys and values are three matrices side by side
-            {"params": matrices, "lr": muon_lr, "parts": 1},
-            {"params": others, "lr": lr, "parts": 0},  # AdamW
+            # queries, keys and values are three matrices side by side
+            {"params": fused, "lr": muon_lr, "weight_decay": muon_weight_decay, "parts": 3},
+            {"params": matrices, "lr": muon_lr, "weight_decay": muon_weight_decay, "parts": 1},
+            # AdamW
+            {"params": others, "lr": lr, "weight_decay": 0.0, "parts": 0},
+            {"params": decaying, "lr": lr, "weight_decay": weight_decay, "parts": 0},
         ]
         super().__init__([group for group in groups if group["params"]], defaults)
         self._dtype = dtype
@@ -130,7 +140,7 @@ class Muon(torch.optim.Optimizer):
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             lr=group["lr"],
-            weight_decay=0.0,
+            weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
         )
@@ -138,11 +148,15 @@ class Muon(torch.optim.Optimizer):
     def _step_matrices(self, found_inf: torch.Tensor | None) -> None:
         # 1) momentum; the matrices of one shape, lying on their longer side, are collected to be multiplied at once
         shapes: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor, float]]] = defaultdict(list)
+        keep: float | torch.Tensor
         for group in self.param_groups:
             for parameter in group["params"] if group["parts"] else []:
                 gradient = parameter.grad
                 if gradient is None:
                     continue
+                if group["weight_decay"]:
+                    keep = 1.0 - group["lr"] * group["weight_decay"]
+                    parameter.mul_(keep if found_inf is None else torch.where(found_inf > 0, 1.0, keep))
                 state = self.state[parameter]
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
@@ -156,7 +170,7 @@ class Muon(torch.optim.Optimizer):
                     if part.shape[0] > part.shape[1]:
                         weights, part = weights.mT, part.mT
                     shapes[tuple(part.shape)].append((weights, part, group["lr"]))
-        # 2) orthogonalize, and added
+        # 2) orthogonalized, and added
         for (_, longer), members in shapes.items():
             steps = orthogonalize(torch.stack([part for _, part, _ in members]), self._dtype)
             if found_inf is not None:

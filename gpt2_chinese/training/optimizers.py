@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,22 +19,45 @@ def make_optimizer(
     *,
     optimizer: str = "adamw",
     muon_lr: float | None = None,
+    weight_decay: float = 0.0,
+    muon_weight_decay: float | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> torch.optim.Optimizer:
     """The reference's AdamW, save that torch adds eps after the bias correction (docs/differences.md); or Muon.
 
     Args:
         muon_lr: of the matrices that Muon updates; `lr` if None.
+        weight_decay: decoupled (Loshchilov and Hutter 2019): an update takes this share of the learning rate from
+            each weight; norms and biases do not decay.
+        muon_weight_decay: of the matrices that Muon updates; `weight_decay` if None.
         dtype: in which Muon orthogonalizes.
     """
     made: torch.optim.Optimizer
     if optimizer == "muon":
-        made = Muon(model, lr=lr, muon_lr=muon_lr or lr, dtype=dtype)
+        made = Muon(
+            model,
+            lr=lr,
+            muon_lr=muon_lr or lr,
+            weight_decay=weight_decay,
+            muon_weight_decay=weight_decay if muon_weight_decay is None else muon_weight_decay,
+            dtype=dtype,
+        )
     else:
-        made = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, fused=True)
+        made = torch.optim.AdamW(_decay_groups(model, weight_decay), lr=lr, betas=(0.9, 0.999), eps=1e-6, fused=True)
     for group in made.param_groups:
         group[PEAK] = group["lr"]
     return made
+
+
+def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters that decay, and those that do not."""
+    parameters = list(model.parameters())
+    if weight_decay == 0.0:
+        return [{"params": parameters, "weight_decay": 0.0}]
+    return [
+        {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
 
 
 def learning_rate_factor(

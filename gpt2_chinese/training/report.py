@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 import time
@@ -65,8 +66,8 @@ def describe(run: Run, model: GPT2LMHeadModel) -> Iterator[str]:
     optimizer = "AdamW" if args.optimizer == "adamw" else f"Muon at {args.muon_lr or args.lr:g} and AdamW"
     yield (
         f"optimizer  {optimizer}, learning rate {args.lr:g} after {run.warmup_steps:,} updates of warm-up, "
-        f"{_SCHEDULES[args.schedule].format(decay_fraction=args.decay_fraction)}; gradients clipped to "
-        f"{args.max_grad_norm:g}"
+        f"{_SCHEDULES[args.schedule].format(decay_fraction=args.decay_fraction)}; "
+        f"gradients clipped to {args.max_grad_norm:g}{_decay(args)}"
     )
     where = ", ".join(str(device) for device in run.devices)
     yield f"precision  {run.precision} on {where}{f' ({run.precision_note})' if run.precision_note else ''}"
@@ -86,6 +87,14 @@ def describe(run: Run, model: GPT2LMHeadModel) -> Iterator[str]:
             f"note: {parameters:,} parameters for {tokens:,} tokens in {args.epochs} epochs: the model will overfit "
             "and memorise the texts. More text, a smaller --model_config or at most 4 epochs help"
         )
+
+
+def _decay(args: argparse.Namespace) -> str:
+    """The weight decay, if there is one."""
+    muon = args.weight_decay if args.muon_weight_decay is None else args.muon_weight_decay
+    if args.optimizer == "muon" and muon != args.weight_decay:
+        return f"; weight decay {muon:g} (Muon) and {args.weight_decay:g}"
+    return f"; weight decay {args.weight_decay:g}" if args.weight_decay else ""
 
 
 class Reporter:

@@ -14,16 +14,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2_chinese.artifacts import sha256_of
 from gpt2_chinese.model_folder import check_replaceable, find_config, load_model, read_config
 from gpt2_chinese.precision import choose_devices, choose_precision, load_apex
-from gpt2_chinese.text.pieces import check_vocabulary, read_manifest, text_of_tokens
-from gpt2_chinese.text.tokenizer import Tokenizer
-from gpt2_chinese.text.vocabulary import MASK_ID
+from gpt2_chinese.text.pieces import check_vocabulary, read_manifest, read_pieces_tokenizer, text_of_tokens
+from gpt2_chinese.text.tokenizers import Tokenizer, vocabulary_of_folder
 from gpt2_chinese.training.optimizers import learning_rate_factor
 from gpt2_chinese.training.token_cache import Corpus, read_pieces
+from gpt2_chinese.training.vocabulary_transfer import transfer_vocabulary
 from gpt2_chinese.training.windows import effective_stride, epoch_order, window_starts
 
 DEFAULT_VOCABULARY = Path("vocab/vocab_user.txt")
@@ -42,6 +43,8 @@ _RESUMED_FLAGS = (
     "optimizer",
     "embedding_init",
     "muon_lr",
+    "weight_decay",
+    "muon_weight_decay",
     "max_grad_norm",
     "seed",
     "val_fraction",
@@ -173,12 +176,53 @@ def read_prompts(text: str) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
-def build_model(args: argparse.Namespace, vocab_file: Path, vocab_size: int) -> GPT2LMHeadModel:
-    """Make a new model of `--model_config`, the same for the same seed, or read `--pretrained_model`."""
+def build_model(
+    args: argparse.Namespace, vocab_file: Path, tokenizer: Tokenizer, say: Callable[[str], None] = lambda _: None
+) -> GPT2LMHeadModel:
+    """Make a new model of `--model_config`, the same for the same seed, or read `--pretrained_model`.
+
+    A pretrained model whose vocabulary is not the pieces' keeps its layers and gets rows for the other vocabulary if
+    that one is named with `--vocab_file`.
+    """
     if args.pretrained_model:
-        return load_model(args.pretrained_model, vocab_file=vocab_file)[0]
+        model = _read_pretrained(args, vocab_file, tokenizer, say)
+        if args.dropout is not None:
+            _set_dropout(model.config, args.dropout)
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = args.dropout
+        return model
+    config = read_config(args.model_config, vocab_size=len(tokenizer), marks=tokenizer.marks)
+    if args.dropout is not None:
+        _set_dropout(config, args.dropout)
     torch.manual_seed(args.seed)
-    return GPT2LMHeadModel(read_config(args.model_config, vocab_size=vocab_size))
+    return GPT2LMHeadModel(config)
+
+
+def _set_dropout(config: GPT2Config, dropout: float) -> None:
+    config.embd_pdrop = config.attn_pdrop = config.resid_pdrop = dropout
+
+
+def _read_pretrained(
+    args: argparse.Namespace, vocab_file: Path, tokenizer: Tokenizer, say: Callable[[str], None]
+) -> GPT2LMHeadModel:
+    """Read `--pretrained_model`, whose vocabulary is the pieces' or is replaced by it."""
+    own = vocabulary_of_folder(args.pretrained_model)
+    if own is None or own.read_bytes().split() == vocab_file.read_bytes().split():
+        return load_model(args.pretrained_model, vocab_file=vocab_file)[0]
+    if args.vocab_file is None:
+        raise ValueError(
+            f"the pieces were made with {vocab_file}, the model was trained with {own}: make the pieces again with "
+            f"make-tokenized.py --vocab_filename {args.pretrained_model}; or add --vocab_file {vocab_file}, which "
+            "keeps the model's layers and gives the tokens of that vocabulary rows of their own"
+        )
+    model, old = load_model(args.pretrained_model)
+    report = transfer_vocabulary(model, old, tokenizer, seed=args.seed)
+    say(
+        f"embedding  {len(tokenizer):,} tokens of {vocab_file} on the layers of {args.pretrained_model}: "
+        f"{report.found:,} rows found in {own}, {report.composed:,} composed of several, {report.new:,} new"
+    )
+    return model
 
 
 def prepare(args: argparse.Namespace, world_size: int, say: Callable[[str], None]) -> tuple[Run, GPT2LMHeadModel]:
@@ -218,16 +262,15 @@ def prepare(args: argparse.Namespace, world_size: int, say: Callable[[str], None
     folder = Path(args.tokenized_data_path)
     manifest = read_manifest(folder)
     vocab_file = choose_vocabulary(args.vocab_file, manifest)
-    # Pieces without a manifest are the reference's, and so is the way to tokenize a context for their model.
-    compat = manifest is None or bool(manifest["options"]["compat"])
-    tokenizer = Tokenizer.from_file(vocab_file, compat=compat)
     check_vocabulary(folder, manifest, vocab_file)
+    tokenizer = read_pieces_tokenizer(manifest, vocab_file).build()
     corpus = read_pieces(
         folder,
         vocab_size=len(tokenizer),
+        marks=tokenizer.marks,
         manifest=manifest,
         val_fraction=args.val_fraction,
-        token_texts=text_of_tokens(tokenizer.vocabulary),
+        token_texts=text_of_tokens(tokenizer),
     )
     if corpus.note:
         say(f"note: {corpus.note}")
@@ -244,7 +287,7 @@ def prepare(args: argparse.Namespace, world_size: int, say: Callable[[str], None
         )
 
     # 3) the model
-    model = build_model(args, vocab_file, len(tokenizer))
+    model = build_model(args, vocab_file, tokenizer, say)
     run = Run(
         args=args,
         devices=devices,
@@ -257,6 +300,6 @@ def prepare(args: argparse.Namespace, world_size: int, say: Callable[[str], None
         corpus=corpus,
         starts=starts,
         stride=stride,
-        prompts={text: [MASK_ID, *tokenizer.encode(text)] for text in read_prompts(args.sample_prompts)},
+        prompts={text: [tokenizer.marks.begin, *tokenizer.encode(text)] for text in read_prompts(args.sample_prompts)},
     )
     return run, model

@@ -21,8 +21,8 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from gpt2_chinese.artifacts import atomic_write, exclusive_lock, read_json, write_json
-from gpt2_chinese.text.pieces import HOW_TO_FIX, MANIFEST, piece_numbers, read_piece
-from gpt2_chinese.text.vocabulary import MASK_ID
+from gpt2_chinese.text.pieces import HOW_TO_FIX, MANIFEST, document_begins, piece_numbers, read_piece
+from gpt2_chinese.text.vocabulary import Marks
 
 _CACHE_FORMAT = 2
 
@@ -56,6 +56,7 @@ def read_pieces(
     folder: str | Path,
     *,
     vocab_size: int,
+    marks: Marks,
     manifest: dict[str, Any] | None = None,
     val_fraction: float = 0.0,
     token_texts: Sequence[bytes] = (),
@@ -68,6 +69,7 @@ def read_pieces(
     that come at once wait for the first. Where the folder cannot be written they are made in a temporary one.
 
     Args:
+        marks: what begins and ends a document.
         val_fraction: the share of documents to hold out, from 0 to below 1. Which ones is decided by a hash of each,
             so a document stays held out when others come and go. Above 0 there is at least one, unless the corpus has
             a single document.
@@ -104,7 +106,7 @@ def read_pieces(
                 note = f"{folder} cannot be written ({error.strerror}): its ids are kept in {cache} during this run"
         corpus = _cached_tokens(cache, paths, vocab_size, expected, val_fraction)
         return replace(
-            corpus or _cache_tokens(cache, paths, vocab_size, expected, val_fraction, token_texts), note=note
+            corpus or _cache_tokens(cache, paths, vocab_size, marks, expected, val_fraction, token_texts), note=note
         )
 
 
@@ -166,6 +168,7 @@ def _cache_tokens(
     cache: Path,
     paths: list[Path],
     vocab_size: int,
+    marks: Marks,
     expected: dict[str, str],
     val_fraction: float,
     token_texts: Sequence[bytes],
@@ -187,14 +190,15 @@ def _cache_tokens(
             "held_out_documents": 0,
             "held_out_tokens": 0,
         }
+        begins = 0
         smallest, largest = 1 << 64, 0  # of the documents' hashes
         with atomic_write(tokens, "wb") as kept_file, atomic_write(held_out, "wb") as held_out_file:
             for path in tqdm(paths, desc="reading pieces", unit="piece", leave=False, delay=1):
                 digest = hashlib.sha256()
                 length = 0
                 blocks = read_piece(path, vocab_size, digest)
-                for ids in _documents(blocks) if limit else blocks:
-                    known["documents"] += int(np.count_nonzero(ids == MASK_ID))
+                for ids in _documents(blocks, marks) if limit else blocks:
+                    begins += int(np.count_nonzero(ids == marks.begin))
                     number = _document_hash(ids, token_texts) if limit else 0
                     smallest, largest = min(smallest, number), max(largest, number)
                     if number < limit:
@@ -208,6 +212,7 @@ def _cache_tokens(
                     raise ValueError(f"{path} is not the file that {path.parent / MANIFEST} describes; {HOW_TO_FIX}")
                 known["sha256"].append(digest.hexdigest())
                 known["piece_lengths"].append(length)
+        known["documents"] = begins // 2 if marks.begin == marks.end else begins
         if limit and known["held_out_documents"] == 0 and smallest < 1 << 64:
             limit = smallest + 1  # so few documents that the fraction holds none out: take the one next to it
         elif known["held_out_documents"] and not any(known["piece_lengths"]):
@@ -224,11 +229,15 @@ def _document_hash(ids: npt.NDArray[np.int64], token_texts: Sequence[bytes]) -> 
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
-def _documents(blocks: Iterator[npt.NDArray[np.int64]]) -> Iterator[npt.NDArray[np.int64]]:
-    """Cut the ids of a piece before every `[MASK]`."""
+def _documents(blocks: Iterator[npt.NDArray[np.int64]], marks: Marks) -> Iterator[npt.NDArray[np.int64]]:
+    """Cut the ids of a piece before every document."""
     pending: list[npt.NDArray[np.int64]] = []  # of the document at hand
+    inside = False  # it waits for its end, where that is the same token as its beginning
     for ids in blocks:
-        first, *others = np.split(ids, np.flatnonzero(ids == MASK_ID))
+        begins = document_begins(ids, marks, inside=inside)
+        if marks.begin == marks.end:
+            inside ^= bool(np.count_nonzero(ids == marks.begin) % 2)
+        first, *others = np.split(ids, begins)
         pending.append(first)
         for begun in others:
             if any(map(len, pending)):

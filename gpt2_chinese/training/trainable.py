@@ -77,6 +77,8 @@ def build(run: Run, rank: Rank, model: GPT2LMHeadModel, *, is_new: bool) -> Trai
         args.lr,
         optimizer=args.optimizer,
         muon_lr=args.muon_lr,
+        weight_decay=args.weight_decay,
+        muon_weight_decay=args.muon_weight_decay,
         dtype=torch.bfloat16 if has_bf16(device) else torch.float32,
     )
     apex = load_apex() if args.amp_backend == "apex" else None

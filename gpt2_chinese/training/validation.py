@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import torch
 
-from gpt2_chinese.model_folder import find_config, load_model
+from gpt2_chinese.model_folder import load_model
 from gpt2_chinese.precision import Precision, choose_devices, choose_precision
 from gpt2_chinese.text.pieces import check_vocabulary, read_manifest
+from gpt2_chinese.text.tokenizers import vocabulary_of_folder
 from gpt2_chinese.training.evaluation import Documents, Evaluation, complete, evaluate, sum_of_losses
 from gpt2_chinese.training.loss import WindowLoss
 from gpt2_chinese.training.ranks import Rank
@@ -53,7 +54,9 @@ def validate(run: Run, rank: Rank, trainable: Trainable, documents: Documents, s
                 world_size=rank.world_size,
             )
             for text, ids in run.prompts.items() if rank.is_main else ():
-                completion = complete(trainable.model, ids, rows=trainable.vocab_rows, seed=run.args.seed)
+                completion = complete(
+                    trainable.model, ids, rows=trainable.vocab_rows, marks=run.tokenizer.marks, seed=run.args.seed
+                )
                 completions[text] = run.tokenizer.decode(completion)
     except Interrupted:
         sums[2] = 1.0
@@ -77,11 +80,11 @@ def evaluate_folder(args: argparse.Namespace) -> int:
     precision = Precision(choose_precision(args, devices[0])[0], devices[0])
     folder = Path(args.tokenized_data_path)
     manifest = read_manifest(folder)
-    own = find_config(args.pretrained_model).with_name("vocab.txt")
-    vocab_file = own if own.is_file() and args.vocab_file is None else choose_vocabulary(args.vocab_file, manifest)
+    own = vocabulary_of_folder(args.pretrained_model)
+    vocab_file = own if own is not None and args.vocab_file is None else choose_vocabulary(args.vocab_file, manifest)
     check_vocabulary(folder, manifest, vocab_file)
     model, tokenizer = load_model(args.pretrained_model, device=devices[0], vocab_file=vocab_file)
-    corpus = read_pieces(folder, vocab_size=len(tokenizer), manifest=manifest)
+    corpus = read_pieces(folder, vocab_size=len(tokenizer), marks=tokenizer.marks, manifest=manifest)
     WindowLoss(model)  # sets the attention that needs no mask
     measured = evaluate(
         model,

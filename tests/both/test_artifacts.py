@@ -97,9 +97,7 @@ def test_vocabulary_round_trip_with_odd_tokens(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["你好"], "first five lines must be .* they are 你好"),
-        ([], "first five lines must be"),
-        (["[CLS]", "[SEP]", "[MASK]", "[PAD]", "[UNK]"], "first five lines"),
+        ([], "v.txt is empty"),
         ([*SPECIAL_TOKENS, "a", "b", "a"], "line 8: 'a' stands in line 6 already"),
         ([*SPECIAL_TOKENS, "a", "", "b"], "line 7 is empty"),
     ],

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from book_order import CLS_ID, MASK_ID, UNK_ID
 
 from gpt2_chinese.artifacts import sha256_of, write_lines
-from gpt2_chinese.text.tokenizer import BYTE_TOKENS, Tokenizer
-from gpt2_chinese.text.vocabulary import CLS_ID, MASK_ID, SPECIAL_TOKENS, UNK_ID
+from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS
+from gpt2_chinese.text.word_tokenizer import BYTE_TOKENS, WordTokenizer
 
 DOCUMENTS = ["多喝水，多休息。", "好", "少吃盐\n多运动", "水水水水水", "盐盐盐盐"]
 VOCABULARY = [*SPECIAL_TOKENS, "多", "水", "喝", "，", "休息", "。", "少", "吃", "盐", "运", "动", "好", "##a"]
@@ -34,7 +35,7 @@ def test_documents_are_marked_and_split_as_the_reference_splits_them(tokenize, t
     assert all(piece.endswith(" ") for piece in pieces)
     assert [ids.count(MASK_ID) for ids in (first, second)] == [2, 3], "5 // 2 documents, and the rest in the last"
     assert first[0] == MASK_ID and first[-1] == CLS_ID
-    tokenizer = Tokenizer(VOCABULARY)
+    tokenizer = WordTokenizer(VOCABULARY)
     assert second == [i for d in DOCUMENTS[2:] for i in (MASK_ID, *tokenizer.encode(d), CLS_ID)]
 
 
@@ -103,7 +104,7 @@ def test_vocabulary_without_parts_is_warned_about(tokenize, capsys):
     [
         (["--min_length", "128"], DOCUMENTS, VOCABULARY, "none of the 5 documents .* --min_length 128"),
         ([], [], VOCABULARY, "there is no document"),
-        ([], DOCUMENTS, VOCABULARY[1:], "first five lines"),
+        ([], DOCUMENTS, VOCABULARY[3:], r"vocab\.txt has no \[MASK\], which begins a document"),
         ([], DOCUMENTS, [*VOCABULARY, "水"], "stands in line 7 already"),
         ([], ["a", 1], VOCABULARY, "a string is missing"),
     ],

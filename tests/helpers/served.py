@@ -17,7 +17,9 @@ from tiny_model import tiny_model, tiny_tokenizer
 
 from gpt2_chinese.decoding.engine import Engine
 from gpt2_chinese.serving.api import Limits
-from gpt2_chinese.serving.connections import listen, serving
+from gpt2_chinese.serving.connections import open_socket, start_listening
+from gpt2_chinese.serving.fast_path import refuse_overload
+from gpt2_chinese.serving.service import ServedModel, Service
 
 GOOD = {"context": "一丁", "maxlength": 6, "samples": 2, "seed": 1}
 
@@ -55,23 +57,27 @@ def served(
     server = sys.modules["server"]
 
     async def run() -> Any:
-        made = engine or (None if load else Engine(tiny_model(), tiny_tokenizer(), rows=8))
-        bounds = Limits(**limits)
+        made = engine or (None if load else Engine(tiny_model(), tiny_tokenizer(), max_num_seqs=8))
+        server_limits = Limits(**limits)
         loads = {"tiny": load or (lambda: made)} | {name: lambda one=one: one for name, one in (others or {}).items()}
-        models = [server.ServedModel(name, one) for name, one in loads.items()]
-        service = server.Service(models, bounds, keys, "cpu")
-        sock = listen("127.0.0.1", 0)
+        models = [ServedModel(name, one) for name, one in loads.items()]
+        service = Service(models, server_limits, keys, "cpu")
+        sock = open_socket("127.0.0.1", 0)
         if send_buffer is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         port = sock.getsockname()[1]
         app = server.build_app(service, cors)
-        fast_path = partial(server.refused_at_once, service)
-        async with serving(
-            app, sock, connections=bounds.connections, idle_seconds=bounds.idle_seconds, fast_path=fast_path
+        fast_path = partial(refuse_overload, service)
+        async with start_listening(
+            app,
+            sock,
+            connections=server_limits.connections,
+            idle_seconds=server_limits.idle_seconds,
+            fast_path=fast_path,
         ):
             async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
                 if wait:
-                    await asyncio.wait_for(service.settled.wait(), 60)
+                    await asyncio.wait_for(service.loading_done.wait(), 60)
                     if service.error is not None:
                         raise service.error
                 return await test(Client(session, port, service, app))

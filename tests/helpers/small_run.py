@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from book_order import CLS_ID, MASK_ID
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt2_chinese.artifacts import sha256_of, write_lines
-from gpt2_chinese.text.vocabulary import CLS_ID, MASK_ID, SPECIAL_TOKENS
+from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS
 
 torch.set_num_threads(1)
 N_CTX = 8

@@ -1,4 +1,4 @@
-"""On a GPU: fp16, bf16, compiled, checkpoints, decoding. Skipped where there is none; `pytest -m gpu` runs these."""
+"""On a GPU: precisions, torch.compile, checkpoints, decoding. Skipped without one; `pytest -m gpu` runs these."""
 
 from __future__ import annotations
 
@@ -11,24 +11,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from book_order import CLS_ID, MASK_ID
 from small_run import assert_same_weights, scalars, weights, write_documents, write_shape
-from tiny_model import endless_model, save_tiny_model, tiny_model, tiny_tokenizer
+from tiny_model import (
+    Characters,
+    endless_model,
+    greedy_by_transformers,
+    prefill_slots,
+    random_prompts,
+    save_tiny_model,
+    tiny_model,
+    tiny_tokenizer,
+)
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2_chinese.decoding.completion import Prompt, Settings
+from gpt2_chinese.decoding.completion import SamplingParams
 from gpt2_chinese.decoding.decoder import Decoder
 from gpt2_chinese.decoding.engine import Engine, choose_device
 from gpt2_chinese.decoding.graph_decoder import GraphDecoder
-from gpt2_chinese.decoding.sampling import draw, row_seed, uniforms
+from gpt2_chinese.decoding.sampling import sample_tokens, sequence_seed, uniform_random
 from gpt2_chinese.model_folder import load_model, load_weights
-from gpt2_chinese.text.vocabulary import CLS_ID, MASK_ID, PAD_ID, UNK_ID
+from gpt2_chinese.text.word_tokenizer import WordTokenizer
 from gpt2_chinese.training.checkpoints import checkpoints_in
 from gpt2_chinese.training.loss import WindowLoss
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    # What torch and Triton of other versions warn of while they compile is theirs.
+    # Other versions of torch and Triton have warnings of their own while they compile.
     pytest.mark.filterwarnings("default"),
 ]
 
@@ -43,7 +53,7 @@ def files(train):
 
 
 def run(train, name: str, *flags: str, device: str = "0") -> int:
-    """A small run whose files are in a folder of its own."""
+    """A small training run, with its files in the folder `name`."""
     argv = ["--device", device, "--model_config", "shape.json", "--lr", "3e-3", "--epochs", "2", "--batch_size", "4"]
     argv += ["--val_fraction", "0.1", "--stride", "9", "--compile", "off", "--output_dir", name]
     return train.main([*argv, "--writer_dir", f"{name}/tb", *flags])
@@ -54,7 +64,7 @@ def losses(name: str) -> list[float]:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_fp32_is_the_cpu_s_to_rounding_though_its_rows_are_padded(train, optimizer):
+def test_fp32_losses_are_those_of_the_cpu_up_to_rounding_although_the_vocabulary_is_padded(train, optimizer):
     run(train, "cpu", "--precision", "fp32", "--optimizer", optimizer, device="cpu")
     run(train, "gpu", "--precision", "fp32", "--optimizer", optimizer)
     np.testing.assert_allclose(losses("gpu"), losses("cpu"), rtol=2e-3 if optimizer == "muon" else 1e-4)
@@ -63,19 +73,28 @@ def test_fp32_is_the_cpu_s_to_rounding_though_its_rows_are_padded(train, optimiz
     np.testing.assert_allclose(measured[0], measured[1], rtol=2e-3)
 
 
-@pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--fp16"], ["--fp16", "--fp16_opt_level", "O3"]])
+@pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--fp16"]])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_lower_precision_stays_near_fp32(train, flags, optimizer):
     run(train, "exact", "--precision", "fp32", "--optimizer", optimizer)
     run(train, "low", *flags, "--optimizer", optimizer)
-    # fp16's scaler may leave the first updates out, until it has found its scale.
+    # With fp16 the first updates may be skipped, until the loss scale is small enough.
     np.testing.assert_allclose(losses("low"), losses("exact"), rtol=0.05)
     assert all(torch.isfinite(tensor).all() for tensor in weights("low/final_model").values())
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_fp16_throughout_trains_with_finite_weights_and_a_falling_loss(train, optimizer):
+    """O3 keeps the weights and the optimizer state in fp16, so its losses may be far from those of fp32."""
+    run(train, "fp16", "--fp16", "--fp16_opt_level", "O3", "--optimizer", optimizer)
+    tensors = weights("fp16/final_model").values()
+    assert all(tensor.dtype == torch.float16 and torch.isfinite(tensor).all() for tensor in tensors)
+    assert np.mean(losses("fp16")[-8:]) < np.mean(losses("fp16")[:8])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_compiled_is_eager_to_rounding(train, capsys, precision):
+def test_compiled_losses_are_the_eager_ones_up_to_rounding(train, capsys, precision):
     run(train, "eager", "--precision", precision)
     run(train, "compiled", "--precision", precision, "--compile", "on")
     assert "compiling" in capsys.readouterr().out
@@ -93,11 +112,11 @@ def test_compiled_is_eager_to_rounding(train, capsys, precision):
         pytest.param(["--precision", "bf16", "--compile", "on"], marks=pytest.mark.slow),
     ],
 )
-def test_a_run_goes_on_to_the_same_bits(train, monkeypatch, flags):
+def test_a_resumed_run_ends_with_the_same_bits(train, monkeypatch, flags):
     write_shape(**SHAPE, **DROPOUT)
     deterministic = torch.are_deterministic_algorithms_enabled()
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)  # the embedding's gradient is added in any order else
+    torch.use_deterministic_algorithms(True, warn_only=True)  # otherwise the order of the embedding's gradient varies
     try:
         run(train, "whole", *flags)
         original, calls = train.train_update, []
@@ -119,7 +138,7 @@ def test_a_run_goes_on_to_the_same_bits(train, monkeypatch, flags):
     assert_same_weights(weights("whole/final_model"), weights("parts/final_model"))
 
 
-def test_bad_updates_are_left_out_without_waiting_for_the_gpu(train, monkeypatch):
+def test_updates_that_are_not_finite_are_skipped_without_synchronization(train, monkeypatch):
     original, calls = WindowLoss.forward, []
 
     def poisoned(self, input_ids):
@@ -134,7 +153,7 @@ def test_bad_updates_are_left_out_without_waiting_for_the_gpu(train, monkeypatch
         assert all(torch.isfinite(tensor).all() for tensor in weights(f"{optimizer}/final_model").values())
 
 
-def test_out_of_memory_is_said_with_what_was_wanted(train, monkeypatch):
+def test_out_of_memory_is_an_error_that_says_how_much_was_wanted(train, monkeypatch):
     def greedy(*_, **__):
         return torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
 
@@ -143,7 +162,7 @@ def test_out_of_memory_is_said_with_what_was_wanted(train, monkeypatch):
         run(train, "greedy")
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU only")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a single GPU")
 def test_two_gpus_equal_one(train):
     run(train, "one", "--precision", "fp32")
     run(train, "two", "--precision", "fp32", device="0,1")
@@ -154,11 +173,11 @@ def test_two_gpus_equal_one(train):
 
 WAIT = 600
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-GREEDY = Settings(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 
 
 def wide_model(n_positions: int = 300) -> GPT2LMHeadModel:
-    """Heads of 64 as in GPT-2, which the fused kernels take, an odd vocabulary, and several sizes of keys."""
+    """Heads of 64 as in GPT-2, which the fused attention kernels take, an odd vocabulary, and several sizes of keys."""
     torch.manual_seed(5)
     shape = {"vocab_size": 1005, "n_positions": n_positions, "n_embd": 256, "n_layer": 3, "n_head": 4}
     config = GPT2Config(bos_token_id=MASK_ID, eos_token_id=CLS_ID, **shape)
@@ -175,143 +194,129 @@ def random_texts(count: int, longest: int) -> list[list[int]]:
     return [[source.randrange(1005) for _ in range(source.randint(1, longest))] for _ in range(count)]
 
 
-def load(decoder: Decoder, texts: list[list[int]]) -> list[int]:
-    with torch.inference_mode():
-        for row, ids in enumerate(texts):
-            decoder.load(row, decoder.prefill(ids))
-    return [len(ids) for ids in texts]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_graph_gives_the_bits_of_its_step_and_the_numbers_of_the_plain_one(dtype, capsys):
+def test_a_graph_gives_the_bits_of_its_step_and_the_logits_of_the_eager_one(dtype, capsys):
     model = wide_model()
     graphs, steps, exact = (GraphDecoder(model, 12, kind) for kind in (dtype, dtype, torch.float32))
     steps.capture = exact.capture = None
-    plain = Decoder(model, 12, dtype)
+    eager = Decoder(model, 12, dtype)
     source = random.Random(2)
     for _ in range(30):
         texts = random_texts(12, 299)[: source.randint(1, 12)]
         source.shuffle(texts)
-        lengths = load(graphs, texts)
-        for decoder in (steps, exact, plain):
-            load(decoder, texts)
+        lengths = prefill_slots(graphs, texts)
+        for decoder in (steps, exact, eager):
+            prefill_slots(decoder, texts)
         tokens = [source.randrange(1005) for _ in texts]
         logits = graphs.step(tokens, lengths)
         assert torch.equal(logits, steps.step(tokens, lengths))
         expected = exact.step(tokens, lengths)
         tolerance = (1e-4 if dtype == torch.float32 else 0.1) * float(expected.abs().max())
         assert (logits - expected).abs().max() < tolerance
-        assert (plain.step(tokens, lengths) - expected).abs().max() < tolerance
-    print("sizes:", *graphs.sizes, "padding:", graphs.padding)
+        assert (eager.step(tokens, lengths) - expected).abs().max() < tolerance
+    print("sizes:", *graphs.sizes, "padded to a multiple of", graphs.pad_to_multiple_of)
     assert len(graphs._graphs) > 1 and graphs.capture is not None
     assert "without a CUDA graph" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_row_on_a_gpu_has_the_same_bits_alone_and_in_any_crowd(dtype):
+def test_logits_on_a_gpu_are_the_same_to_the_bit_alone_and_in_any_batch(dtype):
     model = wide_model()
-    crowd, lonely = (GraphDecoder(model, 32, dtype) for _ in range(2))
+    batched, single = (GraphDecoder(model, 32, dtype) for _ in range(2))
     texts = random_texts(32, 299)
-    lengths = load(crowd, texts)
+    lengths = prefill_slots(batched, texts)
     alone = []
-    for row, ids in enumerate(texts):
-        load(lonely, [ids])
-        alone.append(lonely.step([row], [len(ids)])[0])
+    for slot, ids in enumerate(texts):
+        prefill_slots(single, [ids])
+        alone.append(single.step([slot], [len(ids)])[0])
     for count in range(1, 33):
-        together = crowd.step(list(range(count)), lengths[:count])
+        together = batched.step(list(range(count)), lengths[:count])
         assert torch.equal(together, torch.stack(alone[:count])), count
 
 
-def test_greedy_on_a_gpu_is_that_of_transformers():
-    model = tiny_model().cuda()
-    source = random.Random(3)
-    prompts = [
-        Prompt("", (MASK_ID, *(source.randrange(5, 200) for _ in range(source.randrange(16)))), 0) for _ in range(40)
-    ]
-    with Engine(model, tiny_tokenizer(), rows=16) as engine:
-        tickets = [engine.submit(prompt, samples=1, length=15, settings=GREEDY) for prompt in prompts]
-        ours = [list(ticket.future.result(WAIT)[0].ids) for ticket in tickets]
+def test_greedy_on_a_gpu_equals_transformers():
+    model, prompts = tiny_model().cuda(), random_prompts(40, longest=16)
+    with Engine(model, tiny_tokenizer(), max_num_seqs=16) as engine:
+        requests = [engine.submit(prompt, samples=1, length=15, sampling_params=GREEDY) for prompt in prompts]
+        ours = [list(request.future.result(WAIT)[0].ids) for request in requests]
         assert isinstance(engine.decoder, GraphDecoder) and engine.decoder._graphs and engine.decoder.capture
-    for prompt, ids in zip(prompts, ours, strict=True):
-        inputs = torch.tensor([prompt.ids], device="cuda")
-        expected = model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=15,
-            do_sample=False,
-            suppress_tokens=[MASK_ID, PAD_ID, UNK_ID],
-        )[0, len(prompt.ids) :].tolist()
-        assert ids == (expected[: expected.index(CLS_ID)] if CLS_ID in expected else expected)
+    assert ours == [greedy_by_transformers(model, prompt, 15) for prompt in prompts]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_seed_on_a_gpu_gives_the_same_alone_in_a_crowd_and_streamed(precision):
+def test_a_seed_on_a_gpu_gives_the_same_alone_in_a_batch_and_streamed(precision):
     model = endless_model(n_ctx=100).cuda()
     model = model.half() if precision == "fp16" else model
+    precision = "auto" if precision == "fp16" else precision
     source = random.Random(1)
-    with Engine(model, tiny_tokenizer(), rows=8, precision="auto" if precision == "fp16" else precision) as engine:
+    lengths = [source.randint(1, 150) for _ in range(12)]
+    contexts = ["一丁" * (seed % 7) for seed in range(12)]
+    with Engine(model, tiny_tokenizer(), max_num_seqs=8, precision=precision) as engine:
 
         def submit(seed: int, on_delta=None):
-            settings = Settings(
-                [0, 0.7, 1.5][seed % 3], [0, 30][seed % 2], [0, 0.8][seed % 5 == 0], [1, 1.2][seed % 4 == 0]
+            params = SamplingParams(
+                temperature=[0, 0.7, 1.5][seed % 3],
+                top_k=[0, 30][seed % 2],
+                top_p=[0, 0.8][seed % 5 == 0],
+                repetition_penalty=[1, 1.2][seed % 4 == 0],
             )
-            prompt = engine.prompt(contexts[seed], lengths[seed])
             return engine.submit(
-                prompt, samples=2, length=lengths[seed], settings=settings, seed=seed, on_delta=on_delta, logprobs=2
+                engine.prompt(contexts[seed], lengths[seed]),
+                samples=2,
+                length=lengths[seed],
+                sampling_params=params,
+                seed=seed,
+                on_delta=on_delta,
+                logprobs=2,
             )
 
-        lengths = [source.randint(1, 150) for _ in range(12)]
-        contexts = ["一丁" * (seed % 7) for seed in range(12)]
         alone = [submit(seed).future.result(WAIT) for seed in range(12)]
         streamed: list[list] = [[] for _ in range(12)]
-        tickets = [submit(seed, streamed[seed].append) for seed in range(12)]
-        assert [ticket.future.result(WAIT) for ticket in tickets] == alone
-        for seed, (pieces, completions) in enumerate(zip(streamed, alone, strict=True)):
-            for number, completion in enumerate(completions):
-                assert (
-                    "".join(piece.text for piece in pieces if piece.sample == number)
-                    == completion.text[len(contexts[seed]) :]
-                )
+        requests = [submit(seed, streamed[seed].append) for seed in range(12)]
+        assert [request.future.result(WAIT) for request in requests] == alone
+    for context, deltas, completions in zip(contexts, streamed, alone, strict=True):
+        for sample, completion in enumerate(completions):
+            text = "".join(delta.text for delta in deltas if delta.sample == sample)
+            assert text == completion.text[len(context) :]
 
 
-def test_tokens_drawn_on_a_gpu_are_those_of_the_cpu_and_are_waited_for_once():
+def test_tokens_sampled_on_a_gpu_are_those_of_the_cpu_with_one_synchronization():
     logits = torch.randn(24, 5005, generator=torch.Generator().manual_seed(0)).mul(3).round(decimals=1)
-    numbers = uniforms([row_seed(3, row) for row in range(24)], range(24))
+    numbers = uniform_random([sequence_seed(3, sample) for sample in range(24)], range(24))
     temperature = torch.tensor([0.0, 0.7, 1.0] * 8)
     top_k, top_p = torch.tensor([0, 30, 200, 5] * 6), torch.tensor([0.0, 0.0, 0.9] * 8)
-    expected = draw(logits, numbers, temperature, top_k, top_p)
-    there = logits.cuda()
-    assert draw(there, numbers, temperature, top_k, top_p).tolist() == expected.tolist()
+    expected = sample_tokens(logits, numbers, temperature, top_k, top_p)
+    assert sample_tokens(logits.cuda(), numbers, temperature, top_k, top_p).tolist() == expected.tolist()
     decoder = GraphDecoder(wide_model(), 4)
-    lengths = load(decoder, random_texts(4, 50))
+    lengths = prefill_slots(decoder, random_texts(4, 50))
     decoder.step([1, 2, 3, 4], lengths)  # captures
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        with warnings.catch_warnings(record=True) as waits:
+        with warnings.catch_warnings(record=True) as synchronizations:
             warnings.simplefilter("always")
-            row_logits = decoder.step([1, 2, 3, 4], lengths)
-            assert not waits
-            draw(row_logits, numbers[:4], temperature[:4], torch.full((4,), 30), torch.zeros(4))
+            logits = decoder.step([1, 2, 3, 4], lengths)
+            assert not synchronizations
+            sample_tokens(logits, numbers[:4], temperature[:4], torch.full((4,), 30), torch.zeros(4))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len([one for one in waits if "synchroniz" in str(one.message)]) == 1
+    assert len([one for one in synchronizations if "synchroniz" in str(one.message)]) == 1
 
 
-def test_what_cuda_does_not_capture_is_decoded_without_a_graph(capsys):
+def test_a_step_that_cuda_cannot_capture_runs_without_a_graph(capsys):
     model = wide_model()
     decoder, after = GraphDecoder(model, 4), GraphDecoder(model, 4)
     activation = decoder.activation
     decoder.activation = lambda hidden: activation(hidden) * int(torch.ones(1, device="cuda"))
     texts = random_texts(4, 100)
-    lengths = load(decoder, texts)
+    lengths = prefill_slots(decoder, texts)
     stream = torch.cuda.current_stream()
     logits = [decoder.step([token] * 4, lengths) for token in range(3)]
     assert torch.cuda.current_stream() == stream
     assert decoder.capture is None and not decoder._graphs
     assert capsys.readouterr().err.count("without a CUDA graph") == 1
-    # The allocator is as it was: memory can be given back, and others can capture.
+    # The allocator is restored: memory can be freed, and another decoder can capture.
     torch.cuda.empty_cache()
-    load(after, texts)
+    prefill_slots(after, texts)
     for token in range(3):
         assert torch.equal(after.step([token] * 4, lengths), logits[token])
     assert after._graphs and after.capture is not None
@@ -320,7 +325,9 @@ def test_what_cuda_does_not_capture_is_decoded_without_a_graph(capsys):
 def test_a_model_folder_is_decoded_on_the_last_gpu(tmp_path):
     device = choose_device(str(torch.cuda.device_count() - 1))
     folder = save_tiny_model(tmp_path / "model")
-    with Engine(*load_weights(folder, device=device), rows=3, precision="bf16") as engine:
+    model, tokenizer = load_weights(folder, device=device)
+    tokenizer = WordTokenizer(tokenizer.vocabulary, segmenter=Characters())  # needs no installed thulac
+    with Engine(model, tokenizer, max_num_seqs=3, precision="bf16") as engine:
         texts = engine.complete("一丁", samples=3, length=20, seed=4)
         assert engine.complete("一丁", samples=2, length=20, seed=4) == texts[:2]
         assert engine.decoder.device == device and engine.decoder.dtype == torch.bfloat16

@@ -18,8 +18,8 @@ from gpt2_chinese import model_folder as checkpoint
 from gpt2_chinese.artifacts import write_lines
 from gpt2_chinese.decoding.decoder import Decoder
 from gpt2_chinese.model_folder import load_model, load_weights, read_config, save_model
-from gpt2_chinese.text.tokenizer import Tokenizer
 from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS
+from gpt2_chinese.text.word_tokenizer import WordTokenizer
 from gpt2_chinese.training.loss import WindowLoss
 
 torch.set_num_threads(1)
@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {"n_ctx": 12, "n_positions": 16, "n_embd": 8, "n_head": 2, "n_layer": 2, "vocab_size": 20}
 
 
-def make_tokenizer(size: int = 20, *, compat: bool = False) -> Tokenizer:
-    return Tokenizer([*SPECIAL_TOKENS, *(chr(0x4E00 + number) for number in range(size - 5))], compat=compat)
+def make_tokenizer(size: int = 20, *, compat: bool = False) -> WordTokenizer:
+    return WordTokenizer([*SPECIAL_TOKENS, *(chr(0x4E00 + number) for number in range(size - 5))], compat=compat)
 
 
 def make_model(path: Path, **shape: object) -> GPT2LMHeadModel:
@@ -372,9 +372,9 @@ def test_weights_without_transformers_decode_as_its_model_does(tmp_path, shape):
     for load in (load_model, load_weights):
         model, tokenizer = load(tmp_path / "model")
         assert len(tokenizer) == 20
-        decoder = Decoder(model, rows=2)
+        decoder = Decoder(model, max_num_seqs=2)
         for row in range(2):
-            decoder.load(row, decoder.prefill([2, 7 + row, 9]))
+            decoder.load_prefill(row, decoder.prefill([2, 7 + row, 9]))
         steps.append(decoder.step([6, 8], [3, 3]))
     assert torch.equal(steps[0], steps[1])
 
@@ -384,7 +384,7 @@ def test_decoding_does_not_wait_for_the_import_of_transformers(folder):
         "import sys; from gpt2_chinese.model_folder import load_weights\n"
         "from gpt2_chinese.decoding.engine import Engine\n"
         "with Engine(*load_weights(sys.argv[1]), precision='fp32') as engine:\n"
-        "    engine.submit(engine.prompt_of_ids([2, 6, 7], 2), samples=1, length=2).future.result()\n"
+        "    engine.submit(engine.prompt_from_ids([2, 6, 7], 2), samples=1, length=2).future.result()\n"
         "assert 'transformers' not in sys.modules and 'numba' not in sys.modules or 'compiling' in sys.argv[2]"
     )
     command = [sys.executable, "-c", code, str(folder)]

@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 from tiny_model import tiny_model
 
-from gpt2_chinese.decoding.completion import Settings
+from gpt2_chinese.decoding.completion import SamplingParams
 from gpt2_chinese.decoding.engine import Engine
 from gpt2_chinese.model_folder import save_model
 from gpt2_chinese.text.segmenter import Segmenter
 from gpt2_chinese.text.tokenization_gpt2_chinese import pieces_of_long_line
-from gpt2_chinese.text.tokenizer import BYTE_TOKENS, Tokenizer, WordSplitter
 from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS
+from gpt2_chinese.text.word_tokenizer import BYTE_TOKENS, WordSplitter, WordTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY = int(os.environ.get("GPT2_CHINESE_EVERY", "100"))
@@ -135,7 +135,7 @@ def answers(tmp_path_factory, texts, vocabulary, model):
     folders = {}
     for name, compat in (("default", False), ("compat", True)):
         folders[name] = str(place / f"{name}_model")
-        save_model(folders[name], model, Tokenizer(vocabulary, compat=compat), facts={})
+        save_model(folders[name], model, WordTokenizer(vocabulary, compat=compat), facts={})
     asked = {"folders": folders, "texts": texts, "contexts": CONTEXTS, "new_tokens": NEW_TOKENS}
     (place / "asked.json").write_text(json.dumps(asked), encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -151,7 +151,7 @@ def answers(tmp_path_factory, texts, vocabulary, model):
 @pytest.mark.parametrize("compat", [False, True])
 def test_the_folder_s_tokenizer_gives_our_tokens_and_our_text(answers, texts, vocabulary, compat):
     found = answers["compat" if compat else "default"]
-    ours = Tokenizer(vocabulary, compat=compat)
+    ours = WordTokenizer(vocabulary, compat=compat)
     different = [text for text, ids in zip(texts, found["ids"], strict=True) if ids != ours.encode(text)]
     print(f"{len(texts)} texts, {len(different)} differ")
     assert different == []
@@ -180,14 +180,17 @@ def test_special_tokens_are_those_of_the_training(answers, vocabulary, name):
 @pytest.fixture(scope="module")
 def greedy(vocabulary, model) -> list[tuple[str, list[int]]]:
     """The engine's likeliest completions: text and ids."""
-    with Engine(model, Tokenizer(vocabulary), rows=1) as engine:
-        tickets = [
+    with Engine(model, WordTokenizer(vocabulary), max_num_seqs=1) as engine:
+        requests = [
             engine.submit(
-                engine.prompt(context, NEW_TOKENS), samples=1, length=NEW_TOKENS, settings=Settings(temperature=0)
+                engine.prompt(context, NEW_TOKENS),
+                samples=1,
+                length=NEW_TOKENS,
+                sampling_params=SamplingParams(temperature=0),
             )
             for context in CONTEXTS
         ]
-        return [(ticket.future.result()[0].text, list(ticket.future.result()[0].ids)) for ticket in tickets]
+        return [(request.future.result()[0].text, list(request.future.result()[0].ids)) for request in requests]
 
 
 def test_the_pipeline_continues_as_the_engine_does(answers, greedy):

@@ -9,9 +9,12 @@ import warnings
 from pathlib import Path
 
 import pytest
+from book_order import UNK_ID
 
-from gpt2_chinese.text.tokenizer import BYTE_TOKENS, Tokenizer
-from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS, UNK_ID, read_vocabulary
+from gpt2_chinese.text.char_tokenizer import CharTokenizer
+from gpt2_chinese.text.tokenizers import read_tokenizer
+from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS, read_vocabulary
+from gpt2_chinese.text.word_tokenizer import BYTE_TOKENS, WordTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
@@ -78,7 +81,7 @@ def test_default_ranks_by_count_then_first_appearance(make_vocab):
 
 def test_default_covers_what_the_reference_loses(make_vocab):
     vocabulary = make_vocab(DOCUMENTS)
-    tokenizer = Tokenizer(vocabulary)
+    tokenizer = WordTokenizer(vocabulary)
     for text in (*DOCUMENTS, "维生素38!", "苹果盐", "don't 8.37, OK?"):
         ids = tokenizer.encode(text)
         assert UNK_ID not in ids
@@ -100,7 +103,7 @@ def test_the_size_limit_holds_and_half_of_it_is_for_words(make_vocab, vocab_size
 def test_words_of_more_than_100_characters_are_spelled(make_vocab):
     vocabulary = make_vocab(["看看 " + "x" * 101 + " 吧"] * 3)
     assert max(map(len, vocabulary)) <= 100
-    assert UNK_ID not in Tokenizer(vocabulary).encode("x" * 101)
+    assert UNK_ID not in WordTokenizer(vocabulary).encode("x" * 101)
 
 
 def test_summary_says_what_is_covered(make_vocab, capsys):
@@ -111,19 +114,47 @@ def test_summary_says_what_is_covered(make_vocab, capsys):
     assert "are spelled" in printed
 
 
-def test_the_recommended_size_leaves_nothing_unknown(make_vocab, tmp_path):
-    """A size at which half of the vocabulary cannot hold the corpus' characters was once recommended."""
+def test_no_size_that_holds_the_bytes_leaves_anything_unknown(make_vocab, tmp_path):
+    """A size at which half of the vocabulary cannot hold the corpus' characters once had 3 % [UNK]."""
     documents = ["".join(chr(0x4E00 + 7 * n + k) for k in range(3)) + "我们" * 5 for n in range(900)]
     config = tmp_path / "config.json"
     config.write_text('{"n_embd": 64, "n_layer": 2, "n_positions": 128}')
     flags = ["--report", str(tmp_path / "report.json"), "--model_config", str(config)]
     lines = 64 * len(make_vocab(documents, *flags))
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    tokenizer = Tokenizer(make_vocab(documents, "--vocab_size", str(report["recommended_vocab_size"])))
-    assert report["recommended_vocab_size"] > 1000
-    assert not any(UNK_ID in tokenizer.encode(document) for document in documents)
+    for size in (257, 1000, report["recommended_vocab_size"]):
+        tokenizer = WordTokenizer(make_vocab(documents, "--vocab_size", str(size)))
+        assert not any(UNK_ID in tokenizer.encode(document) for document in documents)
     blocks = 2 * (12 * 64 * 64 + 13 * 64) + 128 * 64 + 2 * 64
     assert report["sizes"][-1]["embedding_share"] == pytest.approx(lines / (lines + blocks))
+
+
+def test_characters_stand_alone_and_letters_are_parts(make_vocab):
+    vocabulary = make_vocab(["Hello 世界 2023 hello 世", *["hello 世界"] * 4], "--tokenizer", "char")
+    assert vocabulary[:5] == list(SPECIAL_TOKENS) and vocabulary[5:8] == ["hello", "世", "界"]
+    assert {"h", "##h", "2", "##0", "##3", "z", "##z"} <= set(vocabulary) and "2023" not in vocabulary
+    tokenizer = CharTokenizer(vocabulary)
+    assert tokenizer.tokenize("世界 hello 2023") == ["世", "界", "hello", "2", "##0", "##2", "##3"]
+
+
+def test_bpe_is_a_tokenizer_json_that_keeps_case_and_begins_with_the_end_of_text(script, tmp_path, capsys):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "train.json").write_text(json.dumps(["Hello 世界 hello 世界"] * 20), encoding="utf-8")
+    path, report = tmp_path / "tokenizer.json", tmp_path / "report.json"
+    flags = ["--raw_data_path", str(tmp_path / "train.json"), "--vocab_file", str(path), "--report", str(report)]
+    script("make-vocab").main([*flags, "--tokenizer", "bpe", "--vocab_size", "270"])
+    spec = read_tokenizer(path)
+    tokenizer = spec.build()
+    assert spec.kind == "bpe" and len(tokenizer) <= 270 and tokenizer.vocabulary[0] == "<|endoftext|>"
+    assert tokenizer.decode(tokenizer.encode("Hello, 新世界")) == "Hello, 新世界"
+    rows = json.loads(report.read_text(encoding="utf-8"))["sizes"]
+    assert rows[0]["tokens_per_character"] < 1 and "recommended: --vocab_size" in capsys.readouterr().out
+
+
+def test_compat_is_for_words(script, capsys):
+    with pytest.raises(SystemExit):
+        script("make-vocab").main(["--compat", "--tokenizer", "char"])
+    assert "--compat writes GPT2-Chinese's vocabulary of words" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("documents", "message"), [([], "there is no word"), (["\x00", " "], "there is no word")])

@@ -8,11 +8,13 @@ import sys
 import time
 
 import pytest
+from book_order import CLS_ID, MASK_ID
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2_chinese.parallel import default_workers, open_workers
 from gpt2_chinese.text import preparation, word_table
+from gpt2_chinese.text.char_tokenizer import CharTokenizer
 from gpt2_chinese.text.preparation import (
     Tokenizing,
     batches,
@@ -22,9 +24,10 @@ from gpt2_chinese.text.preparation import (
     shared_segmenter,
     tokenize_batch,
 )
-from gpt2_chinese.text.tokenizer import BYTE_TOKENS, LINE_BREAK, Tokenizer, WordSplitter, fold_word
-from gpt2_chinese.text.vocabulary import CLS_ID, MASK_ID, SPECIAL_TOKENS
-from gpt2_chinese.text.word_table import DOCUMENT_END, LINE_BREAK_WORD, WordTable
+from gpt2_chinese.text.tokenizers import TokenizerSpec
+from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS
+from gpt2_chinese.text.word_table import DOCUMENT_END, LINE_BREAK_WORD, WordTable, class_by_rules
+from gpt2_chinese.text.word_tokenizer import BYTE_TOKENS, LINE_BREAK, RULES, WordSplitter, WordTokenizer, fold_word
 
 TEXT = st.text(
     st.one_of(
@@ -39,7 +42,11 @@ TEXT = st.text(
 VOCABULARY = (*SPECIAL_TOKENS, "的", "中", "大", "a", "##b", "中国", "1", "##2", *BYTE_TOKENS)
 
 
-def numbered_words(table: WordTable, documents: list[str]) -> list[list[str]]:
+def word_table_of(rules: int = 2) -> WordTable:
+    return WordTable(shared_segmenter(), lambda character: class_by_rules(character, RULES[rules]))
+
+
+def numbered_words(table: WordTable, documents: list[str], rules: int = 2) -> list[list[str]]:
     """The folded words of each document, from the table's numbers."""
     result: list[list[str]] = [[]]
     sequence = table.number(documents)
@@ -50,23 +57,23 @@ def numbered_words(table: WordTable, documents: list[str]) -> list[list[str]]:
         elif number == LINE_BREAK_WORD:
             result[-1].append(LINE_BREAK)
         else:
-            result[-1] += fold_word(*words[number])[0]
+            result[-1] += fold_word(*words[number], RULES[rules])[0]
     assert result.pop() == []
     return result
 
 
 @settings(max_examples=300, deadline=None)
-@given(documents=st.lists(TEXT, min_size=1, max_size=5))
-def test_numbered_words_are_those_of_the_splitter(documents):
-    splitter = WordSplitter(shared_segmenter())
-    table = WordTable(shared_segmenter())
+@given(documents=st.lists(TEXT, min_size=1, max_size=5), rules=st.sampled_from(sorted(RULES)))
+def test_numbered_words_are_those_of_the_splitter(documents, rules):
+    splitter = WordSplitter(shared_segmenter(), RULES[rules])
+    table = word_table_of(rules)
     expected = [splitter(document) for document in documents]
-    assert numbered_words(table, documents) == expected
-    assert numbered_words(table, documents[::-1]) == expected[::-1], "a second batch, with words known already"
+    assert numbered_words(table, documents, rules) == expected
+    assert numbered_words(table, documents[::-1], rules) == expected[::-1], "a second batch, with words known already"
 
 
 def test_the_table_grows_and_forgets(monkeypatch):
-    table = WordTable(shared_segmenter())
+    table = word_table_of()
     documents = [f"{number} 和{number * 7}" for number in range(40_000)]
     splitter = WordSplitter(shared_segmenter())
     assert numbered_words(table, documents) == [splitter(document) for document in documents]
@@ -77,15 +84,37 @@ def test_the_table_grows_and_forgets(monkeypatch):
 
 
 @settings(max_examples=200, deadline=None)
-@given(documents=st.lists(TEXT, max_size=5), min_length=st.integers(0, 3))
-def test_formatted_ids_are_those_of_the_tokenizer(documents, min_length):
-    tokenizer = Tokenizer(VOCABULARY, segmenter=shared_segmenter())
-    text, report = tokenize_batch((Tokenizing(VOCABULARY, False, min_length), documents))
+@given(documents=st.lists(TEXT, max_size=5), min_length=st.integers(0, 3), rules=st.sampled_from(sorted(RULES)))
+def test_formatted_ids_are_those_of_the_tokenizer(documents, min_length, rules):
+    tokenizer = WordTokenizer(VOCABULARY, segmenter=shared_segmenter(), rules=rules)
+    spec = TokenizerSpec("word", VOCABULARY, rules=rules)
+    text, report = tokenize_batch((Tokenizing(spec, min_length), documents))
     kept = [ids for d in documents if len(d) > min_length and (ids := tokenizer.encode(d))]
     expected = [id_ for ids in kept for id_ in (MASK_ID, *ids, CLS_ID)]
     assert text.decode() == "".join(f"{id_} " for id_ in expected)
     assert (report.documents, report.tokens) == (len(kept), len(expected))
     assert report.documents + report.too_short + report.empty == len(documents)
+
+
+CHARACTERS = ("[PAD]", "[UNK]", "[CLS]", "的", "中", "[MASK]", "的", "a", "##b", "1", "##2", ",", "", " ", "[SEP]")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    documents=st.lists(st.one_of(TEXT, st.sampled_from(["[SEP]", "中[CLS]a", "\n"])), max_size=5),
+    compat=st.booleans(),
+    bert=st.booleans(),
+)
+def test_formatted_ids_of_characters_are_those_of_the_tokenizer(documents, compat, bert):
+    marks = {"begin": "[CLS]", "end": "[SEP]", "line_break": None} if bert else {}
+    tokenizer = CharTokenizer(CHARACTERS, compat=compat, lowercase=not bert, **marks)
+    spec = TokenizerSpec("char", CHARACTERS, compat=compat, lowercase=not bert, **marks)
+    text, report = tokenize_batch((Tokenizing(spec, 0), documents))
+    kept = [ids for d in documents if d and ((ids := tokenizer.encode(d)) or compat)]
+    expected = [id_ for ids in kept for id_ in (tokenizer.marks.begin, *ids, tokenizer.marks.end)]
+    assert text.decode() == "".join(f"{id_} " for id_ in expected)
+    assert (report.documents, report.tokens) == (len(kept), len(expected))
+    assert report.unknown_tokens == sum(ids.count(tokenizer.marks.unknown) for ids in kept)
 
 
 @settings(max_examples=100, deadline=None)
@@ -113,7 +142,7 @@ def test_counts_of_the_reference_are_those_of_the_segmenter(documents):
 
 
 def test_a_table_that_forgot_its_words_gives_no_stale_ids(monkeypatch):
-    tokenizing = Tokenizing(VOCABULARY, False, 0)
+    tokenizing = Tokenizing(TokenizerSpec("word", VOCABULARY), 0)
     expected = [tokenize_batch((tokenizing, [text]))[0] for text in ("中国a", "大的12", "的中大")]
     monkeypatch.setattr(word_table, "MAX_WORDS", 1)
     for _ in range(3):

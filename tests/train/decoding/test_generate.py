@@ -1,4 +1,4 @@
-"""generate.py in process, on a tiny model folder."""
+"""generate.py, called in process with a tiny model folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 
 
 def typed(monkeypatch, *lines: str) -> None:
-    """Answer `input()` with these lines, then with the end of the input."""
+    """Let `input()` return these lines, then raise EOFError."""
     answers = iter(lines)
 
     def answer(prompt: str = "") -> str:
@@ -52,14 +52,16 @@ def test_interactive_use_ends_at_the_end_of_the_input(generate, folder, monkeypa
     assert "1  一丁" in capsys.readouterr().out
 
 
-def test_text_that_is_no_text_is_an_error_line_and_the_next_question_follows(generate, folder, monkeypatch, capsys):
+def test_interactive_use_continues_after_a_text_that_is_not_valid(generate, folder, monkeypatch, capsys):
     typed(monkeypatch, "\udce4", "一丁", "")
     generate.main(["--model_path", folder, "--nsamples", "1", "--length", "3"])
     captured = capsys.readouterr()
     assert "surrogate" in captured.err and "1  一丁" in captured.out
 
 
-def test_asking_twice_gives_other_completions_and_a_seed_repeats_the_session(generate, folder, monkeypatch, capsys):
+def test_the_same_text_twice_gets_other_completions_and_a_seed_repeats_the_session(
+    generate, folder, monkeypatch, capsys
+):
     def session() -> list[str]:
         typed(monkeypatch, "一丁", "一丁", "")
         generate.main(["--model_path", folder, "--seed", "3", "--length", "12"])
@@ -70,27 +72,27 @@ def test_asking_twice_gives_other_completions_and_a_seed_repeats_the_session(gen
     assert session() == lines
 
 
-def test_interactive_use_prints_pieces_as_they_come_each_sample_in_its_turn(generate, capsys):
-    pieces = SimpleQueue()
-    asked = []
-    get = pieces.get
+def test_interactive_use_prints_deltas_as_they_come_one_sample_after_the_other(generate, capsys):
+    deltas = SimpleQueue()
+    printed = []
+    get = deltas.get
 
     class Watched:
-        """Notes what stands on the screen whenever a piece is waited for."""
+        """Records what was printed before each wait for a delta."""
 
         def get(self):
-            asked.append(capsys.readouterr().out)
+            printed.append(capsys.readouterr().out)
             return get()
 
     for sample, text, reason in [(1, "丙", None), (0, "甲", None), (1, "丁", "stop"), (0, "乙", "length")]:
-        pieces.put(TextDelta(sample, text, (), reason))
-    pieces.put(None)
-    generate.print_pieces("一", Watched(), 2)
-    assert asked == ["1  一", "", "甲", ""]
+        deltas.put(TextDelta(sample, text, (), reason))
+    deltas.put(None)
+    generate.print_deltas("一", Watched(), 2)
+    assert printed == ["1  一", "", "甲", ""]
     assert capsys.readouterr().out == "乙\n2  一丙丁\n"
 
 
-def test_interactive_use_prints_what_one_shot_use_does(generate, folder, monkeypatch, capsys):
+def test_interactive_use_and_prefix_give_the_same_completions(generate, folder, monkeypatch, capsys):
     flags = ["--model_path", folder, "--seed", "3", "--length", "12"]
     typed(monkeypatch, "一丁", "")
     generate.main(flags)
@@ -99,7 +101,7 @@ def test_interactive_use_prints_what_one_shot_use_does(generate, folder, monkeyp
     assert re.findall(r"=\n(.*)\n", capsys.readouterr().out) == streamed
 
 
-def test_one_shot_use_saves_what_it_prints(generate, folder, tmp_path, capsys):
+def test_prefix_saves_what_it_prints(generate, folder, tmp_path, capsys):
     (tmp_path / "samples.txt").write_text("old", encoding="utf-8")
     flags = ["--prefix", "一丁", "--nsamples", "3", "--length", "6", "--topk", "8", "--topp", "0.9"]
     flags += ["--temperature", "0.8", "--repetition_penalty", "1.1", "--device", "cpu"]
@@ -140,7 +142,7 @@ def test_length_minus_one_is_the_models_n_ctx(generate, folder, capsys, monkeypa
     assert lengths == [32]
 
 
-def test_a_context_that_does_not_fit_is_said(generate, folder, capsys):
+def test_a_context_that_is_truncated_is_reported(generate, folder, capsys):
     generate.main(["--model_path", folder, "--prefix", "一" * 100, "--nsamples", "1", "--length", "4"])
     captured = capsys.readouterr()
     assert "longer than the model's 32 tokens; its first 73 were cut off" in captured.err
@@ -168,7 +170,7 @@ def test_a_wrong_flag_is_named_with_its_value(generate, folder, flags, message):
         generate.main(["--model_path", folder, "--prefix", "一", *flags])
 
 
-def test_no_model_folder_no_weights_and_a_file_as_folder_are_clear(generate, folder, tmp_path):
+def test_a_missing_model_missing_weights_and_a_file_as_folder_are_errors_that_name_them(generate, folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no model folder .*train.py"):
         generate.main(["--model_path", str(tmp_path / "none"), "--prefix", "一"])
     save_tiny_model(tmp_path / "model")

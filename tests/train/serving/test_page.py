@@ -8,13 +8,15 @@ from contextlib import asynccontextmanager
 
 import pytest
 from aiohttp import web
-from browser import CHROMIUM, browser_tab
+from book_order import CLS_ID
 from served import served, wait_until
-from tiny_model import endless_model, favour, tiny_model, tiny_tokenizer
+from tiny_model import endless_model, set_likeliest, tiny_model, tiny_tokenizer
 
 from gpt2_chinese.decoding.engine import Engine
-from gpt2_chinese.serving.connections import listen, serving
-from gpt2_chinese.text.vocabulary import CLS_ID
+from gpt2_chinese.serving.connections import open_socket, start_listening
+
+pytest.importorskip("playwright", reason="the playwright package is not installed")
+from browser import CHROMIUM, browser_tab  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,
@@ -52,21 +54,21 @@ class Scripted:
 
     def __init__(self, server, generate) -> None:
         self.server, self.generate = server, generate
-        self.asked: list[dict] = []
-        self.given_up = 0
-        self.facts = {"status": "ready", "model": "假", "maxlength": 1024, "samples": 32}
+        self.requests: list[dict] = []
+        self.cancelled = 0
+        self.health = {"status": "ready", "model": "假", "maxlength": 1024, "samples": 32}
 
     async def handle_generate(self, request):
-        wish = await request.json()
-        self.asked.append(wish)
+        fields = await request.json()
+        self.requests.append(fields)
         try:
-            return await self.generate(wish, request)
+            return await self.generate(fields, request)
         except asyncio.CancelledError:
-            self.given_up += 1
+            self.cancelled += 1
             raise
 
     async def handle_health(self, _):
-        return web.json_response(self.facts, status=200 if self.facts["status"] == "ready" else 503)
+        return web.json_response(self.health, status=200 if self.health["status"] == "ready" else 503)
 
     @asynccontextmanager
     async def up(self, port: int = 0):
@@ -74,18 +76,18 @@ class Scripted:
         app.router.add_get("/", self.server.handle_page)
         app.router.add_get("/health", self.handle_health)
         app.router.add_post("/generate", self.handle_generate)
-        sock = listen("127.0.0.1", port)
+        sock = open_socket("127.0.0.1", port)
         self.port = sock.getsockname()[1]
-        async with serving(app, sock, connections=50, idle_seconds=5):
+        async with start_listening(app, sock, connections=50, idle_seconds=5):
             yield f"http://127.0.0.1:{self.port}"
 
 
-def with_scripted(server, generate, test, **facts):
+def with_scripted(server, generate, test, **health):
     """Run `test(tab, scripted)` with the page of a scripted server."""
 
     async def run():
         scripted = Scripted(server, generate)
-        scripted.facts |= facts
+        scripted.health |= health
         async with browser_tab() as tab, scripted.up() as url:
             await tab.open(url)
             await tab.until("document.querySelector('#state').dataset.state")
@@ -95,12 +97,12 @@ def with_scripted(server, generate, test, **facts):
     asyncio.run(run())
 
 
-def candidates_of(wish) -> list[str]:
-    return [wish["context"] + "ABCDEFGHI"[number] * 3 for number in range(wish["samples"])]
+def candidates_of(fields) -> list[str]:
+    return [fields["context"] + "ABCDEFGHI"[number] * 3 for number in range(fields["samples"])]
 
 
-async def fast_path(wish, _):
-    return web.json_response(candidates_of(wish), headers={"X-Tokens": "15"})
+async def fast_path(fields, _):
+    return web.json_response(candidates_of(fields), headers={"X-Tokens": "15"})
 
 
 def test_typing_shows_suggestions_and_a_choice_lands_in_the_text():
@@ -109,7 +111,7 @@ def test_typing_shows_suggestions_and_a_choice_lands_in_the_text():
         await tab.until(FRESH)
         candidates = await tab.js(CANDIDATES)
         assert 1 <= len(candidates) <= 5
-        assert await tab.until("document.querySelector('#speed').textContent.includes('词元/秒')")
+        assert await tab.until("document.querySelector('#speed').textContent.includes('token/秒')")
         assert "模型 tiny" in await tab.js("document.body.innerText")
         await tab.press("2")
         assert await tab.js(TEXT) == "一丁" + candidates[1]
@@ -124,7 +126,27 @@ def test_typing_shows_suggestions_and_a_choice_lands_in_the_text():
         await tab.click("#candidates li:last-child button")
         assert await tab.js(TEXT) == text + last
 
-    with_page(test, engine=Engine(endless_model(), tiny_tokenizer(), rows=8))
+    with_page(test, engine=Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8))
+
+
+def test_every_text_is_there_in_every_language(server):
+    paths = (
+        "Object.values(LANGUAGES).map((texts) => Object.entries(texts).flatMap(([name, text]) =>"
+        " typeof text === 'object' ? Object.keys(text).map((key) => `${name}.${key}`) : [name]).sort().join())"
+    )
+    missing = (
+        "['text', 'label', 'title', 'placeholder'].flatMap((kind) =>"
+        " [...document.querySelectorAll(`[data-${kind}]`)].map((one) => one.dataset[kind]))"
+        ".filter((name) => typeof TEXTS[name] !== 'string')"
+    )
+
+    async def test(tab, _):
+        assert len(set(await tab.js(paths))) == 1
+        assert await tab.js(missing) == []
+        assert await tab.js("document.querySelector('h1').textContent") == "续写"
+        assert await tab.js("document.documentElement.lang") == "zh-CN"
+
+    with_scripted(server, fast_path, test)
 
 
 def test_fast_typing_asks_once_with_the_settings_and_choices_stand_where_the_caret_is(server):
@@ -132,13 +154,13 @@ def test_fast_typing_asks_once_with_the_settings_and_choices_stand_where_the_car
         await tab.js("document.querySelector('#top_p').value = 0.9; document.querySelector('#samples').value = 3")
         await tab.type("天气很好")
         await tab.until(FRESH)
-        assert scripted.asked == [
+        assert scripted.requests == [
             {"context": "天气很好", "temperature": 1, "top_k": 30, "top_p": 0.9, "maxlength": 50, "samples": 3}
         ]
         await tab.js("document.querySelector('#text').setSelectionRange(2, 2)")
         await tab.type("真")
-        await wait_until(lambda: len(scripted.asked) == 2)
-        assert scripted.asked[1]["context"] == "天气真"
+        await wait_until(lambda: len(scripted.requests) == 2)
+        assert scripted.requests[1]["context"] == "天气真"
         await tab.until(FRESH)
         await tab.press("3")
         assert await tab.js(TEXT) == "天气真CCC很好"
@@ -147,18 +169,18 @@ def test_fast_typing_asks_once_with_the_settings_and_choices_stand_where_the_car
 
 
 def test_a_later_keystroke_discards_an_older_answer(server):
-    async def late_for_the_first(wish, _):
-        if wish["context"] == "一":
+    async def late_for_the_first(fields, _):
+        if fields["context"] == "一":
             await asyncio.sleep(1)
-        return web.json_response([wish["context"] + "答" + wish["context"]])
+        return web.json_response([fields["context"] + "答" + fields["context"]])
 
     async def test(tab, scripted):
         await tab.type("一")
-        await wait_until(lambda: scripted.asked)
+        await wait_until(lambda: scripted.requests)
         await tab.type("丁")
         await tab.until(FRESH)
         assert await tab.js(CANDIDATES) == ["答一丁"]
-        await wait_until(lambda: scripted.given_up == 1)
+        await wait_until(lambda: scripted.cancelled == 1)
         await asyncio.sleep(1.1)
         assert await tab.js(CANDIDATES) == ["答一丁"]
 
@@ -169,12 +191,12 @@ def test_an_input_method_is_left_alone(server):
     async def test(tab, scripted):
         await tab.type("一")
         await tab.until(FRESH)
-        await tab.call("Input.imeSetComposition", text="nihao", selectionStart=5, selectionEnd=5)
+        await tab.call("Input.imeSetComposition", {"text": "nihao", "selectionStart": 5, "selectionEnd": 5})
         await asyncio.sleep(0.6)
-        assert len(scripted.asked) == 1 and await tab.js(CANDIDATES) == []
-        await tab.call("Input.insertText", text="你好")
+        assert len(scripted.requests) == 1 and await tab.js(CANDIDATES) == []
+        await tab.call("Input.insertText", {"text": "你好"})
         await tab.until(FRESH)
-        assert scripted.asked[-1]["context"] == "一你好" and len(scripted.asked) == 2
+        assert scripted.requests[-1]["context"] == "一你好" and len(scripted.requests) == 2
         assert await tab.js(TEXT) == "一你好"
 
     with_scripted(server, fast_path, test)
@@ -201,14 +223,14 @@ def test_digits_and_tab_are_themselves_where_no_suggestion_is_shown(server):
 
 
 def test_a_long_text_streams_and_can_be_stopped():
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=8)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(tab, client):
         await tab.click("#tab-long")
         await tab.type("一丁")
         await tab.js("document.querySelector('#longlength').value = 40")
         await tab.click("#go")
-        await tab.until("document.querySelector('#progress').textContent.startsWith('续写了 40 个词')")
+        await tab.until("document.querySelector('#progress').textContent.startsWith('生成了 40 个 token')")
         text = await tab.js(TEXT)
         assert text.startswith("一丁") and len(text) > 30
         await tab.js("document.querySelector('#longlength').value = 1000000")
@@ -237,10 +259,10 @@ def test_a_server_that_dies_is_said_and_when_it_is_back_the_page_goes_on(server)
             await tab.type("丁")
             await tab.until("document.querySelector('#state').dataset.state === 'gone'")
             assert time.monotonic() - begin < 5
-            assert "连不上服务器" in await tab.js(SAYS) and await tab.js(CANDIDATES) == []
+            assert "无法连接服务器" in await tab.js(SAYS) and await tab.js(CANDIDATES) == []
             async with scripted.up(scripted.port):
                 await tab.until(FRESH)
-                assert scripted.asked[-1]["context"] == "一丁"
+                assert scripted.requests[-1]["context"] == "一丁"
                 assert await tab.js(SAYS) == ""
             assert tab.faults == []
 
@@ -248,7 +270,7 @@ def test_a_server_that_dies_is_said_and_when_it_is_back_the_page_goes_on(server)
 
 
 def test_a_model_thread_that_dies_is_said(monkeypatch, caplog):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=8)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8)
 
     async def test(tab, client):
         await tab.type("一")
@@ -261,46 +283,46 @@ def test_a_model_thread_that_dies_is_said(monkeypatch, caplog):
 
 
 def test_a_model_that_loads_and_one_that_has_nothing_to_say_are_said(server):
-    async def nothing(wish, _):
-        return web.json_response([wish["context"]] * wish["samples"])
+    async def nothing(fields, _):
+        return web.json_response([fields["context"]] * fields["samples"])
 
     async def test(tab, scripted):
         await tab.type("一")
-        await tab.until(f"{SAYS}.includes('正在加载')")
-        assert scripted.asked == []
-        scripted.facts["status"] = "ready"
+        await tab.until(f"{SAYS}.includes('模型加载中')")
+        assert scripted.requests == []
+        scripted.health["status"] = "ready"
         await tab.until(f"{SAYS}.includes('没有可续写的内容')")
-        assert scripted.asked[0]["context"] == "一"
+        assert scripted.requests[0]["context"] == "一"
 
     with_scripted(server, nothing, test, status="loading")
 
 
 def test_an_untrained_end_of_everything_is_said_by_the_real_server():
     model = tiny_model()
-    favour(model, CLS_ID)
+    set_likeliest(model, CLS_ID)
 
     async def test(tab, client):
         await tab.type("一")
         await tab.until(f"{SAYS}.includes('没有可续写的内容')")
 
-    with_page(test, engine=Engine(model, tiny_tokenizer(), rows=8))
+    with_page(test, engine=Engine(model, tiny_tokenizer(), max_num_seqs=8))
 
 
 def test_a_busy_a_slow_and_a_stingy_server_are_said(server):
     answers = []
 
-    async def in_turn(wish, request):
+    async def in_turn(fields, request):
         await asyncio.sleep(2.5 if not answers else 0)
-        answers.append(wish)
+        answers.append(fields)
         if len(answers) == 2:
             return web.json_response({"error": {"code": "full"}}, status=429, headers={"Retry-After": "1"})
         if len(answers) == 4:
             return web.json_response({"error": {"message": "<b>samples</b> must be small"}}, status=400)
-        return await fast_path(wish, request)
+        return await fast_path(fields, request)
 
     async def test(tab, _):
         await tab.type("一")
-        await tab.until(f"{SAYS}.includes('还在想')")
+        await tab.until(f"{SAYS}.includes('仍在生成')")
         await tab.until(FRESH)
         assert await tab.js(SAYS) == ""
         await tab.type("丁")
@@ -338,14 +360,14 @@ def test_one_chooses_among_several_models(server):
         assert await tab.js("!document.querySelector('#which').hidden")
         await tab.type("一")
         await tab.until(FRESH)
-        assert scripted.asked[-1]["model"] == "小"
+        assert scripted.requests[-1]["model"] == "小"
         await tab.js(
             "(() => { const which = document.querySelector('#which'); which.value = '大';"
             "which.dispatchEvent(new Event('change')); })()"
         )
         await tab.until("document.title.includes('大')")
         await tab.until(FRESH)
-        while scripted.asked[-1]["model"] != "大":
+        while scripted.requests[-1]["model"] != "大":
             await asyncio.sleep(0.02)
         models[1]["status"] = "dead"
         await tab.js("poll()")
@@ -365,6 +387,7 @@ def test_on_a_phone_nothing_is_cut_off_and_in_the_dark_it_is_dark(server, tmp_pa
         await tab.open(await tab.js("location.href"))
         await tab.type("天气很好，")
         await tab.until(FRESH)
+        assert await tab.js("innerWidth") == 360
         assert await tab.js("document.documentElement.scrollWidth") <= 360
         assert not await tab.js("document.querySelector('#settings').open")
         assert await tab.js("document.querySelector('#candidates button').getBoundingClientRect().bottom") < 640

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from served import GOOD, Client, check_error, check_good, error_of, raw, served
 
 from gpt2_chinese.serving.api import (
-    ApiError,
     CompletionRequest,
     Limits,
     generate_fields,
@@ -23,6 +22,7 @@ from gpt2_chinese.serving.api import (
     parse_v1,
     v1_fields,
 )
+from gpt2_chinese.serving.errors import ApiError
 
 V1_GOOD = {"prompt": "一丁", "max_tokens": 6, "n": 2, "seed": 1, "top_k": 30}
 VOCAB_SIZE = 200
@@ -471,33 +471,37 @@ PARSERS = [lambda body: parse_generate(body, Limits()), lambda body: parse_v1(bo
 def check_outcome(parse, data: bytes) -> None:
     limits = Limits()
     try:
-        wish = parse(data)
-    except ApiError as refusal:
-        assert refusal.status == 400 and refusal.message and refusal.code
+        completion_request = parse(data)
+    except ApiError as error:
+        assert error.status == 400 and error.message and error.code
         return
-    assert type(wish) is CompletionRequest
-    assert 1 <= len(wish.contexts) <= limits.prompts
-    for context in wish.contexts:
+    assert type(completion_request) is CompletionRequest
+    assert 1 <= len(completion_request.contexts) <= limits.prompts
+    for context in completion_request.contexts:
         assert isinstance(context, str) or (context and all(type(id_) is int for id_ in context))
-    assert type(wish.samples) is int and 1 <= wish.samples <= limits.samples
-    assert type(wish.length) is int and 1 <= wish.length <= limits.length
-    setting = wish.settings
+    assert type(completion_request.samples) is int and 1 <= completion_request.samples <= limits.samples
+    assert type(completion_request.length) is int and 1 <= completion_request.length <= limits.length
+    setting = completion_request.settings
     assert 0 <= setting.temperature <= 10 and type(setting.top_k) is int and 0 <= setting.top_p <= 1
     assert 0.1 <= setting.repetition_penalty <= 10
-    assert len(wish.stop) <= 4 and all(isinstance(one, str) and one for one in wish.stop)
-    assert type(wish.stream) is bool and type(wish.echo) is bool and wish.logprobs in (None, 0, 1, 2, 3, 4, 5)
+    assert len(completion_request.stop) <= 4 and all(isinstance(one, str) and one for one in completion_request.stop)
+    assert (
+        type(completion_request.stream) is bool
+        and type(completion_request.echo) is bool
+        and completion_request.logprobs in (None, 0, 1, 2, 3, 4, 5)
+    )
 
 
 @given(BODIES)
 @hypothesis_settings(max_examples=300, deadline=None)
-def test_the_validator_knows_wishes_and_refusals_and_nothing_else(value):
+def test_parsing_gives_a_completion_request_or_an_api_error_and_nothing_else(value):
     for parse in PARSERS:
         check_outcome(parse, json.dumps(value).encode())
 
 
 @given(st.binary(max_size=200))
 @hypothesis_settings(max_examples=300, deadline=None)
-def test_the_validator_takes_any_bytes(data):
+def test_parsing_takes_any_bytes(data):
     for parse in PARSERS:
         check_outcome(parse, data)
 

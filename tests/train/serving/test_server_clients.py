@@ -76,9 +76,9 @@ def test_several_prompts_and_samples_and_ids_as_prompts():
 
 def test_a_stream_has_the_text_of_the_answer_and_its_usage():
     def test(client):
-        wish = dict(model="tiny", prompt=["一丁", "七"], n=2, seed=3, max_tokens=12, stop=["乐", "丑"], logprobs=2)
-        answer = client.completions.create(**wish)
-        chunks = list(client.completions.create(**wish, stream=True, stream_options={"include_usage": True}))
+        fields = dict(model="tiny", prompt=["一丁", "七"], n=2, seed=3, max_tokens=12, stop=["乐", "丑"], logprobs=2)
+        answer = client.completions.create(**fields)
+        chunks = list(client.completions.create(**fields, stream=True, stream_options={"include_usage": True}))
         assert len({chunk.id for chunk in chunks}) == 1
         for choice in answer.choices:
             own = [part for chunk in chunks for part in chunk.choices if part.index == choice.index]
@@ -88,8 +88,8 @@ def test_a_stream_has_the_text_of_the_answer_and_its_usage():
             assert sum((part.logprobs.token_logprobs for part in own), []) == choice.logprobs.token_logprobs
         assert chunks[-1].choices == [] and chunks[-1].usage == answer.usage
         assert all(chunk.usage is None for chunk in chunks[:-1])
-        del wish["logprobs"]
-        echoed = list(client.completions.create(**wish, stream=True, echo=True))
+        del fields["logprobs"]
+        echoed = list(client.completions.create(**fields, stream=True, echo=True))
         texts = ["".join(part.text for chunk in echoed for part in chunk.choices if part.index == i) for i in range(4)]
         assert texts == [prompt + choice.text for prompt, choice in zip(["一丁", "一丁", "七", "七"], answer.choices)]  # noqa: B905
 
@@ -113,9 +113,9 @@ def test_logprobs_name_tokens_and_the_likeliest():
 
 def test_echo_with_logprobs_scores_the_prompt():
     def test(client):
-        wish = dict(model="tiny", prompt=["一丁七", "七"], n=2, seed=3, max_tokens=4, echo=True, logprobs=1)
-        answer = client.completions.create(**wish)
-        only = client.completions.create(**wish | {"max_tokens": 0})
+        fields = dict(model="tiny", prompt=["一丁七", "七"], n=2, seed=3, max_tokens=4, echo=True, logprobs=1)
+        answer = client.completions.create(**fields)
+        only = client.completions.create(**fields | {"max_tokens": 0})
         for choice, scored in zip(answer.choices, only.choices, strict=True):
             prompt = "一丁七" if choice.index < 2 else "七"
             assert scored.text == prompt and choice.text.startswith(prompt) and scored.finish_reason == "length"
@@ -127,14 +127,14 @@ def test_echo_with_logprobs_scores_the_prompt():
                 assert choice.text[offset:].startswith(token.replace("[SEP]", "\n").strip("#"))
         assert only.usage.completion_tokens == 0
         parts: dict[int, list] = {0: [], 1: [], 2: [], 3: []}
-        for chunk in client.completions.create(**wish, stream=True):
+        for chunk in client.completions.create(**fields, stream=True):
             parts[chunk.choices[0].index].append(chunk.choices[0])
         for choice in answer.choices:
             own = parts[choice.index]
             assert "".join(part.text for part in own) == choice.text
             assert sum((part.logprobs.tokens for part in own), []) == choice.logprobs.tokens
             assert sum((part.logprobs.text_offset for part in own), []) == choice.logprobs.text_offset
-        ids = client.completions.create(**wish | {"prompt": [2, 5, 6], "max_tokens": 0}).choices[0].logprobs
+        ids = client.completions.create(**fields | {"prompt": [2, 5, 6], "max_tokens": 0}).choices[0].logprobs
         assert ids.tokens[0] == "[MASK]" and ids.token_logprobs[0] is None and len(ids.tokens) == 3
 
     with_openai(test)
@@ -148,7 +148,7 @@ def test_stop_strings_end_a_text_before_them():
             cut = client.completions.create(model="tiny", prompt="一", seed=2, max_tokens=30, stop=stops).choices[0]
             assert cut.text == whole.text[: whole.text.index(stop)] and cut.finish_reason == "stop"
 
-    with_openai(test, engine=Engine(endless_model(), tiny_tokenizer(), rows=8))
+    with_openai(test, engine=Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8))
 
 
 def test_models_and_errors_are_those_that_the_client_knows():
@@ -160,7 +160,7 @@ def test_models_and_errors_are_those_that_the_client_knows():
         assert raised.value.code == "model_not_found" and raised.value.param == "model"
         with pytest.raises(openai.NotFoundError):
             client.models.retrieve("gpt-4")
-        for wish, param in [
+        for fields, param in [
             ({"temperature": 99}, "temperature"),
             ({"n": 2, "best_of": 3}, "best_of"),
             ({"presence_penalty": 1}, "presence_penalty"),
@@ -169,7 +169,7 @@ def test_models_and_errors_are_those_that_the_client_knows():
             ({"extra_body": {"min_p": 0.1}}, "min_p"),
         ]:
             with pytest.raises(openai.BadRequestError) as raised:
-                client.completions.create(model="tiny", prompt="一", **wish)
+                client.completions.create(model="tiny", prompt="一", **fields)
             assert raised.value.param == param and raised.value.type == "invalid_request_error"
         with pytest.raises(openai.AuthenticationError) as raised:
             client.with_options(api_key="wrong").models.list()
@@ -186,7 +186,9 @@ def test_too_much_and_too_slow_raise_what_the_client_knows():
         with pytest.raises(openai.APIError, match="no answer within"):
             list(client.completions.create(model="tiny", prompt="一", max_tokens=1_000_000, n=8, stream=True))
 
-    with_openai(test, engine=Engine(endless_model(), tiny_tokenizer(), rows=8), length=1_000_000, request_seconds=0.3)
+    with_openai(
+        test, engine=Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8), length=1_000_000, request_seconds=0.3
+    )
 
 
 def test_a_client_chooses_among_several_models():
@@ -203,7 +205,7 @@ def test_a_client_chooses_among_several_models():
         with pytest.raises(openai.NotFoundError, match="this server has tiny, endless"):
             client.completions.create(model="large", prompt="一丁")
 
-    with_openai(test, others={"endless": Engine(endless_model(), tiny_tokenizer(), rows=8)})
+    with_openai(test, others={"endless": Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8)})
 
 
 # The description.
@@ -251,10 +253,10 @@ def test_schemathesis_finds_no_answer_that_the_description_does_not_have(mode, c
         schema = schemathesis.openapi.from_dict(document)
         schema.config.update(base_url=client.url)
         chosen, positive = schemathesis.GenerationMode(mode), schemathesis.GenerationMode.POSITIVE
-        asked = 0
+        sent = 0
 
         def check(operation):
-            nonlocal asked
+            nonlocal sent
             # Without a body there is nothing to be wrong.
             strategy = operation.as_strategy(generation_mode=chosen if operation.body else positive)
 
@@ -263,10 +265,10 @@ def test_schemathesis_finds_no_answer_that_the_description_does_not_have(mode, c
             )
             @given(strategy)
             def ask(case):
-                nonlocal asked
+                nonlocal sent
                 if mode == "positive" and beyond_a_schema(case.body):
                     return
-                asked += 1
+                sent += 1
                 case.call_and_validate(timeout=30)
 
             ask()
@@ -276,7 +278,7 @@ def test_schemathesis_finds_no_answer_that_the_description_does_not_have(mode, c
                 check(result.ok())
 
         await asyncio.to_thread(run)
-        assert asked > 50
+        assert sent > 50
         await check_good(client)
 
     served(test, length=6, samples=3, prompts=3)

@@ -58,7 +58,7 @@ def test_abuse_leaves_nothing_behind(one_server):
     before, after = result["before"], result["after"]
     assert after["threads"] == before["threads"] and after["files"] <= before["files"] + 2
     assert after["tasks"] <= before["tasks"] and after["megabytes"] < before["megabytes"] + 40
-    assert result["an aborted request frees its rows, ms"] < 1000
+    assert result["an aborted request frees its slots, ms"] < 1000
 
 
 def test_slow_connections_are_closed_and_the_good_ones_go_on(one_server):
@@ -75,7 +75,7 @@ def test_sigterm_under_load_loses_no_admitted_request(folder):
 
 
 def test_a_model_that_takes_its_process_down_leaves_a_server_that_says_so(folder):
-    def ask(path: str, body: bytes | None = None) -> tuple[int, dict]:
+    def request(path: str, body: bytes | None = None) -> tuple[int, dict]:
         try:
             with urllib.request.urlopen(server.url + path, body, timeout=10) as response:
                 return response.status, json.load(response)
@@ -84,7 +84,7 @@ def test_a_model_that_takes_its_process_down_leaves_a_server_that_says_so(folder
                 return error.code, json.load(error)
 
     def long_request() -> None:
-        answers.append(ask("/generate", b'{"context": "a", "maxlength": 1024, "samples": 16}'))
+        answers.append(request("/generate", b'{"context": "a", "maxlength": 1024, "samples": 16}'))
 
     answers: list[tuple[int, dict]] = []
     with serving.Server(folder, "--device", "cpu", "--batch_size", "1") as server:
@@ -94,15 +94,15 @@ def test_a_model_that_takes_its_process_down_leaves_a_server_that_says_so(folder
         waiting = threading.Thread(target=long_request)
         waiting.start()
         deadline = time.monotonic() + 10
-        while not ask("/health")[1]["running"]:
+        while not request("/health")[1]["running"]:
             assert time.monotonic() < deadline
         os.kill(model, signal.SIGKILL)
         begin = time.monotonic()
-        while (health := ask("/health"))[1]["status"] == "ready":
+        while (health := request("/health"))[1]["status"] == "ready":
             assert time.monotonic() - begin < 5
         assert health[0] == 503 and health[1]["status"] == "dead"
         waiting.join(10)
-        for status, answer in (*answers, ask("/generate", b'{"context": "a"}')):
+        for status, answer in (*answers, request("/generate", b'{"context": "a"}')):
             assert (status, answer["error"]["code"]) == (503, "engine_stopped")
         assert len(answers) == 1 and server.process.poll() is None
 

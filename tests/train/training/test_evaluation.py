@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from book_order import CLS_ID, MARKS, MASK_ID, SEP_ID, UNK_ID
 from hypothesis import given
 from hypothesis import strategies as st
 from small_run import run, scalars, write_documents, write_pieces, write_shape
 from tiny_model import tiny_model, tiny_tokenizer
 
-from gpt2_chinese.text.tokenizer import BYTE_TOKENS
-from gpt2_chinese.text.vocabulary import CLS_ID, MASK_ID, SEP_ID, UNK_ID
+from gpt2_chinese.text.word_tokenizer import BYTE_TOKENS
 from gpt2_chinese.training.evaluation import (
     Documents,
     bits_per_character,
@@ -77,8 +77,12 @@ def test_measuring_touches_no_random_state_and_leaves_the_model_in_training():
     documents = Documents(np.array([MASK_ID, 7, 8, 9, CLS_ID]), 32, tokenizer)
     first = evaluate(model, documents, rows=200, batch_size=2, autocast=nullcontext)
     assert first == evaluate(model, documents, rows=200, batch_size=2, autocast=nullcontext)
-    continuation = complete(model, [MASK_ID, 7], rows=200, seed=1)
-    assert continuation == complete(model, [MASK_ID, 7], rows=200, seed=1) != complete(model, [2, 7], rows=200, seed=2)
+    continuation = complete(model, [MASK_ID, 7], rows=200, marks=MARKS, seed=1)
+    assert (
+        continuation
+        == complete(model, [MASK_ID, 7], rows=200, marks=MARKS, seed=1)
+        != complete(model, [2, 7], rows=200, marks=MARKS, seed=2)
+    )
     assert not {MASK_ID, UNK_ID, CLS_ID} & set(continuation) and len(continuation) <= 30
     assert torch.equal(before, torch.get_rng_state()) and model.training
 
@@ -102,7 +106,7 @@ def test_a_run_measures_after_epochs_and_every_val_steps_and_eval_only_finds_the
     assert points[0].keys() >= {"loss", "learning_rate", "gradient_norm", "tokens_per_second", "step", "epoch"}
 
     # The documents held out, measured by themselves, give the figure of the run's end.
-    corpus = read_pieces("tokenized", vocab_size=35, val_fraction=0.1)
+    corpus = read_pieces("tokenized", marks=MARKS, vocab_size=35, val_fraction=0.1)
     held_out = corpus.held_out.tolist()
     kept = [document for document in documents if str(document)[1:-1] in str(held_out)]
     assert sum(kept, []) == held_out and 0 < len(kept) < 15

@@ -124,3 +124,29 @@ def test_an_update_of_a_number_that_is_none_is_not_applied(kind):
     gradients(model, 2)
     precision.step(optimizer, 1.0)
     assert not torch.equal(next(model.parameters()), before[0])
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_weight_decay_takes_a_share_of_the_learning_rate_from_all_but_norms_and_biases(kind):
+    plain, decayed = tiny_model(), tiny_model()
+    before = {name: parameter.detach().clone() for name, parameter in plain.named_parameters()}
+    settings = {"weight_decay": 0.1, "muon_weight_decay": 0.5}
+    for model, decay in ((plain, {}), (decayed, settings)):
+        optimizer = make_optimizer(model, 1e-2, optimizer=kind, muon_lr=2e-2, **decay)
+        gradients(model, 3)
+        Precision("fp32", torch.device("cpu")).step(optimizer, 1.0)
+    for (name, one), other in zip(plain.named_parameters(), decayed.parameters(), strict=True):
+        rate = 0.0
+        if one.ndim == 2:
+            rate = 2e-2 * 0.5 if kind == "muon" and ".h." in name else 1e-2 * 0.1
+        torch.testing.assert_close(other, one - rate * before[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_an_update_of_a_number_that_is_none_decays_nothing():
+    model = tiny_model()
+    optimizer = make_optimizer(model, 1e-2, optimizer="muon", weight_decay=0.1)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    gradients(model, 3)
+    next(model.parameters()).grad[0, 0] = torch.nan
+    Precision("fp32", torch.device("cpu")).step(optimizer, 1.0)
+    assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))

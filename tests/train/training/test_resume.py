@@ -212,18 +212,18 @@ def test_resume_without_a_checkpoint_begins(train, capsys):
 )
 def test_a_run_of_other_settings_is_not_gone_on_with(train, monkeypatch, flags, named):
     interrupted(train, monkeypatch, 2)
-    with pytest.raises(ValueError, match=f"step_2 cannot be gone on from: .*{named}"):
+    with pytest.raises(ValueError, match=f"step_2 cannot be resumed: .*{named}"):
         run(train, *small_run_flags(), "--resume", *flags)
 
 
 def test_another_corpus_or_shape_is_not_gone_on_with(train, monkeypatch):
     interrupted(train, monkeypatch, 2)
     write_shape(n_layer=1)
-    with pytest.raises(ValueError, match="cannot be gone on from: the model's shape was"):
+    with pytest.raises(ValueError, match="cannot be resumed: the model's shape was"):
         run(train, *small_run_flags(), "--resume")
     write_shape()
     write_documents([21] * 30)
-    with pytest.raises(ValueError, match=r"cannot be gone on from: the corpus \(SHA-256\) was"):
+    with pytest.raises(ValueError, match=r"cannot be resumed: the corpus \(SHA-256\) was"):
         run(train, *small_run_flags(), "--resume")
 
 

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from book_order import MARKS
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2_chinese.artifacts import sha256_of, write_lines
 from gpt2_chinese.text import pieces
 from gpt2_chinese.text.pieces import check_vocabulary, read_manifest, text_of_tokens
-from gpt2_chinese.text.tokenizer import BYTE_TOKENS, Tokenizer
 from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS
+from gpt2_chinese.text.word_tokenizer import BYTE_TOKENS, WordTokenizer
 from gpt2_chinese.training import token_cache
 from gpt2_chinese.training.token_cache import read_pieces
 from gpt2_chinese.training.windows import epoch_order, window_starts
@@ -50,14 +51,14 @@ def vocabulary(path: Path, *words: str) -> Path:
 
 def test_pieces_are_read_in_numeric_order_not_in_that_of_their_names(tmp_path):
     folder = write_pieces(tmp_path / "tokenized", [f"2 {number + 5} 1 " for number in range(12)])
-    corpus = read_pieces(folder, vocab_size=100)
+    corpus = read_pieces(folder, marks=MARKS, vocab_size=100)
     assert corpus.tokens.reshape(12, 3)[:, 1].tolist() == list(range(5, 17))
     assert corpus.piece_lengths == (3,) * 12
 
 
 def test_empty_pieces_line_breaks_and_a_missing_trailing_space_are_read(tmp_path):
     folder = write_pieces(tmp_path / "tokenized", ["", "2 5 1\r\n2 6\n1", " \n", "7 "])
-    corpus = read_pieces(folder, vocab_size=8)
+    corpus = read_pieces(folder, marks=MARKS, vocab_size=8)
     assert corpus.tokens.tolist() == [2, 5, 1, 2, 6, 1, 7]
     assert corpus.piece_lengths == (0, 6, 0, 1)
 
@@ -68,15 +69,15 @@ def test_numbers_are_whole_where_they_cross_the_border_of_a_block(tmp_path, monk
     numbers = [2, 12345, 6, 65535, 10, 1]
     text = " ".join(map(str, numbers)) + " "
     folder = write_pieces(tmp_path / "tokenized", [text])
-    assert read_pieces(folder, vocab_size=1 << 16).tokens.tolist() == numbers
+    assert read_pieces(folder, marks=MARKS, vocab_size=1 << 16).tokens.tolist() == numbers
     write_manifest(folder, vocabulary(tmp_path / "vocab.txt", "a"))
-    read_pieces(folder, vocab_size=1 << 16, manifest=read_manifest(folder))  # its SHA-256 is that of the whole file
+    read_pieces(folder, marks=MARKS, vocab_size=1 << 16, manifest=read_manifest(folder))
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
 def test_large_vocabularies_do_not_wrap_round_at_16_bits(tmp_path, vocab_size, dtype):
     folder = write_pieces(tmp_path / "tokenized", [f"2 {vocab_size - 1} 1 "])
-    tokens = read_pieces(folder, vocab_size=vocab_size).tokens
+    tokens = read_pieces(folder, marks=MARKS, vocab_size=vocab_size).tokens
     assert tokens.dtype == dtype
     assert tokens.tolist() == [2, vocab_size - 1, 1]
 
@@ -84,7 +85,7 @@ def test_large_vocabularies_do_not_wrap_round_at_16_bits(tmp_path, vocab_size, d
 def test_the_reference_s_pieces_and_windows_are_those_of_its_training(reference, tmp_path):
     trace = json.loads((reference / "training_trace.json").read_text(encoding="utf-8"))
     shutil.copytree(reference / "tokenized_full", tmp_path / "tokenized")
-    corpus = read_pieces(tmp_path / "tokenized", vocab_size=4425)
+    corpus = read_pieces(tmp_path / "tokenized", marks=MARKS, vocab_size=4425)
     assert len(corpus.tokens) == 45_181
     starts = window_starts(corpus.piece_lengths[:1], trace["n_ctx"], trace["stride"])
     assert len(starts) == trace["n_windows"] == 227
@@ -149,33 +150,33 @@ def test_the_order_depends_on_seed_and_epoch_only_and_loses_no_window():
 def test_what_is_no_id_is_named_with_file_and_position_before_training(tmp_path, text, message):
     folder = write_pieces(tmp_path / "tokenized", ["2 1 ", text])
     with pytest.raises(ValueError, match=message):
-        read_pieces(folder, vocab_size=9)
+        read_pieces(folder, marks=MARKS, vocab_size=9)
 
 
 def test_an_id_outside_the_vocabulary_far_into_a_piece_is_counted_over_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(pieces, "_BLOCK", 16)
     folder = write_pieces(tmp_path / "tokenized", ["5 " * 100 + "70 "])
     with pytest.raises(ValueError, match="number 101: id 70"):
-        read_pieces(folder, vocab_size=50)
+        read_pieces(folder, marks=MARKS, vocab_size=50)
     folder = write_pieces(tmp_path / "tokenized", ["5 " * 100 + "? "])
     with pytest.raises(ValueError, match=r"byte 200: b'\?'"):
-        read_pieces(folder, vocab_size=50)
+        read_pieces(folder, marks=MARKS, vocab_size=50)
 
 
 def test_a_missing_folder_or_piece_is_said_with_the_stage_that_writes_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no folder .*absent: run make-tokenized\.py first"):
-        read_pieces(tmp_path / "absent", vocab_size=9)
+        read_pieces(tmp_path / "absent", marks=MARKS, vocab_size=9)
     folder = tmp_path / "tokenized"
     folder.mkdir()
     with pytest.raises(FileNotFoundError, match=r"no tokenized_train_0\.txt in .*make-tokenized\.py first"):
-        read_pieces(folder, vocab_size=9)
+        read_pieces(folder, marks=MARKS, vocab_size=9)
     write_pieces(folder, ["2 1 "] * 12)
     for number in (3, 5, 7, 8):
         (folder / f"tokenized_train_{number}.txt").unlink()
     with pytest.raises(
         FileNotFoundError, match=r"tokenized_train_11\.txt, but not tokenized_train_3.*7\.txt and 1 more"
     ):
-        read_pieces(folder, vocab_size=9)
+        read_pieces(folder, marks=MARKS, vocab_size=9)
 
 
 def test_a_manifest_that_does_not_fit_names_both_files_and_the_command(tmp_path):
@@ -186,20 +187,20 @@ def test_a_manifest_that_does_not_fit_names_both_files_and_the_command(tmp_path)
     manifest = read_manifest(folder)
     assert manifest is not None
     check_vocabulary(folder, manifest, vocab_file)
-    assert read_pieces(folder, vocab_size=9, manifest=manifest).tokens.tolist() == [2, 5, 1, 2, 6, 1]
+    assert read_pieces(folder, marks=MARKS, vocab_size=9, manifest=manifest).tokens.tolist() == [2, 5, 1, 2, 6, 1]
 
     other = vocabulary(tmp_path / "other.txt", "b", "a", "c", "d")
     with pytest.raises(ValueError, match=r"other\.txt is not the vocabulary that .*manifest\.json.*make-tokenized\.py"):
         check_vocabulary(folder, manifest, other)
     (folder / "tokenized_train_1.txt").write_text("2 7 1 ", encoding="utf-8")
     with pytest.raises(ValueError, match=r"tokenized_train_1\.txt is not the file that .*manifest\.json describes"):
-        read_pieces(folder, vocab_size=9, manifest=manifest)
+        read_pieces(folder, marks=MARKS, vocab_size=9, manifest=manifest)
     (folder / "tokenized_train_1.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"manifest\.json lists tokenized_train_1\.txt, which is not there"):
-        read_pieces(folder, vocab_size=9, manifest=manifest)
+        read_pieces(folder, marks=MARKS, vocab_size=9, manifest=manifest)
     write_pieces(folder, ["2 5 1 ", "2 6 1 ", "2 5 1 "])
     with pytest.raises(ValueError, match=r"manifest\.json does not know .*tokenized_train_2\.txt"):
-        read_pieces(folder, vocab_size=9, manifest=manifest)
+        read_pieces(folder, marks=MARKS, vocab_size=9, manifest=manifest)
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"pieces": [{"file": 3}], "vocabulary": {}}', "{"])
@@ -224,32 +225,34 @@ def modified(folder: Path) -> dict[str, int]:
 
 def test_ids_are_read_once_and_again_when_a_piece_changes(tmp_path, monkeypatch):
     folder = write_pieces(tmp_path / "tokenized", ["2 5 1 ", "2 6 1 "])
-    first = read_pieces(folder, vocab_size=9)
+    first = read_pieces(folder, marks=MARKS, vocab_size=9)
     kept = modified(folder)
     with monkeypatch.context() as patch:
         patch.setattr(token_cache, "read_piece", None)
-        assert read_pieces(folder, vocab_size=9) == first
+        assert read_pieces(folder, marks=MARKS, vocab_size=9) == first
     assert modified(folder) == kept
     assert isinstance(first.tokens, np.memmap), "its memory is the disk's"
     for change in (lambda: write_pieces(folder, ["2 5 1 ", "2 7 1 "]), lambda: write_pieces(folder, ["2 1 "] * 3)):
         change()
-        assert read_pieces(folder, vocab_size=9).tokens.tolist() == sum(
+        assert read_pieces(folder, marks=MARKS, vocab_size=9).tokens.tolist() == sum(
             (list(map(int, path.read_text().split())) for path in sorted(folder.glob("*.txt"))), []
         )
     with pytest.raises(ValueError, match="id 7|id 5"):
         write_pieces(folder, ["2 5 7 "])
-        read_pieces(folder, vocab_size=5)
-    assert read_pieces(folder, vocab_size=1 << 17).tokens.dtype == np.uint32, "another vocabulary, other ids"
+        read_pieces(folder, marks=MARKS, vocab_size=5)
+    assert read_pieces(folder, marks=MARKS, vocab_size=1 << 17).tokens.dtype == np.uint32, (
+        "another vocabulary, other ids"
+    )
 
 
 @pytest.mark.parametrize("spoil", ["tokens-0.0.bin", "tokens-0.0.json", "held_out-0.0.bin"])
 def test_kept_ids_that_are_damaged_are_made_again(tmp_path, spoil):
     folder = write_pieces(tmp_path / "tokenized", ["2 5 1 ", "2 6 1 "])
-    read_pieces(folder, vocab_size=9)
+    read_pieces(folder, marks=MARKS, vocab_size=9)
     (folder / f".{spoil}").write_bytes(b"x")
-    assert read_pieces(folder, vocab_size=9).tokens.tolist() == [2, 5, 1, 2, 6, 1]
+    assert read_pieces(folder, marks=MARKS, vocab_size=9).tokens.tolist() == [2, 5, 1, 2, 6, 1]
     (folder / f".{spoil}").unlink()
-    assert read_pieces(folder, vocab_size=9).tokens.tolist() == [2, 5, 1, 2, 6, 1]
+    assert read_pieces(folder, marks=MARKS, vocab_size=9).tokens.tolist() == [2, 5, 1, 2, 6, 1]
 
 
 def test_a_folder_that_cannot_be_written_is_read_all_the_same(tmp_path, monkeypatch):
@@ -262,7 +265,7 @@ def test_a_folder_that_cannot_be_written_is_read_all_the_same(tmp_path, monkeypa
         return original(path)
 
     monkeypatch.setattr(token_cache, "exclusive_lock", refused)
-    corpus = read_pieces(folder, vocab_size=9)
+    corpus = read_pieces(folder, marks=MARKS, vocab_size=9)
     assert corpus.tokens.tolist() == [2, 5, 1]
     assert "cannot be written (Permission denied)" in corpus.note
     assert list(folder.glob(".*")) == []
@@ -272,7 +275,7 @@ def test_processes_that_come_at_once_wait_for_the_first(tmp_path):
     folder = write_pieces(tmp_path / "tokenized", ["2 5 1 "])
     with ThreadPoolExecutor(2) as threads:
         with token_cache.exclusive_lock(folder):
-            waiting = threads.submit(read_pieces, folder, vocab_size=9)
+            waiting = threads.submit(read_pieces, folder, marks=MARKS, vocab_size=9)
             with pytest.raises(TimeoutError):
                 waiting.result(timeout=0.3)
         assert waiting.result(timeout=10).tokens.tolist() == [2, 5, 1]
@@ -283,7 +286,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch, val_fractio
     monkeypatch.setattr(pieces, "_BLOCK", 1 << 16)
     folder = write_pieces(tmp_path / "tokenized", [("2 " + "12345 " * 98 + "1 ") * 10_000])
     tracemalloc.start()
-    corpus = read_pieces(folder, vocab_size=20_000, val_fraction=val_fraction)
+    corpus = read_pieces(folder, marks=MARKS, vocab_size=20_000, val_fraction=val_fraction)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(corpus.tokens) + corpus.held_out_tokens == 1_000_000
@@ -302,7 +305,7 @@ def test_each_document_is_trained_on_or_held_out_and_stays_so(tmp_path_factory, 
     write_pieces(folder, ["".join(f"{id_} " for document in part for id_ in document) for part in parts])
     original, pieces._BLOCK = pieces._BLOCK, block
     try:
-        corpus = read_pieces(folder, vocab_size=100, val_fraction=fraction)
+        corpus = read_pieces(folder, marks=MARKS, vocab_size=100, val_fraction=fraction)
     finally:
         pieces._BLOCK = original
     held_out, trained = split_documents(corpus.held_out.tolist()), split_documents(corpus.tokens.tolist())
@@ -335,14 +338,15 @@ def test_the_same_documents_are_held_out_whatever_the_vocabulary(tmp_path):
     digits = [token for digit in "0123456789" for token in (digit, f"##{digit}")]
     held_out = []
     for number, more in enumerate(([*words, *letters], letters)):
-        tokenizer = Tokenizer([*SPECIAL_TOKENS, *digits, *more])
+        tokenizer = WordTokenizer([*SPECIAL_TOKENS, *digits, *more])
         documents = [[2, *tokenizer.encode(text), 1] for text in texts]
         folder = write_pieces(tmp_path / str(number), ["".join(f"{id_} " for ids in documents for id_ in ids)])
         corpus = read_pieces(
             folder,
+            marks=MARKS,
             vocab_size=len(tokenizer),
             val_fraction=0.1,
-            token_texts=text_of_tokens(tokenizer.vocabulary),
+            token_texts=text_of_tokens(tokenizer),
         )
         held_out.append([tokenizer.decode(ids) for ids in split_documents(corpus.held_out.tolist())])
     assert held_out[0] == held_out[1]

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from book_order import MARKS
 from hypothesis import given
 from hypothesis import strategies as st
 from small_run import N_CTX, assert_same_weights, run, scalars, weights, write_corpus, write_shape
@@ -24,8 +25,8 @@ from transformers import GPT2LMHeadModel, get_linear_schedule_with_warmup
 from gpt2_chinese.artifacts import write_lines
 from gpt2_chinese.model_folder import load_model, read_config, save_model
 from gpt2_chinese.precision import Precision, choose_devices, choose_precision
-from gpt2_chinese.text.tokenizer import Tokenizer
-from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS
+from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS, read_vocabulary
+from gpt2_chinese.text.word_tokenizer import WordTokenizer
 from gpt2_chinese.training import loss as window_loss
 from gpt2_chinese.training import trainable
 from gpt2_chinese.training.estimates import will_overfit
@@ -52,7 +53,7 @@ def test_losses_and_gradient_norms_are_the_reference_s(script, reference, tmp_pa
     trace = json.loads((reference / "training_trace.json").read_text(encoding="utf-8"))
     n_ctx, batch_size = trace["n_ctx"], trace["batch_size"]
     shutil.copytree(reference / "tokenized_full", tmp_path / "tokenized")
-    corpus = read_pieces(tmp_path / "tokenized", vocab_size=4425)
+    corpus = read_pieces(tmp_path / "tokenized", marks=MARKS, vocab_size=4425)
     tokens = corpus.tokens
     starts = window_starts(corpus.piece_lengths[:1], n_ctx, trace["stride"])
     model, _ = load_model(reference / "checkpoint", vocab_file=reference / "vocab_user.txt")
@@ -124,7 +125,7 @@ def test_a_padded_model_is_saved_without_its_padding(train):
     rows = pad_vocabulary(model)
     padded = model.transformer.wte.weight
     with unpadded(model, rows):
-        save_model("saved", model, Tokenizer.from_file("vocab/vocab_user.txt"), facts={})
+        save_model("saved", model, WordTokenizer(read_vocabulary("vocab/vocab_user.txt")), facts={})
     assert model.transformer.wte.weight is padded and model.lm_head.weight is padded
     assert torch.equal(load_model("saved")[0].transformer.wte.weight, expected)
 
@@ -710,7 +711,7 @@ def occupy_output() -> None:
 
 
 def folder_without_weights() -> None:
-    save_model("old", small_model(), Tokenizer.from_file("vocab/vocab_user.txt"), facts={})
+    save_model("old", small_model(), WordTokenizer(read_vocabulary("vocab/vocab_user.txt")), facts={})
     Path("old/model.safetensors").unlink()
 
 
@@ -719,7 +720,7 @@ def model_of_another_vocabulary() -> None:
     write_shape()
     torch.manual_seed(0)
     model = GPT2LMHeadModel(read_config("shape.json", vocab_size=25))
-    save_model("old", model, Tokenizer.from_file("vocab/vocab_user.txt"), facts={})
+    save_model("old", model, WordTokenizer(read_vocabulary("vocab/vocab_user.txt")), facts={})
     write_corpus([40, 10], words=30)
 
 

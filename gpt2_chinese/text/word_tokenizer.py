@@ -1,4 +1,4 @@
-"""Text to ids and ids to text: THULAC words, looked up in the vocabulary or spelled with its parts.
+"""THULAC words, looked up in the vocabulary or spelled with its parts: text to ids, and ids to text.
 
 Two behaviours share this module:
 
@@ -7,10 +7,11 @@ Two behaviours share this module:
   outside it in UTF-8 bytes (`<0xE9>`) where the vocabulary has them;
 * `compat` gives the ids of GPT2-Chinese's word-level BERT tokenizer, with its `[UNK]`s.
 
-How white space survives: scripts that write spaces between words ("spaced": Latin, Cyrillic, digits, ASCII
-punctuation) are told from those that do not ("wide": Chinese characters, full-width forms, other symbols). Two
-neighbouring tokens are joined with a space if both touching characters are spaced and the second token has no `##`;
-so `38.5℃` is `38 ##. ##5 ℃`, `hello, world` is `hello ##, world`, and spaces beside Chinese characters are dropped.
+How white space survives: Chinese is written without spaces ("wide": ideographs, their punctuation, full-width forms),
+everything else with them ("spaced"). Two neighbouring tokens are joined with a space if both touching characters are
+spaced and the second token has no `##`; so `38.5` is `38 ##. ##5`, `hello, world` is `hello ##, world`, and spaces
+beside Chinese characters are dropped. A word that begins with a character in bytes has the byte of a space before it
+instead (`<0x20>`), for bytes have no `##`.
 
 A copy of this file travels in every model folder, where the package is not (tokenization_gpt2_chinese.py): it needs
 nothing but Python and the modules that it imports relatively.
@@ -21,15 +22,12 @@ from __future__ import annotations
 import importlib
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Protocol, cast
 
-from .vocabulary import SEP_ID, SPECIAL_TOKENS, UNK_ID, read_vocabulary
-
-RULES_VERSION = 1
-"""Raised when the same text and vocabulary would give other ids, so that old pieces are not taken for current ones."""
+from .vocabulary import SPECIAL_TOKENS, Marks, find_marks
 
 LINE_BREAK = "\n"
 PART_PREFIX = "##"
@@ -37,11 +35,28 @@ BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 """What spells a character that the vocabulary does not have, in UTF-8; SentencePiece's names for them."""
 
 _BYTE_OF = {token: byte for byte, token in enumerate(BYTE_TOKENS)}
-_REFERENCE_MAX_WORD = 100  # the reference's word piece gives up on longer parts
+_SPACE_BYTE = BYTE_TOKENS[0x20]
+MAX_BERT_WORD = 100
+"""Characters; BERT's word piece gives up on longer words."""
 _SPECIAL_PATTERN = re.compile("|".join(re.escape(token) for token in SPECIAL_TOKENS))
 _IDEOGRAPHS = re.compile("[一-鿿]+")  # the block of CJK Unified Ideographs
 _LATIN_WORD = re.compile("[a-z]+")
 _CACHED_WORDS = 1_000_000  # forgotten all at once when there are more, so that memory stays flat
+
+# First and last code point of what is written without spaces.
+_WIDE = (
+    (0x2E80, 0x303F),  # radicals, description characters, CJK symbols and punctuation
+    (0x3100, 0x312F),  # Bopomofo
+    (0x31A0, 0x31EF),  # Bopomofo, strokes
+    (0x3200, 0x4DBF),  # enclosed letters, units, ideographs
+    (0x4E00, 0x9FFF),
+    (0xF900, 0xFAFF),
+    (0xFE10, 0xFE1F),  # vertical forms
+    (0xFE30, 0xFE4F),
+    (0xFF00, 0xFF64),  # full-width forms
+    (0xFFE0, 0xFFE7),
+    (0x20000, 0x3FFFF),
+)
 
 
 class CutsWords(Protocol):
@@ -56,14 +71,77 @@ def load_segmenter(user_words: Sequence[str] = ()) -> CutsWords:
     return cast(CutsWords, importlib.import_module("gpt2_chinese.text.segmenter").Segmenter(user_words))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What becomes of a character.
+
+
+@lru_cache(maxsize=1 << 16)
+def clean_character(character: str) -> str:
+    """What is kept of a character: a space for every kind of white space, nothing of other control characters."""
+    if character.isspace():
+        return " "
+    return "" if unicodedata.category(character) in ("Cc", "Cs") else character
+
+
+def fold(word: str) -> str:
+    """Lower-case a word."""
+    return word.lower()
+
+
 @lru_cache(maxsize=1 << 16)
 def is_spaced(character: str) -> bool:
     """Whether words that end or begin with this character are written with a space between them."""
+    code = ord(character)
+    return code != 0x20 and not any(first <= code <= last for first, last in _WIDE)
+
+
+@lru_cache(maxsize=1 << 16)
+def clean_bert_character(character: str) -> str:
+    """What BERT keeps of a character: nothing of controls, formats, unassigned ones, a space for white space."""
+    if character in " \t\n\r\u2028\u2029" or unicodedata.category(character) == "Zs":
+        return " "
+    if character == "\ufffd" or unicodedata.category(character)[0] == "C":
+        return ""
+    return character
+
+
+def fold_as_bert(word: str) -> str:
+    """Lower-case a word and strip its accents (NFD without category Mn), as BERT's uncased tokenizers do."""
+    lowered = word.lower()
+    if lowered.isascii():
+        return lowered
+    return "".join(c for c in unicodedata.normalize("NFD", lowered) if unicodedata.category(c) != "Mn")
+
+
+@lru_cache(maxsize=1 << 16)
+def _is_spaced_by_rules_1(character: str) -> bool:
+    """Letters, decimal digits and ASCII; other symbols and marks were taken for wide."""
     if character.isascii():
         return character.isprintable() and character != " "
     if unicodedata.category(character)[0] == "L" or unicodedata.category(character) == "Nd":
         return unicodedata.east_asian_width(character) not in "WF" or "가" <= character <= "힣"
     return False
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What becomes of a character, and where a space stands; the tokens and the text of ids depend on it.
+
+    Attributes:
+        number: raised when the same text and vocabulary give other ids, so that older models keep theirs.
+    """
+
+    number: int
+    clean_character: Callable[[str], str]
+    fold: Callable[[str], str]
+    is_spaced: Callable[[str], bool]
+
+
+RULES = {
+    1: Rules(1, clean_bert_character, fold_as_bert, _is_spaced_by_rules_1),
+    2: Rules(2, clean_character, fold, is_spaced),
+}
+RULES_VERSION = max(RULES)
 
 
 @lru_cache(maxsize=1 << 16)
@@ -74,34 +152,16 @@ def _is_punctuation(character: str) -> bool:
     )
 
 
-@lru_cache(maxsize=1 << 16)
-def clean_character(character: str) -> str:
-    """What the reference keeps of a character: nothing of controls, a space for every kind of white space."""
-    if character in " \t\n\r\u2028\u2029" or unicodedata.category(character) == "Zs":
-        return " "
-    if character == "\ufffd" or unicodedata.category(character)[0] == "C":
-        return ""
-    return character
-
-
-def clean(text: str) -> str:
-    """Drop control characters, U+0000 and U+FFFD, and turn white space into single-width spaces."""
+def clean(text: str, clean_character: Callable[[str], str] = clean_character) -> str:
+    """Drop control characters, and turn white space into single-width spaces."""
     # Most texts need nothing: only distinct characters are looked at, and only those that change are replaced.
     changes = {ord(character): kept for character in set(text) if (kept := clean_character(character)) != character}
     return text.translate(changes) if changes else text
 
 
-def dropped_characters(text: str) -> int:
+def dropped_characters(text: str, clean_character: Callable[[str], str] = clean_character) -> int:
     """How many characters of a text `clean` leaves out."""
     return sum(text.count(character) for character in set(text) if not clean_character(character))
-
-
-def fold(word: str) -> str:
-    """Lower-case a word and strip its accents (NFD without category Mn), as BERT's uncased tokenizers do."""
-    lowered = word.lower()
-    if lowered.isascii():
-        return lowered
-    return "".join(c for c in unicodedata.normalize("NFD", lowered) if unicodedata.category(c) != "Mn")
 
 
 def split_punctuation(word: str) -> list[str]:
@@ -120,19 +180,24 @@ def split_punctuation(word: str) -> list[str]:
     return parts
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# From text to words.
+
+
 class WordSplitter:
     """Cuts text into the words that vocabularies are made of; make-vocab.py and the tokenizer share it.
 
-    A word is lower case, without accents, without white space; punctuation stands alone; a word that follows a spaced
-    character without a space in between begins with `##`. A line break is the word "\\n".
+    A word is lower case, without white space; punctuation stands alone; a word that follows a spaced character without
+    a space in between begins with `##`. A line break is the word "\\n".
 
     Example:
-        >>> WordSplitter(Segmenter())("体温38.5℃, OK?")
-        ['体温', '38', '##.', '##5', '℃', ',', 'ok', '##?']
+        >>> WordSplitter(Segmenter())("体温38.5度, OK?")
+        ['体温', '38', '##.', '##5', '度', ',', 'ok', '##?']
     """
 
-    def __init__(self, segmenter: CutsWords | None = None) -> None:
+    def __init__(self, segmenter: CutsWords | None = None, rules: Rules = RULES[RULES_VERSION]) -> None:
         self._segmenter = segmenter or load_segmenter()
+        self._rules = rules
         self._folded: dict[tuple[str, bool], tuple[list[str], bool]] = {}
 
     def __call__(self, text: str) -> list[str]:
@@ -141,7 +206,7 @@ class WordSplitter:
             if number:
                 words.append(LINE_BREAK)
             touching = False  # the character before is spaced, and no space stands in between
-            for raw in self._segmenter.cut(" ".join(clean(line).split())):
+            for raw in self._segmenter.cut(" ".join(clean(line, self._rules.clean_character).split())):
                 if raw.isspace():
                     touching = False
                     continue
@@ -149,13 +214,13 @@ class WordSplitter:
                 if found is None:
                     if len(self._folded) >= _CACHED_WORDS:
                         self._folded.clear()
-                    found = self._folded[raw, touching] = fold_word(raw, touching)
+                    found = self._folded[raw, touching] = fold_word(raw, touching, self._rules)
                 words += found[0]
                 touching = found[1]
         return words
 
 
-def fold_word(raw: str, touching: bool) -> tuple[list[str], bool]:
+def fold_word(raw: str, touching: bool, rules: Rules = RULES[RULES_VERSION]) -> tuple[list[str], bool]:
     """Give the words of one THULAC word, and whether a word behind it would touch a spaced character."""
     if _IDEOGRAPHS.fullmatch(raw):
         return [raw], False  # nearly every word: nothing to fold, to split or to space
@@ -164,13 +229,13 @@ def fold_word(raw: str, touching: bool) -> tuple[list[str], bool]:
         if number % 2:
             touching = False
             continue
-        for part in split_punctuation(fold(chunk)):
-            words.append(PART_PREFIX + part if touching and is_spaced(part[0]) else part)
-            touching = is_spaced(part[-1])
+        for part in split_punctuation(rules.fold(chunk)):
+            words.append(PART_PREFIX + part if touching and rules.is_spaced(part[0]) else part)
+            touching = rules.is_spaced(part[-1])
     return words, touching
 
 
-def spelling(word: str) -> list[str]:
+def spelling(word: str, rules: Rules = RULES[RULES_VERSION]) -> list[str]:
     """The tokens of one character each that spell a word: `##` before a character that touches a spaced one.
 
     Example:
@@ -184,10 +249,14 @@ def spelling(word: str) -> list[str]:
     touching = attached
     tokens = []
     for character in body:
-        spaced = is_spaced(character)
+        spaced = rules.is_spaced(character)
         tokens.append(PART_PREFIX + character if touching and spaced else character)
         touching = spaced
     return tokens
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From tokens to text.
 
 
 class TextJoiner:
@@ -196,10 +265,12 @@ class TextJoiner:
     Special tokens: `[SEP]` is a line break, `[CLS]` a blank line, the others are nothing.
     """
 
-    def __init__(self, *, compat: bool = False) -> None:
+    def __init__(self, *, compat: bool = False, rules: Rules = RULES[RULES_VERSION]) -> None:
         self._compat = compat
+        self._rules = rules
         self._last = ""  # the last character, or "" where no space may follow
         self._bytes = b""
+        self._space = False  # the byte of a space has come, and is written if what follows is spaced
 
     def push(self, token: str) -> str:
         """Give the text that this token adds; that of a byte token is held back until its character is whole."""
@@ -209,7 +280,7 @@ class TextJoiner:
             return self._pop_bytes(final=False)
         text = self._pop_bytes(final=True) if self._bytes else ""
         if token in SPECIAL_TOKENS:
-            self._last = ""
+            self._last, self._space = "", False
             return text + {"[SEP]": "\n", "[CLS]": "\n\n"}.get(token, "")
         if self._compat:
             # The reference puts a space between two tokens of the letters a to z, and nowhere else.
@@ -217,14 +288,15 @@ class TextJoiner:
             space = " " if latin and self._last else ""
             self._last = "a" if latin else ""
             return text + space + token.replace(PART_PREFIX, "")
-        if token.startswith(PART_PREFIX) and len(token) > len(PART_PREFIX):
-            body = token[len(PART_PREFIX) :]
-        else:
-            body = token
-            if self._last and is_spaced(self._last) and is_spaced(body[0]):
-                text += " "
-        self._last = body[-1]
-        return text + body
+        attached = token.startswith(PART_PREFIX) and len(token) > len(PART_PREFIX)
+        return text + self._append(token[len(PART_PREFIX) :] if attached else token, attached=attached)
+
+    def _append(self, body: str, *, attached: bool) -> str:
+        """Write a token or a character, with a space before it where there is one."""
+        is_spaced = self._rules.is_spaced
+        space = (self._space or not attached) and self._last and is_spaced(self._last) and is_spaced(body[0])
+        self._last, self._space = body[-1], False
+        return " " + body if space else body
 
     def _pop_bytes(self, *, final: bool) -> str:
         """Give the whole characters among the bytes held back; bytes that are none become U+FFFD."""
@@ -240,45 +312,79 @@ class TextJoiner:
         else:
             text = self._bytes.decode("utf-8", errors="replace")
         self._bytes = b""
-        self._last = ""
-        return text
+        if self._rules.number == 1:
+            self._last = ""
+            return text
+        pieces = []
+        for character in text:
+            if character == " ":
+                self._space = True
+            else:
+                pieces.append(self._append(character, attached=True))
+        return "".join(pieces)
 
 
-def join_tokens(tokens: Iterable[str], *, compat: bool = False) -> str:
+def join_tokens(tokens: Iterable[str], *, compat: bool = False, rules: Rules = RULES[RULES_VERSION]) -> str:
     """Join tokens to text; an incomplete character in byte tokens at the end is left out."""
-    joiner = TextJoiner(compat=compat)
+    joiner = TextJoiner(compat=compat, rules=rules)
     return "".join(joiner.push(token) for token in tokens)
 
 
-class Tokenizer:
-    """A vocabulary and the rules by which text becomes its ids.
+class WordJoiner:
+    """A TextJoiner that takes ids."""
+
+    def __init__(self, vocabulary: Sequence[str], joiner: TextJoiner) -> None:
+        self._vocabulary = vocabulary
+        self._joiner = joiner
+
+    def push(self, id_: int) -> str:
+        """Give the text that this token adds to those before it."""
+        return self._joiner.push(self._vocabulary[id_])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class WordTokenizer:
+    """A vocabulary of words, and the rules by which text becomes its ids.
 
     Args:
-        vocabulary: the tokens in the order of their ids, the special tokens first (`read_vocabulary`).
+        vocabulary: the tokens in the order of their ids (`read_vocabulary`).
         compat: tokenize as the reference does, instead of without avoidable `[UNK]`s.
+        rules: the number of the rules, of which older models have older ones.
         segmenter: used instead of loading one.
 
+    Raises:
+        ValueError: a special token is missing; the message begins with a verb, whose subject is the vocabulary.
+
     Example:
-        >>> tokenizer = Tokenizer.from_file("vocab/vocab_user.txt")
+        >>> tokenizer = WordTokenizer(read_vocabulary("vocab/vocab_user.txt"))
         >>> tokenizer.decode(tokenizer.encode("体温38.5℃"))
         '体温38.5℃'
     """
 
-    def __init__(self, vocabulary: Sequence[str], *, compat: bool = False, segmenter: CutsWords | None = None) -> None:
-        if tuple(vocabulary[: len(SPECIAL_TOKENS)]) != SPECIAL_TOKENS:
-            raise ValueError(f"the first tokens of a vocabulary must be {' '.join(SPECIAL_TOKENS)}")
+    kind = "word"
+
+    def __init__(
+        self,
+        vocabulary: Sequence[str],
+        *,
+        compat: bool = False,
+        rules: int = RULES_VERSION,
+        segmenter: CutsWords | None = None,
+    ) -> None:
         self.vocabulary = list(vocabulary)
         self.compat = compat
+        self.rules = RULES[rules]
         self._id_of = {token: id_ for id_, token in enumerate(self.vocabulary)}
+        self.marks: Marks = find_marks(self._id_of)
+        if self.marks.unknown is None and not all(token in self._id_of for token in BYTE_TOKENS):
+            raise ValueError("has neither [UNK] nor the 256 bytes, so some characters have no id; add a line [UNK]")
+        self._unknown = [] if self.marks.unknown is None else [self.marks.unknown]
         self._longest = max(len(token) for token in self.vocabulary)
         self._segmenter = segmenter
         self._splitter: WordSplitter | None = None
         self._word_ids: dict[str, list[int]] = {}
-
-    @classmethod
-    def from_file(cls, path: str | Path, *, compat: bool = False) -> Tokenizer:
-        """Read the vocabulary from a file; errors as in `read_vocabulary`."""
-        return cls(read_vocabulary(path), compat=compat)
 
     def __len__(self) -> int:
         return len(self.vocabulary)
@@ -288,11 +394,11 @@ class Tokenizer:
         if self.compat:
             return self._reference_words(text)
         if self._splitter is None:
-            self._splitter = WordSplitter(self._segmenter)
+            self._splitter = WordSplitter(self._segmenter, self.rules)
         return self._splitter(text)
 
     def word_ids(self, word: str) -> list[int]:
-        """The ids of one word of `words()`; at least one, and `[UNK]` for what the vocabulary cannot spell."""
+        """The ids of one word of `words()`; `[UNK]` for what the vocabulary cannot spell."""
         ids = self._word_ids.get(word)
         if ids is None:
             if len(self._word_ids) >= _CACHED_WORDS:
@@ -302,12 +408,16 @@ class Tokenizer:
         return ids
 
     def encode(self, text: str) -> list[int]:
-        """Give the ids of a text; a line break is `[SEP]`, and no `[MASK]` or `[CLS]` is put round it."""
+        """Give the ids of a text; a line break is `[SEP]`, and no mark of a document is put around it."""
         return [id_ for word in self.words(text) for id_ in self.word_ids(word)]
 
     def tokenize(self, text: str) -> list[str]:
         """Give the tokens of a text; their ids are those of `encode`."""
         return [self.vocabulary[id_] for id_ in self.encode(text)]
+
+    def joiner(self) -> WordJoiner:
+        """Turns ids to text, one after the other."""
+        return WordJoiner(self.vocabulary, TextJoiner(compat=self.compat, rules=self.rules))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Give the text of ids. More ids only append to it, save that a character in bytes appears when it is whole.
@@ -320,25 +430,26 @@ class Tokenizer:
             if not 0 <= id_ < len(self.vocabulary):
                 raise ValueError(f"id {id_} is not in the vocabulary of {len(self.vocabulary)} tokens")
             tokens.append(self.vocabulary[id_])
-        return join_tokens(tokens, compat=self.compat)
+        return join_tokens(tokens, compat=self.compat, rules=self.rules)
 
     def normalize(self, text: str) -> str:
-        """What the tokenizer keeps of a text: no control characters, lower case, no accents, white space folded.
+        """What the tokenizer keeps of a text: lower case, no control characters, white space folded.
 
-        Spaces stay where both neighbours are letters, digits or punctuation of scripts that use spaces. For text whose
-        characters are in the vocabulary, `decode(encode(text)) == normalize(text)`.
+        Spaces stay where no neighbour is Chinese. For text whose characters are in the vocabulary, or one with the 256
+        bytes, `decode(encode(text)) == normalize(text)`.
         """
-        return join_tokens("[SEP]" if word == LINE_BREAK else word for word in self.words(text))
+        words = ("[SEP]" if word == LINE_BREAK else word for word in self.words(text))
+        return join_tokens(words, rules=self.rules)
 
     def _spell(self, word: str) -> list[int]:
         """Look a word up, or spell it: longest parts from the left, then characters, then bytes, then `[UNK]`."""
         if word == LINE_BREAK:
-            return [SEP_ID]
+            return [] if self.marks.line_break is None else [self.marks.line_break]
         known = self._id_of.get(word)
         if known is not None:
             return [known]
         ids: list[int] = []
-        characters = spelling(word)
+        characters = spelling(word, self.rules)
         body = "".join(character[-1] for character in characters)
         start = 0
         while start < len(characters):
@@ -350,14 +461,17 @@ class Tokenizer:
                     start = end
                     break
             else:
-                ids += self._spell_in_bytes(body[start])
+                begins_word = start == 0 and len(characters[0]) == 1
+                ids += self._spell_in_bytes(body[start], begins_word=begins_word)
                 start += 1
         return ids
 
-    def _spell_in_bytes(self, character: str) -> list[int]:
+    def _spell_in_bytes(self, character: str, *, begins_word: bool) -> list[int]:
         data = character.encode("utf-8", errors="replace")
-        ids = [self._id_of.get(BYTE_TOKENS[byte], UNK_ID) for byte in data]
-        return [UNK_ID] if UNK_ID in ids else ids
+        if begins_word and self.rules.number > 1 and self.rules.is_spaced(character):
+            data = b" " + data
+        ids = [self._id_of.get(BYTE_TOKENS[byte], -1) for byte in data]
+        return list(self._unknown) if -1 in ids else ids
 
     def _reference_words(self, text: str) -> list[str]:
         """The reference's words: digits spaced out, THULAC with the special tokens, punctuation apart.
@@ -375,10 +489,10 @@ class Tokenizer:
             end = len(text) if special is None else special.start()
             chunk = text[position:end].strip()
             if chunk:
-                spaced_out = "".join(f" {c} " if c.isdigit() else c for c in clean(chunk))
+                spaced_out = "".join(f" {c} " if c.isdigit() else c for c in clean(chunk, clean_bert_character))
                 cut = " ".join(word for raw in self._segmenter.cut(spaced_out) if (word := raw.strip()))
                 for word in cut.split():
-                    parts = split_punctuation(word if word in SPECIAL_TOKENS else fold(word))
+                    parts = split_punctuation(word if word in SPECIAL_TOKENS else fold_as_bert(word))
                     words += " ".join(parts).split()
             if special is not None:
                 words.append(special.group())
@@ -386,21 +500,25 @@ class Tokenizer:
         return words
 
     def _reference_pieces(self, word: str) -> list[int]:
-        """BERT's word piece: greedy longest match from the left, the whole word `[UNK]` if a part is missing."""
         if word in SPECIAL_TOKENS:
-            return [self._id_of[word]]
-        if len(word) > _REFERENCE_MAX_WORD:
-            return [UNK_ID]
-        ids: list[int] = []
-        start = 0
-        while start < len(word):
-            prefix = PART_PREFIX if start else ""
-            for end in range(len(word), start, -1):
-                known = self._id_of.get(prefix + word[start:end])
-                if known is not None:
-                    ids.append(known)
-                    start = end
-                    break
-            else:
-                return [UNK_ID]
-        return ids
+            return [self._id_of[word]] if word in self._id_of else list(self._unknown)
+        return word_pieces(word, self._id_of) or list(self._unknown)
+
+
+def word_pieces(word: str, id_of: dict[str, int]) -> list[int]:
+    """BERT's word piece: greedy longest match from the left; nothing if a part is missing."""
+    if len(word) > MAX_BERT_WORD:
+        return []
+    ids: list[int] = []
+    start = 0
+    while start < len(word):
+        prefix = PART_PREFIX if start else ""
+        for end in range(len(word), start, -1):
+            known = id_of.get(prefix + word[start:end])
+            if known is not None:
+                ids.append(known)
+                start = end
+                break
+        else:
+            return []
+    return ids

@@ -1,0 +1,85 @@
+"""Server-sent events: a running request streamed to its client, and the events of /generate."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from aiohttp import web
+
+from gpt2_chinese.decoding.completion import Completion, EngineStopped, TextDelta
+from gpt2_chinese.serving.connections import abort_after
+from gpt2_chinese.serving.errors import ApiError, engine_stopped_error
+from gpt2_chinese.serving.running_request import RunningRequest, count_tokens
+
+SSE_KEEPALIVE_SECONDS = 10.0
+"""A stream that has sent nothing for so long sends a comment, so that no proxy closes it."""
+KEEPALIVE_COMMENT = b": waiting\n\n"
+
+
+class EventFormat(Protocol):
+    """How a route writes its stream."""
+
+    def delta(self, prompt_index: int, delta: TextDelta) -> bytes:
+        """The event of a delta; empty if it needs none."""
+
+    def end(self, completions: Sequence[Sequence[Completion]]) -> bytes:
+        """The last event, with all completions by prompt and sample."""
+
+
+def format_event(value: Any, name: str | None = None) -> bytes:
+    """A server-sent event with JSON data."""
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
+
+
+async def stream_sse(
+    request: web.Request, running: RunningRequest, events: EventFormat, headers: Mapping[str, str]
+) -> web.StreamResponse:
+    """Send each delta as it comes, then the end; an error after the response has begun is an event too.
+
+    Stop strings are not handled here: decoding/completion.py (IncrementalDetokenizer) has cut the deltas already.
+    """
+    headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store", **headers}
+    response = web.StreamResponse(headers=headers)
+
+    async def write(data: bytes) -> None:
+        with abort_after(running.limits.body_seconds, request):
+            await response.write(data)
+
+    await response.prepare(request)
+    try:
+        while (deltas := await running.next_deltas(SSE_KEEPALIVE_SECONDS)) is not None:
+            data = b"".join([events.delta(index, delta) for index, delta in deltas]) if deltas else KEEPALIVE_COMMENT
+            if data:
+                await write(data)
+        await write(events.end(running.finished_completions()))
+    except ApiError as error:
+        await write(_error_event(error))
+    except EngineStopped:
+        await write(_error_event(engine_stopped_error()))
+    await response.write_eof()
+    return response
+
+
+def _error_event(error: ApiError) -> bytes:
+    return b"event: error\ndata: " + error.body() + b"\n\n"
+
+
+class GenerateEvents:
+    """The stream of /generate: `text` and `end` events by sample, then `done`."""
+
+    def __init__(self, running: RunningRequest) -> None:
+        self._arrived = running.arrived
+
+    def delta(self, _: int, delta: TextDelta) -> bytes:
+        text = format_event({"sample": delta.sample, "text": delta.text}, "text") if delta.text else b""
+        if delta.finish_reason is None:
+            return text
+        return text + format_event({"sample": delta.sample, "finish_reason": delta.finish_reason}, "end")
+
+    def end(self, completions: Sequence[Sequence[Completion]]) -> bytes:
+        seconds = round(time.monotonic() - self._arrived, 3)
+        return format_event({"tokens": count_tokens(completions), "seconds": seconds}, "done")

@@ -1,0 +1,105 @@
+"""The shapes of OpenAI's API: a completion, its chunks in a stream, logprobs, usage, models."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from gpt2_chinese.decoding.completion import Completion, TextDelta, TokenLogprob
+from gpt2_chinese.serving.events import format_event
+from gpt2_chinese.serving.running_request import RunningRequest, count_tokens
+from gpt2_chinese.serving.service import ServedModel, Service
+
+
+class OpenAICompletion:
+    """The response to one request of /v1/completions, whole (`body`) or as events (`delta` and `end`)."""
+
+    def __init__(self, running: RunningRequest) -> None:
+        self._running = running
+        self._request = running.completion_request
+        self._head = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": running.model.name,
+        }
+        self._begun: set[tuple[int, int]] = set()  # prompts and samples whose first chunk has been sent
+
+    def body(self, completions: Sequence[Sequence[Completion]]) -> dict[str, Any]:
+        """The whole response, from the completions by prompt and sample."""
+        choices = []
+        for prompt_index, group in enumerate(completions):
+            context = self._running.prompts[prompt_index].context
+            for sample, completion in enumerate(group):
+                text = completion.text.removeprefix(context)
+                choices.append(
+                    self._choice(prompt_index, sample, text, completion.logprobs, completion.finish_reason, first=True)
+                )
+        return {**self._head, "choices": choices, "usage": self._usage(completions)}
+
+    def delta(self, prompt_index: int, delta: TextDelta) -> bytes:
+        """A chunk; the first one of a sample has the prompt, if it is echoed."""
+        sample = (prompt_index, delta.sample)
+        first = sample not in self._begun
+        self._begun.add(sample)
+        choice = self._choice(*sample, delta.text, delta.logprobs, delta.finish_reason, first=first)
+        no_usage = {"usage": None} if self._request.include_usage else {}
+        return format_event({**self._head, "choices": [choice], **no_usage})
+
+    def end(self, completions: Sequence[Sequence[Completion]]) -> bytes:
+        usage = {**self._head, "choices": [], "usage": self._usage(completions)}
+        return (format_event(usage) if self._request.include_usage else b"") + b"data: [DONE]\n\n"
+
+    def _choice(
+        self,
+        prompt_index: int,
+        sample: int,
+        text: str,
+        logprobs: Sequence[TokenLogprob],
+        finish_reason: str | None,
+        *,
+        first: bool,
+    ) -> dict[str, Any]:
+        """A sample's text and logprobs, or a part of them; the echoed prompt is before the `first` part."""
+        if self._request.echo and first:
+            text = self._running.prompts[prompt_index].context + text
+        return {
+            "text": text,
+            "index": prompt_index * self._request.samples + sample,
+            "logprobs": self._logprobs(prompt_index, logprobs, first=first),
+            "finish_reason": finish_reason,
+        }
+
+    def _logprobs(
+        self, prompt_index: int, logprobs: Sequence[TokenLogprob], *, first: bool
+    ) -> dict[str, list[Any] | None] | None:
+        if self._request.logprobs is None:
+            return None
+        if self._request.scored:
+            # The text begins with the prompt: its tokens come first, and the others' offsets count from its beginning.
+            shift = len(self._running.prompts[prompt_index].context)
+            prompt_logprobs = self._running.requests[prompt_index].prompt_logprobs if first else None
+            logprobs = [*(prompt_logprobs or ()), *(replace(one, offset=one.offset + shift) for one in logprobs)]
+        return {
+            "tokens": [one.token for one in logprobs],
+            "token_logprobs": [one.logprob for one in logprobs],
+            "top_logprobs": [one.top for one in logprobs] if self._request.logprobs > 0 else None,
+            "text_offset": [one.offset for one in logprobs],
+        }
+
+    def _usage(self, completions: Sequence[Sequence[Completion]]) -> dict[str, int]:
+        """Tokens as the model gets them: those of a prompt include the [MASK] that begins a document."""
+        prompt_tokens = sum(len(prompt.ids) for prompt in self._running.prompts)
+        completion_tokens = count_tokens(completions)
+        return {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": prompt_tokens + completion_tokens,
+        }
+
+
+def openai_model(service: Service, model: ServedModel) -> dict[str, Any]:
+    return {"id": model.name, "object": "model", "created": service.started, "owned_by": "gpt2-chinese"}

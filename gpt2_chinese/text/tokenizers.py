@@ -1,0 +1,301 @@
+"""Which tokenizer a vocabulary, a tokenizer.json or a model folder has: words, characters or byte-level BPE."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from gpt2_chinese.artifacts import read_json
+from gpt2_chinese.text.char_tokenizer import CharTokenizer
+from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS, Marks, check_tokens, read_vocabulary
+from gpt2_chinese.text.word_tokenizer import RULES_VERSION, CutsWords, WordTokenizer
+
+KINDS = ("word", "char", "bpe")
+VOCABULARY, TOKENIZER_JSON, TOKENIZER_CONFIG = "vocab.txt", "tokenizer.json", "tokenizer_config.json"
+_FIRST_IDEOGRAPH, _LAST_IDEOGRAPH = "一", "鿿"
+
+
+class Joiner(Protocol):
+    """Turns ids to text, one after the other."""
+
+    def push(self, id_: int) -> str: ...
+
+
+class Tokenizer(Protocol):
+    """What the three tokenizers have in common.
+
+    Attributes:
+        kind: word, char or bpe.
+        compat: whether it is GPT2-Chinese's to the byte.
+        vocabulary: the tokens in the order of their ids.
+        marks: what begins a document, what ends it, what a line break is, what is never produced.
+    """
+
+    kind: str
+    compat: bool
+    vocabulary: list[str]
+    marks: Marks
+
+    def __len__(self) -> int: ...
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Iterable[int]) -> str: ...
+    def tokenize(self, text: str) -> list[str]: ...
+    def normalize(self, text: str) -> str: ...
+    def joiner(self) -> Joiner: ...
+
+
+@runtime_checkable
+class HasDefinition(Protocol):
+    """A tokenizer that a tokenizer.json defines, whose tokens are bytes of the text.
+
+    Attributes:
+        definition: the text of the tokenizer.json.
+        token_bytes: of each token; those of special tokens are none.
+    """
+
+    definition: str
+    token_bytes: list[bytes]
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """All that makes a tokenizer; equal ones give equal ids. It travels to worker processes.
+
+    Attributes:
+        kind: word, char or bpe.
+        vocabulary: the tokens in the order of their ids; empty for bpe.
+        definition: the text of a tokenizer.json, for bpe.
+        compat: as GPT2-Chinese, to the byte.
+        rules: of words, see word_tokenizer.RULES.
+        lowercase: of characters.
+        begin, end, line_break: the tokens that mark a document; for bpe `begin` is `end`, and None is found.
+    """
+
+    kind: str
+    vocabulary: tuple[str, ...] = ()
+    definition: str = ""
+    compat: bool = False
+    rules: int = RULES_VERSION
+    lowercase: bool = True
+    begin: str | None = "[MASK]"
+    end: str | None = "[CLS]"
+    line_break: str | None = "[SEP]"
+
+    def build(self, *, segmenter: CutsWords | None = None) -> Tokenizer:
+        """Make the tokenizer.
+
+        Args:
+            segmenter: for words, used instead of loading one.
+
+        Raises:
+            ValueError: a special token is missing; the message begins with a verb, whose subject is the vocabulary.
+        """
+        if self.kind == "bpe":
+            from gpt2_chinese.text.bpe_tokenizer import BpeTokenizer  # needs the package tokenizers
+
+            return BpeTokenizer(self.definition, end=self.end)
+        if self.kind == "char":
+            assert self.begin is not None and self.end is not None
+            return CharTokenizer(
+                self.vocabulary,
+                lowercase=self.lowercase,
+                compat=self.compat,
+                begin=self.begin,
+                end=self.end,
+                line_break=self.line_break,
+            )
+        return WordTokenizer(self.vocabulary, compat=self.compat, rules=self.rules, segmenter=segmenter)
+
+    def settings(self) -> dict[str, Any]:
+        """What a manifest keeps beside the vocabulary: JSON values."""
+        values = asdict(self)
+        for name in ("vocabulary", "definition"):
+            del values[name]
+        return values
+
+    def with_marks(self, begin: str, end: str) -> TokenizerSpec:
+        """The same tokenizer with other tokens around a document.
+
+        Raises:
+            ValueError: words have marks that are part of how they are tokenized.
+        """
+        if (begin, end) == (self.begin, self.end):
+            return self
+        if self.kind == "word":
+            raise ValueError("--document_marks is for vocabularies of characters and BPE; words have [MASK] and [CLS]")
+        return replace(self, begin=begin, end=end, line_break=None if end == self.line_break else self.line_break)
+
+
+def spec_of(tokenizer: Tokenizer) -> TokenizerSpec:
+    """What makes a tokenizer again, in another process."""
+    if isinstance(tokenizer, HasDefinition):
+        end = tokenizer.vocabulary[tokenizer.marks.end]
+        return TokenizerSpec("bpe", definition=tokenizer.definition, begin=end, end=end, line_break=None)
+    vocabulary = tuple(tokenizer.vocabulary)
+    if isinstance(tokenizer, WordTokenizer):
+        return TokenizerSpec("word", vocabulary, compat=tokenizer.compat, rules=tokenizer.rules.number)
+    assert isinstance(tokenizer, CharTokenizer)
+    begin, end, line_break = tokenizer.mark_names
+    return TokenizerSpec(
+        "char",
+        vocabulary,
+        compat=tokenizer.compat,
+        lowercase=tokenizer.lowercase,
+        begin=begin,
+        end=end,
+        line_break=line_break,
+    )
+
+
+def read_tokenizer(
+    path: str | Path, *, kind: str | None = None, compat: bool | None = None, settings: dict[str, Any] | None = None
+) -> TokenizerSpec:
+    """Read a vocabulary file, a tokenizer.json, a folder with one of them, or GPT-2's vocab.json with merges.txt.
+
+    Args:
+        kind: word, char or bpe; None tells by what is there (`recognise`).
+        compat: as GPT2-Chinese; None is no for a file, and for a folder what it tells, or yes where it tells nothing.
+        settings: what a manifest kept (`TokenizerSpec.settings`), which decides instead.
+
+    Raises:
+        FileNotFoundError: there is no such file, or a folder without one.
+        ValueError: the file is of another kind, or lacks a special token; the message names it and the mend.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return read_folder_tokenizer(path, kind=kind, compat=compat)
+    if path.suffix == ".json":
+        spec = TokenizerSpec("bpe", definition=_bpe_definition(path), begin=None, end=None, line_break=None)
+        return _checked(path, spec)
+    tokens = read_vocabulary(path, strict=False)
+    if settings is not None:
+        spec = TokenizerSpec(**settings, vocabulary=tuple(tokens))
+    else:
+        spec = TokenizerSpec(kind or recognise(tokens), tuple(tokens), compat=bool(compat))
+    if spec.kind == "bpe":
+        raise ValueError(f"{path} is a vocabulary of words or characters; for --tokenizer bpe give a tokenizer.json")
+    if spec.kind == "word" and not spec.compat:
+        check_tokens(path, tokens)
+    return _checked(path, spec)
+
+
+def _checked(path: Path, spec: TokenizerSpec) -> TokenizerSpec:
+    """The same, once it is seen that it makes a tokenizer; the message of an error names the file."""
+    try:
+        spec.build()
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+    return spec
+
+
+def recognise(tokens: list[str]) -> str:
+    """Tell a vocabulary of words from one of characters.
+
+    Words of several Chinese characters are in no vocabulary of characters. One without any is of characters, unless
+    it begins with the five special tokens as make-vocab.py writes them, which writes words if not told otherwise.
+    """
+    for token in tokens:
+        if len(token) > 1 and sum(_FIRST_IDEOGRAPH <= character <= _LAST_IDEOGRAPH for character in token) > 1:
+            return "word"
+    return "word" if tuple(tokens[: len(SPECIAL_TOKENS)]) == SPECIAL_TOKENS else "char"
+
+
+def vocabulary_of_folder(folder: str | Path) -> Path | None:
+    """The vocabulary file of a model folder, or None: by its hash pieces and models are known to fit."""
+    names = (VOCABULARY, TOKENIZER_JSON, "vocab.json")
+    return next((path for name in names if (path := Path(folder) / name).is_file()), None)
+
+
+def read_folder_tokenizer(folder: Path, *, kind: str | None = None, compat: bool | None = None) -> TokenizerSpec:
+    """Read the tokenizer of a model folder, of ours, of GPT2-Chinese or of the hub; errors as in `read_tokenizer`."""
+    config = _read_object(folder / TOKENIZER_CONFIG)
+    model = _read_object(folder / "config.json")
+    special = _read_object(folder / "special_tokens_map.json") | config
+    name = str(config.get("tokenizer_class") or model.get("tokenizer_class") or "")
+    has_vocabulary = (folder / VOCABULARY).is_file()
+    if kind in (None, "bpe") and (folder / TOKENIZER_JSON).is_file() and not (has_vocabulary and "Bert" in name):
+        return _read_folder_bpe(folder, folder / TOKENIZER_JSON, special)
+    if kind in (None, "bpe") and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return _read_folder_bpe(folder, folder / "vocab.json", special)
+    path = folder / VOCABULARY
+    if not has_vocabulary:
+        raise FileNotFoundError(
+            f"{folder} has no {VOCABULARY}, {TOKENIZER_JSON} or vocab.json with merges.txt; name the vocabulary that "
+            "the model was trained with (--vocab_file), or copy it there under its name"
+        )
+    tokens = read_vocabulary(path, strict=False)
+    if name == "GPT2ChineseTokenizer":  # ours, of words
+        manifest = _read_object(folder / "manifest.json")
+        was_compat, rules = bool(config.get("compat", manifest.get("compat", False))), int(config.get("rules", 1))
+        return _checked(path, TokenizerSpec("word", tuple(tokens), compat=was_compat, rules=rules))
+    if "Bert" in name and kind in (None, "char"):
+        lowercase = bool(config.get("do_lower_case", True))
+        begin, end = _token(special.get("bos_token")), _token(special.get("eos_token"))
+        if begin is None or end is None or begin not in tokens or end not in tokens:
+            begin, end = "[CLS]", "[SEP]"  # as UER's checkpoints and CKIP's were trained
+        return _checked(
+            path,
+            TokenizerSpec(
+                "char",
+                tuple(tokens),
+                compat=bool(config.get("compat", False)),
+                lowercase=lowercase,
+                begin=begin,
+                end=end,
+                line_break=None if end == "[SEP]" else "[SEP]",
+            ),
+        )
+    # A folder without a word of its tokenizer is GPT2-Chinese's.
+    return read_tokenizer(path, kind=kind, compat=True if compat is None else compat)
+
+
+def _read_folder_bpe(folder: Path, path: Path, special: dict[str, Any]) -> TokenizerSpec:
+    definition = _bpe_definition(path)
+    end = _token(special.get("eos_token"))
+    spec = TokenizerSpec("bpe", definition=definition, begin=end, end=end, line_break=None)
+    return _checked(path, spec)
+
+
+def _bpe_definition(path: Path) -> str:
+    """The text of a tokenizer.json; one is made of GPT-2's vocab.json and merges.txt."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}; give a vocabulary, a tokenizer.json or a model folder")
+    value = read_json(path)
+    if isinstance(value, dict) and "model" in value:
+        return path.read_text(encoding="utf-8-sig")
+    merges = path.with_name("merges.txt")
+    if not isinstance(value, dict) or not all(isinstance(id_, int) for id_ in value.values()) or not merges.is_file():
+        raise ValueError(f"{path} is neither a tokenizer.json nor GPT-2's vocab.json with a merges.txt beside it")
+    from tokenizers import Tokenizer as Rust
+    from tokenizers.decoders import ByteLevel as Decoder
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    lines = merges.read_text(encoding="utf-8").splitlines()
+    parted = [line.partition(" ") for line in lines if line and not line.startswith("#version")]
+    pairs = [(first, second) for first, _, second in parted]
+    tokenizer = Rust(BPE(value, pairs))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = Decoder()
+    tokenizer.add_special_tokens([name for name in ("<|endoftext|>",) if name in value])
+    return str(tokenizer.to_str())
+
+
+def _token(value: Any) -> str | None:
+    """The text of a special token, which some files have as an object."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one where there is no file."""
+    if not path.is_file():
+        return {}
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must be a JSON object, it is {json.dumps(value)[:40]}; copy it again")
+    return value
