@@ -66,7 +66,7 @@ lint: $(TRAIN)/.built-dev ## ruff, mypy and the direction of imports
 
 # The quick modules of each wing.
 FAST_VOCAB := $(addprefix tests/,both/test_artifacts.py both/test_compiled.py both/test_docs.py both/test_make_tokenized.py \
-	both/text/test_tokenizer.py vocab/test_build_trainfile.py)
+	both/text/test_word_tokenizer.py vocab/test_build_trainfile.py)
 FAST_TRAIN := $(addprefix tests/train/,decoding/test_generate.py decoding/test_sampling.py serving/test_server_clients.py \
 	training/test_attention.py training/test_loss.py training/test_muon.py)
 
