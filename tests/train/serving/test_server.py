@@ -65,7 +65,7 @@ def test_a_seed_repeats_and_the_settings_reach_the_engine(server):
         async with client.post("/generate", json=fields) as response:
             texts = await response.json()
         settings = SamplingParams(temperature=0.5, top_k=3, top_p=0.9, repetition_penalty=1.5)
-        expected = await asyncio.to_thread(engine.complete, "一丁", samples=2, length=6, settings=settings, seed=1)
+        expected = await asyncio.to_thread(engine.complete, "一丁", samples=2, length=6, sampling_params=settings, seed=1)
         assert texts == expected
 
     served(test, engine=engine)
@@ -206,7 +206,7 @@ def test_errors_after_a_stream_has_begun_are_events(server, monkeypatch, caplog)
 
 
 def test_a_client_that_does_not_read_is_disconnected(server):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=32)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=32)
 
     async def test(client):
         body = json.dumps({"context": "一", "maxlength": 1_000_000, "samples": 32, "stream": True}).encode()
@@ -592,7 +592,7 @@ def test_a_client_that_goes_away_frees_its_slots(server):
 
 
 def test_too_much_work_is_429_with_retry_after(server):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=1, max_waiting=2)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=1, max_waiting=2)
 
     async def test(client):
         fields = {"context": "一", "maxlength": 200, "samples": 2}
@@ -608,7 +608,7 @@ def test_too_much_work_is_429_with_retry_after(server):
 
 
 def test_the_fast_path_answers_what_the_handlers_answer_and_keeps_the_connection(server):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=1, max_waiting=2)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=1, max_waiting=2)
 
     def request(path: str, *lines: str) -> bytes:
         head = "".join(f"{line}\r\n" for line in (f"POST {path} HTTP/1.1", "Host: x", "Content-Length: 2", *lines))
@@ -678,7 +678,7 @@ def test_only_a_whole_request_that_needs_nothing_else_takes_the_fast_path(lines,
 
 
 def test_a_large_request_that_is_refused_does_not_keep_the_small_ones_out(server):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=1, max_waiting=16)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=1, max_waiting=16)
 
     async def test(client):
         model = client.service.models[0]
@@ -698,7 +698,7 @@ def test_a_large_request_that_is_refused_does_not_keep_the_small_ones_out(server
 
 
 def test_once_there_was_no_room_there_must_be_room_for_several(server):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=1, max_waiting=32)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=1, max_waiting=32)
 
     async def test(client):
         fields = {"context": "一", "maxlength": 1_000_000, "samples": 1}
@@ -723,7 +723,7 @@ def test_once_there_was_no_room_there_must_be_room_for_several(server):
 
 
 def test_answers_keep_their_turn_and_a_body_is_never_taken_for_a_request(server):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=1, max_waiting=2)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=1, max_waiting=2)
 
     def request(body: bytes, path: str = "/generate") -> bytes:
         return f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
@@ -771,7 +771,7 @@ def test_answers_keep_their_turn_and_a_body_is_never_taken_for_a_request(server)
 
 
 def test_who_has_no_key_is_not_told_how_full_it_is(server):
-    engine = Engine(endless_model(), tiny_tokenizer(), rows=1, max_waiting=2)
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=1, max_waiting=2)
 
     async def test(client):
         fields = {"context": "一", "maxlength": 1_000_000, "samples": 3}
