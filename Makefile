@@ -83,7 +83,7 @@ test: envs lint ## lint and every test, each in the environment that it belongs 
 TEXT_REQUIREMENTS := { grep -vE '^(tensorflow|keras)==' requirements-vocab.txt; grep -E '^(pytest|hypothesis)==' requirements-dev.txt; }
 
 test-pythons: ## byte-compile everything and test the wing text/ with every Python of 3.10 to 3.13 found here
-	@set -e; tested=; for version in 3.10 3.11 3.12 3.13; do \
+	@passed= failed=; for version in 3.10 3.11 3.12 3.13; do \
 		for python in $$(pyenv root 2>/dev/null)/versions/$$version.*/bin/python $$(command -v python$$version); do \
 			"$$python" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$$version')" 2>/dev/null && break; \
 			python=; \
@@ -91,16 +91,16 @@ test-pythons: ## byte-compile everything and test the wing text/ with every Pyth
 		if [ -z "$$python" ]; then echo "Python $$version: not found"; continue; fi; \
 		echo "Python $$version: $$python"; \
 		folder=.venv-python$$version; \
-		if [ ! -f $$folder/.built ] || [ -n "$$(find requirements-*.txt -newer $$folder/.built)" ]; then \
-			"$$python" -m venv --clear $$folder; \
-			$(TEXT_REQUIREMENTS) >$$folder/requirements.txt; \
-			$$folder/bin/python $(PIP_INSTALL) -r $$folder/requirements.txt; \
+		{ [ -f $$folder/.built ] && [ -z "$$(find requirements-*.txt -newer $$folder/.built)" ] || { \
+			"$$python" -m venv --clear $$folder && \
+			$(TEXT_REQUIREMENTS) >$$folder/requirements.txt && \
+			$$folder/bin/python $(PIP_INSTALL) -r $$folder/requirements.txt && \
 			touch $$folder/.built; \
-		fi; \
-		PYTHONPYCACHEPREFIX=$$folder/pycache $$folder/bin/python -m compileall -q -f *.py gpt2_chinese tests benchmarks examples; \
-		$$folder/bin/python -m pytest -q tests/both/text; \
-		tested="$$tested $$version"; \
-	done; echo "passed with Python$${tested:? none of 3.10 to 3.13 was found}"
+		}; } && \
+		PYTHONPYCACHEPREFIX=$$folder/pycache $$folder/bin/python -m compileall -q -f \
+			$(wildcard *.py) gpt2_chinese tests benchmarks examples && \
+		$$folder/bin/python -m pytest -q tests/both/text && passed="$$passed $$version" || failed="$$failed $$version"; \
+	done; echo "passed:$${passed:- none}; failed:$${failed:- none}"; [ -n "$$passed" ] && [ -z "$$failed" ]
 
 clean: ## remove the demo and the caches; your data, models and environments stay
 	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis
