@@ -17,12 +17,18 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from gpt2_chinese.artifacts import atomic_write
-from gpt2_chinese.command_line import run_script
+from gpt2_chinese.command_line import print_settings, run_script
 from gpt2_chinese.decoding.completion import PRECISIONS, SAMPLING_LIMITS, SamplingParams, TextDelta
 from gpt2_chinese.decoding.engine import Engine, choose_device
 from gpt2_chinese.model_folder import load_weights
 
 SAMPLES_FILE = "samples.txt"
+IGNORED_FLAGS = {
+    "--model_config": "the model folder has its own config.json",
+    "--fast_pattern": "every completion is decoded with a KV cache",
+    "--no_wordpiece": "the model folder says what its tokenizer is",
+    "--segment": "the model folder says what its tokenizer is",
+}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -31,7 +37,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     # the model
     parser.add_argument("--model_path", default="model/final_model", help="model folder (%(default)s)")
-    parser.add_argument("--vocab_file", help="vocabulary of a model folder that has none, such as GPT2-Chinese's")
+    parser.add_argument(
+        "--vocab_file",
+        "--tokenizer_path",
+        help="vocabulary of a model folder that has none, such as GPT2-Chinese's",
+    )
+    parser.add_argument(
+        "--document_marks",
+        nargs=2,
+        metavar=("BEGIN", "END"),
+        help="tokens around a document (default: those that the folder tells)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or the number of a GPU (%(default)s)")
     parser.add_argument(
         "--precision",
@@ -56,6 +72,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 avoids repetition (%(default)s)")
     parser.add_argument("--seed", type=int, help="the same seed gives the same completions (random)")
+    # articles to titles, as GPT2-Chinese's generate_texts.py
+    parser.add_argument("--titles", help="complete each of these titles, separated by spaces, and write files")
+    parser.add_argument("--titles_file", help="the same, a title a line")
+    parser.add_argument("--articles_per_title", type=int, default=5, help="files of each title (%(default)s)")
+    parser.add_argument("--save_path", default="generated/", help="their folder (%(default)s)")
+    # flags of GPT2-Chinese that change nothing here; main says so
+    for flag in IGNORED_FLAGS:
+        parser.add_argument(flag, nargs="?", const=True, help=argparse.SUPPRESS)
     # the output file
     parser.add_argument("--save_samples", action="store_true", help=f"also write {SAMPLES_FILE}, replacing an old one")
     parser.add_argument("--save_samples_path", default=".", help=f"folder of {SAMPLES_FILE} (the current one)")
@@ -71,7 +95,7 @@ def check_args(args: argparse.Namespace) -> None:
             raise ValueError(f"--{flag} must be from {low} to {high}, it is {value}")
     if args.length < 1 and args.length != -1:
         raise ValueError(f"--length must be 1 or more, or -1 for the model's n_ctx, it is {args.length}")
-    for flag in ("nsamples", "batch_size"):
+    for flag in ("nsamples", "batch_size", "articles_per_title"):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag} must be 1 or more, it is {getattr(args, flag)}")
     if args.save_samples and Path(args.save_samples_path).exists() and not Path(args.save_samples_path).is_dir():
@@ -133,6 +157,35 @@ def print_deltas(context: str, deltas: SimpleQueue[TextDelta | None], samples: i
         print(flush=True)
 
 
+def read_titles(args: argparse.Namespace) -> list[str]:
+    """The titles of the flags.
+
+    Raises:
+        ValueError: the file has none, or both flags are there.
+    """
+    if args.titles is not None and args.titles_file is not None:
+        raise ValueError("--titles and --titles_file are two ways to say the same; leave one out")
+    if args.titles_file is None:
+        return (args.titles or "").split()
+    titles = [line.strip() for line in Path(args.titles_file).read_text(encoding="utf-8-sig").splitlines()]
+    if not any(titles):
+        raise ValueError(f"--titles_file {args.titles_file} has no title; write one on a line")
+    return [title for title in titles if title]
+
+
+def write_articles(
+    engine: Engine, titles: Sequence[str], length: int, params: SamplingParams, args: argparse.Namespace
+) -> None:
+    """Write --articles_per_title completions of each title, as GPT2-Chinese names and forms them."""
+    folder = Path(args.save_path)
+    for number, title in enumerate(titles):
+        texts = complete(engine, title, length, args.articles_per_title, params, args.seed + number, stream=False)
+        for article, text in enumerate(texts):
+            with atomic_write(folder / f"{number}-{article}.txt") as file:
+                file.write(f"{title}\n{text}\n")
+    print(f"{len(titles) * args.articles_per_title} articles written to {folder}/{{title}}-{{article}}.txt")
+
+
 def format_sample(number: int, text: str) -> str:
     """A sample under its header, as in samples.txt."""
     return f"{'=' * 40} SAMPLE {number} {'=' * 40}\n{text}\n"
@@ -143,15 +196,27 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     check_args(args)
     if args.seed is None:
         args.seed = secrets.randbits(32)
-    print("settings: " + ", ".join(f"{name} {value}" for name, value in vars(args).items()))
+    print_settings(args, file=sys.stderr)
+    for flag, reason in IGNORED_FLAGS.items():
+        if getattr(args, flag.removeprefix("--")) is not None:
+            print(f"note: {flag} changes nothing: {reason}", file=sys.stderr)
+    titles = read_titles(args)
     params = SamplingParams(args.temperature, args.topk, args.topp, args.repetition_penalty)
-    model, tokenizer = load_weights(args.model_path, device=choose_device(args.device), vocab_file=args.vocab_file)
+    model, tokenizer = load_weights(
+        args.model_path,
+        device=choose_device(args.device),
+        vocab_file=args.vocab_file,
+        document_marks=tuple(args.document_marks) if args.document_marks else None,
+    )
     tokenizer.encode("你好")  # loads the segmenter now, and not after the first text is typed
 
     saved: list[str] = []
-    max_num_seqs = min(args.batch_size, args.nsamples)
+    max_num_seqs = min(args.batch_size, args.articles_per_title if titles else args.nsamples)
     with Engine(model, tokenizer, max_num_seqs=max_num_seqs, precision=args.precision) as engine:
         length = engine.n_ctx if args.length == -1 else args.length
+        if titles:
+            write_articles(engine, titles, length, params, args)
+            return None
         contexts = typed_contexts() if args.prefix is None else iter([args.prefix])
         for index, context in enumerate(contexts):
             # Each text has a seed of its own, so that the same text typed twice gets other completions.

@@ -270,7 +270,8 @@ def served_models(args: argparse.Namespace) -> list[ServedModel]:
     """The models of the flags, not loaded yet; each decodes in a process of its own."""
 
     def load(folder: str) -> EngineProcess:
-        options = EngineOptions(folder, args.vocab_file, args.device, args.batch_size, args.precision)
+        marks = tuple(args.document_marks) if args.document_marks else None
+        options = EngineOptions(folder, args.vocab_file, args.device, args.batch_size, args.precision, marks)
         return EngineProcess(options, max_waiting=args.max_waiting)
 
     names = model_names(args)

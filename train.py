@@ -14,6 +14,9 @@ Writes  model/model_epoch{n}/ after each epoch, model/final_model/, model/checkp
 
 from __future__ import annotations
 
+import argparse
+import subprocess
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -33,7 +36,7 @@ from gpt2_chinese.training.flags import parse_args
 from gpt2_chinese.training.optimizers import set_learning_rate
 from gpt2_chinese.training.ranks import Rank, Torchrun, process_group, run_on_all
 from gpt2_chinese.training.report import Reporter, describe
-from gpt2_chinese.training.run import FINAL_MODEL, Run, build_model, epoch_name, prepare
+from gpt2_chinese.training.run import DEFAULT_VOCABULARY, FINAL_MODEL, Run, build_model, epoch_name, prepare
 from gpt2_chinese.training.saving import find_checkpoint, restore, save_checkpoint, save_model_folder
 from gpt2_chinese.training.stopping import Interrupted, stop_signal
 from gpt2_chinese.training.trainable import build
@@ -181,12 +184,30 @@ def train_spawned(rank: Rank, run: Run, resume: Path | None) -> int:
     return train(rank, run, build_model(run.args, run.vocab_file, run.tokenizer), resume)
 
 
+def tokenize(args: argparse.Namespace) -> None:
+    """Run stage 3, as GPT2-Chinese's train.py does with --raw.
+
+    Raises:
+        ValueError: it ended with an error, which it has printed.
+    """
+    flags = ["--raw_data_path", args.raw_data_path, "--tokenized_data_path", args.tokenized_data_path]
+    flags += ["--num_pieces", str(args.num_pieces), "--min_length", str(args.min_length)]
+    flags += ["--vocab_filename", args.vocab_file or args.pretrained_model or str(DEFAULT_VOCABULARY)]
+    if args.segment or args.bpe_token:
+        flags += ["--tokenizer", "word" if args.segment else "bpe"]
+    script = Path(__file__).with_name("make-tokenized.py")
+    if subprocess.run([sys.executable, str(script), *flags], check=False).returncode:
+        raise ValueError("--raw: make-tokenized.py ended with the error above; nothing was trained")
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv, description=__doc__)
     torchrun = Torchrun.from_environment()
     is_main = torchrun is None or torchrun.rank == 0
     if is_main:
         print_settings(args)
+    if args.raw and is_main:
+        tokenize(args)
     if args.eval_only:
         return evaluate_folder(args)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Callable
+from typing import TextIO
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -15,6 +17,9 @@ def run_script(main: Callable[[], int | None]) -> None:
 
     The exit status is what `main` returns (None is 0), 2 after a user's mistake and 130 after Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a console of GBK, say, has not every character
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
@@ -25,6 +30,6 @@ def run_script(main: Callable[[], int | None]) -> None:
         sys.exit(INTERRUPTED)
 
 
-def print_settings(args: argparse.Namespace) -> None:
+def print_settings(args: argparse.Namespace, *, file: TextIO | None = None) -> None:
     """Print the resolved flags of a run, in one line, as they would be typed."""
-    print("settings:", " ".join(f"--{name}={value}" for name, value in vars(args).items()))
+    print("settings:", " ".join(f"--{name}={value}" for name, value in vars(args).items()), file=file)

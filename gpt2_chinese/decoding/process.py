@@ -56,6 +56,7 @@ class EngineOptions:
     device: str = "auto"
     max_num_seqs: int = 32
     precision: str | None = "auto"
+    document_marks: tuple[str, str] | None = None
 
 
 class Ready(NamedTuple):
@@ -403,7 +404,12 @@ def load_engine(options: EngineOptions, on_step_end: Callable[[], None]) -> Engi
     from gpt2_chinese.decoding.engine import Engine, choose_device
     from gpt2_chinese.model_folder import load_weights
 
-    model, tokenizer = load_weights(options.folder, device=choose_device(options.device), vocab_file=options.vocab_file)
+    model, tokenizer = load_weights(
+        options.folder,
+        device=choose_device(options.device),
+        vocab_file=options.vocab_file,
+        document_marks=options.document_marks,
+    )
     return Engine(
         model,
         tokenizer,

@@ -44,7 +44,7 @@ class BatchSampler:
     def __init__(
         self, max_num_seqs: int, vocab_size: int, *, suppressed_ids: Iterable[int], device: torch.device
     ) -> None:
-        self.suppressed_ids = torch.tensor([*suppressed_ids], device=device)
+        self.suppressed_ids = torch.tensor([*suppressed_ids], dtype=torch.int64, device=device)
         self._vocab_size = vocab_size
         self._seeds = np.zeros(max_num_seqs, dtype=np.uint64)
         self._num_sampled = np.zeros(max_num_seqs, dtype=np.uint64)

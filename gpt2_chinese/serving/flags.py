@@ -37,7 +37,15 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         f"(default: {DEFAULT_MODEL_PATH})",
     )
     parser.add_argument(
-        "--vocab_file", help="vocabulary, for a model folder without one (default: the one in the model folder)"
+        "--vocab_file",
+        "--tokenizer_path",
+        help="vocabulary, for a model folder without one (default: the one in the model folder)",
+    )
+    parser.add_argument(
+        "--document_marks",
+        nargs=2,
+        metavar=("BEGIN", "END"),
+        help="tokens that begin and end a document (default: those that the model folder tells)",
     )
     parser.add_argument(
         "--model_name",

@@ -27,8 +27,20 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vocab_file",
         "--vocab_filename",
+        "--tokenizer_path",
         help=f"vocabulary of the pieces (default: the one in their manifest, else {DEFAULT_VOCABULARY})",
     )
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="run make-tokenized.py first, with these flags of it: --raw_data_path, --num_pieces, --min_length, "
+        "--segment for a vocabulary of words, --bpe_token for BPE",
+    )
+    parser.add_argument("--raw_data_path", default="data/train.json", help=argparse.SUPPRESS)
+    parser.add_argument("--num_pieces", type=_positive, default=100, help=argparse.SUPPRESS)
+    parser.add_argument("--min_length", type=_not_negative, default=128, help=argparse.SUPPRESS)
+    parser.add_argument("--segment", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--bpe_token", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
         "--model_config",
         default="config/model_config_small.json",
@@ -38,6 +50,12 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
         "--pretrained_model",
         default="",
         help="model folder to continue training from, ours or GPT2-Chinese's (default: a new model)",
+    )
+    parser.add_argument(
+        "--document_marks",
+        nargs=2,
+        metavar=("BEGIN", "END"),
+        help="with --pretrained_model: tokens around a document, if the folder does not tell them right",
     )
     parser.add_argument(
         "--embedding_init",

@@ -20,7 +20,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from gpt2_chinese.artifacts import sha256_of
 from gpt2_chinese.model_folder import check_replaceable, find_config, load_model, read_config
 from gpt2_chinese.precision import choose_devices, choose_precision, load_apex
-from gpt2_chinese.text.pieces import check_vocabulary, read_manifest, read_pieces_tokenizer, text_of_tokens
+from gpt2_chinese.text.pieces import (
+    check_vocabulary,
+    piece_numbers,
+    read_manifest,
+    read_pieces_tokenizer,
+    text_of_tokens,
+)
 from gpt2_chinese.text.tokenizers import Tokenizer, vocabulary_of_folder
 from gpt2_chinese.training.optimizers import learning_rate_factor
 from gpt2_chinese.training.token_cache import Corpus, read_pieces
@@ -207,16 +213,17 @@ def _read_pretrained(
     args: argparse.Namespace, vocab_file: Path, tokenizer: Tokenizer, say: Callable[[str], None]
 ) -> GPT2LMHeadModel:
     """Read `--pretrained_model`, whose vocabulary is the pieces' or is replaced by it."""
+    marks = tuple(args.document_marks) if args.document_marks else None
     own = vocabulary_of_folder(args.pretrained_model)
     if own is None or own.read_bytes().split() == vocab_file.read_bytes().split():
-        return load_model(args.pretrained_model, vocab_file=vocab_file)[0]
+        return load_model(args.pretrained_model, vocab_file=vocab_file, document_marks=marks)[0]
     if args.vocab_file is None:
         raise ValueError(
             f"the pieces were made with {vocab_file}, the model was trained with {own}: make the pieces again with "
             f"make-tokenized.py --vocab_filename {args.pretrained_model}; or add --vocab_file {vocab_file}, which "
             "keeps the model's layers and gives the tokens of that vocabulary rows of their own"
         )
-    model, old = load_model(args.pretrained_model)
+    model, old = load_model(args.pretrained_model, document_marks=marks)
     report = transfer_vocabulary(model, old, tokenizer, seed=args.seed)
     say(
         f"embedding  {len(tokenizer):,} tokens of {vocab_file} on the layers of {args.pretrained_model}: "
@@ -260,6 +267,7 @@ def prepare(args: argparse.Namespace, world_size: int, say: Callable[[str], None
 
     # 2) the vocabulary and the corpus
     folder = Path(args.tokenized_data_path)
+    piece_numbers(folder)  # what is missing first is said first
     manifest = read_manifest(folder)
     vocab_file = choose_vocabulary(args.vocab_file, manifest)
     check_vocabulary(folder, manifest, vocab_file)

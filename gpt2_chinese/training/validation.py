@@ -83,7 +83,8 @@ def evaluate_folder(args: argparse.Namespace) -> int:
     own = vocabulary_of_folder(args.pretrained_model)
     vocab_file = own if own is not None and args.vocab_file is None else choose_vocabulary(args.vocab_file, manifest)
     check_vocabulary(folder, manifest, vocab_file)
-    model, tokenizer = load_model(args.pretrained_model, device=devices[0], vocab_file=vocab_file)
+    marks = tuple(args.document_marks) if args.document_marks else None
+    model, tokenizer = load_model(args.pretrained_model, device=devices[0], vocab_file=vocab_file, document_marks=marks)
     corpus = read_pieces(folder, vocab_size=len(tokenizer), marks=tokenizer.marks, manifest=manifest)
     WindowLoss(model)  # sets the attention that needs no mask
     measured = evaluate(

@@ -39,8 +39,8 @@ def typed(monkeypatch, *lines: str) -> None:
 def test_interactive_use_prints_five_completions_until_an_empty_line(generate, folder, monkeypatch, capsys):
     typed(monkeypatch, "一丁", "hello", "", "never asked")
     assert generate.main(["--model_path", folder]) is None
-    out = capsys.readouterr().out
-    assert out.startswith("settings: ") and "topk 30" in out and "length 50" in out
+    out, err = capsys.readouterr()
+    assert "--topk=30" in err and "--length=50" in err
     numbers = [line[:1] for line in out.splitlines() if re.match(r"\d  (一丁|hello)", line)]
     assert numbers == list("1234512345")
     assert "never asked" not in out
@@ -114,6 +114,37 @@ def test_prefix_saves_what_it_prints(generate, folder, tmp_path, capsys):
         assert saved.split(HEADER.format(number) + "\n")[1].splitlines()[0] in out
     assert "old" not in saved
     assert f"3 samples written to {tmp_path / 'samples.txt'}" in out
+
+
+@pytest.mark.parametrize("way", ["flag", "file"])
+def test_titles_become_articles_named_as_in_gpt2_chinese(way, generate, folder, tmp_path, capsys):
+    titles = ["--titles", "一丁 丈"]
+    if way == "file":
+        (tmp_path / "titles.txt").write_text("一丁\n\n丈\n", encoding="utf-8")
+        titles = ["--titles_file", str(tmp_path / "titles.txt")]
+    flags = ["--articles_per_title", "2", "--save_path", str(tmp_path / "out"), "--length", "4", "--seed", "1"]
+    generate.main(["--model_path", folder, *titles, *flags])
+    articles = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "out").iterdir()}
+    assert sorted(articles) == ["0-0.txt", "0-1.txt", "1-0.txt", "1-1.txt"]
+    for name, title in {"0-0.txt": "一丁", "0-1.txt": "一丁", "1-0.txt": "丈", "1-1.txt": "丈"}.items():
+        assert articles[name].startswith(f"{title}\n{title}")
+    assert articles["0-0.txt"] != articles["0-1.txt"]
+    assert "4 articles" in capsys.readouterr().out
+
+
+def test_titles_that_say_nothing_are_refused(generate, folder, tmp_path):
+    (tmp_path / "titles.txt").write_text("\n \n", encoding="utf-8")
+    with pytest.raises(ValueError, match="no title"):
+        generate.main(["--model_path", folder, "--titles_file", str(tmp_path / "titles.txt")])
+    with pytest.raises(ValueError, match="leave one out"):
+        generate.main(["--model_path", folder, "--titles", "一", "--titles_file", "titles.txt"])
+
+
+def test_flags_of_gpt2_chinese_that_change_nothing_say_so(generate, folder, capsys):
+    flags = ["--fast_pattern", "--model_config", "config/model_config_small.json", "--no_wordpiece"]
+    generate.main(["--model_path", folder, "--prefix", "一", "--nsamples", "1", "--length", "2", *flags])
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert [note.split()[1] for note in notes] == ["--model_config", "--fast_pattern", "--no_wordpiece"]
 
 
 def test_no_file_is_written_without_the_flag(generate, folder, tmp_path, monkeypatch, capsys):

@@ -64,8 +64,8 @@ def test_a_seed_repeats_and_the_settings_reach_the_engine(server):
         fields = GOOD | {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "repetition_penalty": 1.5}
         async with client.post("/generate", json=fields) as response:
             texts = await response.json()
-        settings = SamplingParams(temperature=0.5, top_k=3, top_p=0.9, repetition_penalty=1.5)
-        expected = await asyncio.to_thread(engine.complete, "一丁", samples=2, length=6, sampling_params=settings, seed=1)
+        params = SamplingParams(temperature=0.5, top_k=3, top_p=0.9, repetition_penalty=1.5)
+        expected = await asyncio.to_thread(engine.complete, "一丁", samples=2, length=6, sampling_params=params, seed=1)
         assert texts == expected
 
     served(test, engine=engine)
