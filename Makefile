@@ -1,27 +1,27 @@
-# Everything a person or CI runs. `make demo` and `make test` set up what they need.
+# Everything a person or CI runs; `make help` lists it. Each target sets up what it needs.
 PYTHON ?= python3
 VOCAB := .venv-vocab
 TRAIN := .venv-train
 PIP_INSTALL := -m pip install --disable-pip-version-check --quiet
 
-.PHONY: help envs demo serve lint test clean
+.DEFAULT_GOAL := help
+.PHONY: help demo serve envs format lint test-fast test test-pythons clean
 
-help:
-	@echo 'make envs    build $(VOCAB) and $(TRAIN), again only when a requirements file changed'
-	@echo 'make demo    the six stages on the shipped corpus, five completions and one POST'
-	@echo 'make serve   serve the demo model on http://127.0.0.1:5005'
-	@echo 'make lint    ruff, mypy and the direction of imports'
-	@echo 'make test    lint and every test, each in the environment it belongs to'
-	@echo 'make clean   remove the demo and the caches; your models and the environments stay'
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo 'PYTHON=python3.12 chooses the interpreter of new environments (3.10 to 3.13)'
 
-envs: $(VOCAB)/.built $(TRAIN)/.built
+# Each environment has two stamps: .built for what the scripts need, .built-dev for the tests and linters on top of it.
+# A stamp is written last, so an interrupted installation starts again.
+$(VOCAB)/.built: requirements-vocab.txt
+$(TRAIN)/.built: requirements-train.txt
 
-$(VOCAB)/.built: requirements-vocab.txt requirements-dev.txt
-$(TRAIN)/.built: requirements-train.txt requirements-dev.txt
-
-# The stamp is written last: an interrupted installation is started again.
 .venv-%/.built:
 	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python $(PIP_INSTALL) -r requirements-$*.txt
+	touch $@
+
+.venv-%/.built-dev: .venv-%/.built requirements-dev.txt
 	.venv-$*/bin/python $(PIP_INSTALL) -r requirements-$*.txt -r requirements-dev.txt
 	touch $@
 
@@ -32,11 +32,11 @@ DEMO_CONTEXT ?= 孩子
 DEMO_TOKENS := --num_pieces 400 --min_length 50
 DEMO_RECIPE := --epochs 10 --stride 63 --batch_size 16 --optimizer muon --embedding_init cooccurrence --lr 1.5e-2 --muon_lr 6e-3 \
 	--warmup_steps 30
-# Four hundred documents are so few that the model learns them by heart: it is fluent near the likeliest tokens only.
+# The model overfits four hundred documents: its completions are fluent near the likeliest tokens only.
 DEMO_SAMPLING := --temperature 0.7 --topp 0.9
 MODEL ?= $(firstword $(wildcard model/final_model $(DEMO)/model/final_model) model/final_model)
 
-demo: envs
+demo: $(VOCAB)/.built $(TRAIN)/.built ## the six stages on the shipped corpus, five completions and one POST
 	$(VOCAB)/bin/python build_trainfile.py --data_path data --output_path $(DEMO)/train.json
 	$(VOCAB)/bin/python make-vocab.py --raw_data_path $(DEMO)/train.json --vocab_file $(DEMO)/vocab.txt \
 		--vocab_size 4000 --model_config config/model_config_demo.json
@@ -49,21 +49,59 @@ demo: envs
 		$(DEMO_SAMPLING) --device cpu
 	$(TRAIN)/bin/python examples/ask_server.py --model_path $(DEMO)/model/final_model --context $(DEMO_CONTEXT)
 
-serve: envs
+serve: $(TRAIN)/.built ## serve your model, or else the demo's, on http://127.0.0.1:5005
 	$(TRAIN)/bin/python server.py --model_path $(MODEL)
 
-lint: envs
+envs: $(VOCAB)/.built-dev $(TRAIN)/.built-dev ## build both environments with the tools of the tests; again only when requirements change
+
+format: $(TRAIN)/.built-dev ## format the code and sort the imports
+	$(TRAIN)/bin/ruff check --fix .
+	$(TRAIN)/bin/ruff format .
+
+lint: $(TRAIN)/.built-dev ## ruff, mypy and the direction of imports
 	$(TRAIN)/bin/ruff check .
 	$(TRAIN)/bin/ruff format --check .
 	$(TRAIN)/bin/mypy
 	$(TRAIN)/bin/lint-imports --no-logo
 
+# The quick modules of each wing.
+FAST_VOCAB := $(addprefix tests/,both/test_artifacts.py both/test_compiled.py both/test_docs.py both/test_make_tokenized.py \
+	both/text/test_word_tokenizer.py vocab/test_build_trainfile.py)
+FAST_TRAIN := $(addprefix tests/train/,decoding/test_generate.py decoding/test_sampling.py serving/test_server_clients.py \
+	training/test_attention.py training/test_loss.py training/test_muon.py)
+
+test-fast: envs ## the quick tests of each wing, under a minute: before each commit
+	$(VOCAB)/bin/python -m pytest -q $(FAST_VOCAB)
+	$(TRAIN)/bin/python -m pytest -q $(FAST_TRAIN)
+
 # tests/both runs in both environments, tests/vocab and tests/train each in its own.
-test: lint
+test: envs lint ## lint and every test, each in the environment that it belongs to
 	$(VOCAB)/bin/python -m pytest tests/both tests/vocab
 	$(TRAIN)/bin/python -m pytest tests/both tests/train
 
-# Your own data, vocabulary, tokens and models stay.
-clean:
+# The wing text/ needs neither torch nor tensorflow, so its environments are small; everything else is byte-compiled.
+TEXT_REQUIREMENTS := { grep -vE '^(tensorflow|keras)==' requirements-vocab.txt; grep -E '^(pytest|hypothesis)==' requirements-dev.txt; }
+
+test-pythons: ## byte-compile everything and test the wing text/ with every Python of 3.10 to 3.13 found here
+	@passed= failed=; for version in 3.10 3.11 3.12 3.13; do \
+		for python in $$(pyenv root 2>/dev/null)/versions/$$version.*/bin/python $$(command -v python$$version); do \
+			"$$python" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$$version')" 2>/dev/null && break; \
+			python=; \
+		done; \
+		if [ -z "$$python" ]; then echo "Python $$version: not found"; continue; fi; \
+		echo "Python $$version: $$python"; \
+		folder=.venv-python$$version; \
+		{ [ -f $$folder/.built ] && [ -z "$$(find requirements-*.txt -newer $$folder/.built)" ] || { \
+			"$$python" -m venv --clear $$folder && \
+			$(TEXT_REQUIREMENTS) >$$folder/requirements.txt && \
+			$$folder/bin/python $(PIP_INSTALL) -r $$folder/requirements.txt && \
+			touch $$folder/.built; \
+		}; } && \
+		PYTHONPYCACHEPREFIX=$$folder/pycache $$folder/bin/python -m compileall -q -f \
+			$(wildcard *.py) gpt2_chinese tests benchmarks examples && \
+		$$folder/bin/python -m pytest -q tests/both/text && passed="$$passed $$version" || failed="$$failed $$version"; \
+	done; echo "passed:$${passed:- none}; failed:$${failed:- none}"; [ -n "$$passed" ] && [ -z "$$failed" ]
+
+clean: ## remove the demo and the caches; your data, models and environments stay
 	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv-*' -prune -exec rm -rf {} +
