@@ -37,7 +37,7 @@ from gpt2_chinese.text.preparation import (
     shared_segmenter,
 )
 from gpt2_chinese.text.tokenizers import KINDS
-from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS
+from gpt2_chinese.text.vocabulary import BERT_SPECIAL_TOKENS, SPECIAL_TOKENS
 from gpt2_chinese.text.vocabulary_choice import (
     MAX_WORD,
     MIN_COUNT,
@@ -208,7 +208,8 @@ def make_word_vocabulary(args: argparse.Namespace, size: int, config: dict[str, 
         chosen = choose_tokens(candidates, args.vocab_size)
 
     # 2) Write, and say what it covers.
-    tokens = [*SPECIAL_TOKENS, *chosen.words, *chosen.parts]
+    special = SPECIAL_TOKENS if args.tokenizer == "word" else BERT_SPECIAL_TOKENS
+    tokens = [*special, *chosen.words, *chosen.parts]
     write_lines(args.vocab_file, tokens)
     seen = sum(counts.values())
     covered = sum(counts[word] for word in chosen.words)

@@ -8,11 +8,16 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = Path(os.environ.get("GPT2_CHINESE_REFERENCE", ROOT.parent / "shared" / "reference"))
 CORPORA = REFERENCE.parent / "corpora"
+
+# Machines that run tests are shared, so no example is refused for the time that it takes.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")

@@ -136,7 +136,8 @@ class CharTokenizer:
         vocabulary: the tokens in the order of their ids (`read_vocabulary`); of one that stands there twice the last.
         lowercase: fold case and accents, as the `do_lower_case` of a folder says.
         compat: as GPT2-Chinese.
-        begin, end, line_break: the tokens that mark a document; a line break is white space where it is None.
+        begin, end, line_break: the tokens that mark a document; a line break is white space where it is None, save
+            with `compat`.
 
     Raises:
         ValueError: a special token is missing; the message begins with a verb, whose subject is the vocabulary.
@@ -162,6 +163,8 @@ class CharTokenizer:
         self.vocabulary = list(vocabulary)
         self.compat = compat
         self.lowercase = lowercase
+        if compat:
+            line_break = "[SEP]"  # the reference writes it into the text, whatever the marks are
         self.mark_names = begin, end, line_break
         self._id_of = {token: id_ for id_, token in enumerate(self.vocabulary)}
         self.marks = find_marks(self._id_of, begin=begin, end=end, line_break=line_break)
@@ -263,7 +266,11 @@ class CharTokenizer:
         special = {LINE_BREAK: "" if self.marks.line_break is None else "\n"}
         if self.compat:
             special |= dict.fromkeys(SPECIAL_TOKENS, "") | {"[SEP]": "\n", "[CLS]": "\n\n"}
-        return "".join(
-            joiner.write(word) if word not in special else joiner.break_off(special[word]) if special[word] else ""
-            for word in self.words(text)
-        )
+        pieces = []
+        for word in self.words(text):
+            if word in special:
+                pieces.append(joiner.break_off(special[word]) if special[word] else "")
+            else:  # the reference's spaces hang on the tokens, ours on the characters
+                known = self.compat and self._unknown not in self.word_ids(word)
+                pieces += map(joiner.write, [self.vocabulary[i] for i in self.word_ids(word)] if known else [word])
+        return "".join(pieces)

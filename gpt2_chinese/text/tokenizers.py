@@ -195,7 +195,7 @@ def recognise(tokens: list[str]) -> str:
     """Tell a vocabulary of words from one of characters.
 
     Words of several Chinese characters are in no vocabulary of characters. One without any is of characters, unless
-    it begins with the five special tokens as make-vocab.py writes them, which writes words if not told otherwise.
+    it begins with the special tokens in the order in which make-vocab.py writes them before words.
     """
     for token in tokens:
         if len(token) > 1 and sum(_FIRST_IDEOGRAPH <= character <= _LAST_IDEOGRAPH for character in token) > 1:

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SPECIAL_TOKENS = ("[SEP]", "[CLS]", "[MASK]", "[PAD]", "[UNK]")
-"""In the order in which make-vocab.py writes them; a vocabulary from elsewhere may have them anywhere."""
+"""In the order in which make-vocab.py writes them before words; other vocabularies may have them anywhere."""
+
+BERT_SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+"""In BERT's order, in which make-vocab.py writes them before characters; it tells such a file from one of words."""
 
 
 @dataclass(frozen=True)

@@ -129,19 +129,18 @@ def coverage_rows(candidates: Candidates, config: Mapping[str, int]) -> list[dic
 def bpe_rows(
     counts: Sequence[int], tokens_per_character: Callable[[int], float], config: Mapping[str, int]
 ) -> list[dict[str, float]]:
-    """The same for BPE, whose smaller vocabularies are the beginnings of the larger ones.
+    """The same for BPE, whose smaller vocabularies are the beginnings of the larger ones; larger ones are not known.
 
     Args:
         counts: how often each token stands in a sample of the corpus.
         tokens_per_character: of that sample, with a vocabulary of so many tokens.
     """
     rows = []
-    for size in REPORT_SIZES:
-        lines = min(size, len(counts))
+    for lines in [*(size for size in REPORT_SIZES if size < len(counts)), len(counts)]:
         embedding, total = parameters(config, lines)
         rows.append(
             {
-                "vocab_size": size,
+                "vocab_size": lines,
                 "words": lines,
                 "tokens_per_character": tokens_per_character(lines),
                 "spells_all": True,
@@ -153,7 +152,10 @@ def bpe_rows(
 
 
 def recommend(rows: Sequence[Mapping[str, float]]) -> int:
-    """The largest size whose rarest word is seen often enough to be learnt, but one that spells every character."""
+    """The size with the most words whose rarest is seen often enough to be learnt, but one that spells every character.
+
+    Of sizes that get the same words the smallest.
+    """
     spelling_all = [row for row in rows if row["spells_all"]] or rows[-1:]
-    learnt = [int(row["vocab_size"]) for row in spelling_all if row["rarest_word_count"] >= MIN_COUNT]
-    return max(learnt, default=int(spelling_all[0]["vocab_size"]))
+    learnt = [row for row in spelling_all if row["rarest_word_count"] >= MIN_COUNT] or spelling_all[:1]
+    return int(max(learnt, key=lambda row: (row["words"], -row["vocab_size"]))["vocab_size"])

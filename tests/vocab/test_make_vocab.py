@@ -12,8 +12,8 @@ import pytest
 from book_order import UNK_ID
 
 from gpt2_chinese.text.char_tokenizer import CharTokenizer
-from gpt2_chinese.text.tokenizers import read_tokenizer
-from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS, read_vocabulary
+from gpt2_chinese.text.tokenizers import read_tokenizer, recognise
+from gpt2_chinese.text.vocabulary import BERT_SPECIAL_TOKENS, SPECIAL_TOKENS, read_vocabulary
 from gpt2_chinese.text.word_tokenizer import BYTE_TOKENS, WordTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,8 +131,9 @@ def test_no_size_that_holds_the_bytes_leaves_anything_unknown(make_vocab, tmp_pa
 
 def test_characters_stand_alone_and_letters_are_parts(make_vocab):
     vocabulary = make_vocab(["Hello 世界 2023 hello 世", *["hello 世界"] * 4], "--tokenizer", "char")
-    assert vocabulary[:5] == list(SPECIAL_TOKENS) and vocabulary[5:8] == ["hello", "世", "界"]
+    assert vocabulary[:5] == list(BERT_SPECIAL_TOKENS) and vocabulary[5:8] == ["hello", "世", "界"]
     assert {"h", "##h", "2", "##0", "##3", "z", "##z"} <= set(vocabulary) and "2023" not in vocabulary
+    assert recognise(vocabulary) == "char"
     tokenizer = CharTokenizer(vocabulary)
     assert tokenizer.tokenize("世界 hello 2023") == ["世", "界", "hello", "2", "##0", "##2", "##3"]
 
@@ -148,6 +149,7 @@ def test_bpe_is_a_tokenizer_json_that_keeps_case_and_begins_with_the_end_of_text
     assert spec.kind == "bpe" and len(tokenizer) <= 270 and tokenizer.vocabulary[0] == "<|endoftext|>"
     assert tokenizer.decode(tokenizer.encode("Hello, 新世界")) == "Hello, 新世界"
     rows = json.loads(report.read_text(encoding="utf-8"))["sizes"]
+    assert [row["vocab_size"] for row in rows] == [len(tokenizer)], "larger ones were not trained"
     assert rows[0]["tokens_per_character"] < 1 and "recommended: --vocab_size" in capsys.readouterr().out
 
 

@@ -34,7 +34,7 @@ def tokenizer() -> BpeTokenizer:
     return BpeTokenizer(definition("<|endoftext|>", "<pad>"))
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(st.text(max_size=40))
 def test_every_string_comes_back(tokenizer, text):
     ids = tokenizer.encode(text)
@@ -44,12 +44,12 @@ def test_every_string_comes_back(tokenizer, text):
     assert "".join(pieces) == text and "\ufffd" not in "".join(pieces).replace(text, "")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.integers(0, 299), max_size=30))
 def test_any_ids_are_text_as_python_decodes_their_bytes(tokenizer, ids):
     ids = [id_ % len(tokenizer) for id_ in ids if id_ % len(tokenizer) not in (0, 1)]
     data = b"".join(tokenizer.token_bytes[id_] for id_ in ids)
-    assert tokenizer.decode([*ids, 0]) == data.decode("utf-8", errors="replace") + "\n\n"
+    assert tokenizer.decode([*ids, 0]) == data.decode("utf-8", errors="replace") + ("\n\n" if ids else "")
     assert data.decode("utf-8", errors="replace").startswith(tokenizer.decode(ids))
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gpt2_chinese.text.char_tokenizer import CharTokenizer
@@ -48,17 +48,18 @@ def rust(tmp_path_factory):
     return made
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(text=TEXT, lowercase=st.booleans())
 def test_ids_are_those_of_bert(rust, text, lowercase):
     tokenizer = CharTokenizer(VOCABULARY, lowercase=lowercase, **UER)
     assert tokenizer.encode(text) == rust[lowercase].encode(text, add_special_tokens=False).ids
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(text=st.text(st.sampled_from("的中国abXé09,.!?-[]# \n"), max_size=30), compat=st.booleans(), bert=st.booleans())
+@example(text="Xa a", compat=True, bert=False)
 def test_decode_of_encode_is_normalize(text, compat, bert):
-    tokenizer = CharTokenizer(VOCABULARY, compat=compat, lowercase=True, **(UER if bert and not compat else {}))
+    tokenizer = CharTokenizer(VOCABULARY, compat=compat, lowercase=True, **(UER if bert else {}))
     ids = tokenizer.encode(text)
     if tokenizer.marks.unknown not in ids:
         assert tokenizer.decode(ids) == tokenizer.normalize(text)

@@ -30,7 +30,6 @@ from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS
 EXAMPLES = int(os.environ.get("GPT2_CHINESE_EXAMPLES", "300"))
 DRAWN = settings(
     max_examples=EXAMPLES,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 

@@ -135,7 +135,7 @@ ALPHABET = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=st.text(ALPHABET, max_size=60))
 def test_decode_of_encode_is_normalize(segmenter, text):
     tokenizer = WordTokenizer(spelling_vocabulary([text], "的", "大学", "ab", "##bc"), segmenter=segmenter)
@@ -173,7 +173,7 @@ def test_case_and_space_beside_chinese_are_all_that_changes(segmenter, text, exp
     assert UNK_ID not in ids
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(text=st.text(ALPHABET, max_size=60), some=st.integers(0, 5))
 def test_a_vocabulary_with_bytes_gives_every_text_back(segmenter, text, some):
     words = WordSplitter(segmenter)(text)
@@ -195,7 +195,7 @@ def test_older_models_keep_their_rules(segmenter):
     assert tokenizer.decode(tokenizer.encode("ж ж")) == "жж"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text(ALPHABET, max_size=40))
 def test_more_ids_only_append_to_the_text(segmenter, text):
     tokenizer = WordTokenizer(spelling_vocabulary([text]), segmenter=segmenter)
@@ -205,7 +205,7 @@ def test_more_ids_only_append_to_the_text(segmenter, text):
         assert whole.startswith(tokenizer.decode(ids[:end]))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.sampled_from(["好", "a", "##b", "1", "##2", "，", ",", "[SEP]", "[UNK]", *BYTE_TOKENS[0x80:0xF5:7]]))
 )

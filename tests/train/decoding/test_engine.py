@@ -269,7 +269,7 @@ def test_a_completion_begins_with_the_context_exactly_as_given(engine, context):
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
-@hypothesis_settings(max_examples=60, deadline=None)
+@hypothesis_settings(max_examples=60)
 def test_any_context_is_completed(context):
     for text in SHARED.complete(context, samples=2, length=3, seed=2):
         assert text.startswith(context)

@@ -493,14 +493,14 @@ def check_outcome(parse, data: bytes) -> None:
 
 
 @given(BODIES)
-@hypothesis_settings(max_examples=300, deadline=None)
+@hypothesis_settings(max_examples=300)
 def test_parsing_gives_a_completion_request_or_an_api_error_and_nothing_else(value):
     for parse in PARSERS:
         check_outcome(parse, json.dumps(value).encode())
 
 
 @given(st.binary(max_size=200))
-@hypothesis_settings(max_examples=300, deadline=None)
+@hypothesis_settings(max_examples=300)
 def test_parsing_takes_any_bytes(data):
     for parse in PARSERS:
         check_outcome(parse, data)
@@ -520,7 +520,7 @@ def test_any_body_over_http_is_answered_and_never_with_a_5xx(caplog):
         @given(
             st.sampled_from(["/generate", "/", "/v1/completions"]), BODIES.map(json.dumps).map(str.encode) | st.binary()
         )
-        @hypothesis_settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+        @hypothesis_settings(max_examples=150, suppress_health_check=list(HealthCheck))
         def ask(path, body):
             status, text = asyncio.run_coroutine_threadsafe(post(path, body), loop).result(30)
             assert status in (200, 400, 404), text

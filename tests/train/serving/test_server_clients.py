@@ -260,9 +260,7 @@ def test_schemathesis_finds_no_answer_that_the_description_does_not_have(mode, c
             # Without a body there is nothing to be wrong.
             strategy = operation.as_strategy(generation_mode=chosen if operation.body else positive)
 
-            @hypothesis_settings(
-                max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-            )
+            @hypothesis_settings(max_examples=25, derandomize=True, suppress_health_check=list(HealthCheck))
             @given(strategy)
             def ask(case):
                 nonlocal sent
