@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
         # 2) Write piece after piece, but for those that an interrupted run has finished.
         progress = Progress(folder, key)
         if progress.finished:
-            print(f"going on with an interrupted run: {len(progress.finished)} of {args.num_pieces} pieces are kept")
+            print(f"resuming an interrupted run: {len(progress.finished)} of {args.num_pieces} pieces are kept")
         tokenizing = Tokenizing(spec, args.min_length)
         if spec.kind == "word" and not args.compat:
             shared_segmenter()  # before the workers are forked, so that they share it

@@ -220,7 +220,7 @@ def make_word_vocabulary(args: argparse.Namespace, size: int, config: dict[str, 
     print(f"words seen: {seen:,}, {len(counts):,} different; {len(chosen.words):,} kept cover {covered / seen:.2%}")
     if covered < seen:
         fate = "become [UNK]" if args.compat else "are spelled"
-        print(f"{len(counts) - len(chosen.words):,} words that stand {seen - covered:,} times {fate}")
+        print(f"{len(counts) - len(chosen.words):,} words, seen {seen - covered:,} times, {fate}")
     if config is not None:
         rows = coverage_rows(candidates, config)
         recommended = recommend(rows)

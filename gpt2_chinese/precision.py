@@ -25,7 +25,7 @@ def choose_devices(text: str) -> tuple[list[torch.device], str]:
         raise ValueError(f"--device {text}: give numbers of GPUs, as 0 or 0,1, or cpu")
     count = torch.cuda.device_count()
     if count == 0:
-        return [torch.device("cpu")], "no CUDA GPU is to be seen: training on the CPU"
+        return [torch.device("cpu")], "no CUDA GPU is visible: training on the CPU"
     present = [name for name in names if int(name) < count]
     if not present:
         raise ValueError(f"--device {text}: this machine has {count} GPUs, numbered from 0")

@@ -170,7 +170,7 @@ def _decode_message(path: Path, encoding: str, line: int, offset: int) -> str:
         mend += ", such as --encoding gb18030, big5 or utf-16"
     return (
         f"{path}, line {line}, byte {offset}: not {encoding}; {mend} (--encoding auto finds it for each file; "
-        "--on_error skip or replace goes on past such bytes)"
+        "--on_error skip or replace continues after such bytes)"
     )
 
 
@@ -346,7 +346,7 @@ def _json_strings(file: IO[str], path: Path) -> Iterator[list[str]]:
 
     def fail(problem: str) -> ValueError:
         return ValueError(
-            f"{path}, character {discarded + position}, behind document {number}: {problem}; it must be a JSON array "
+            f"{path}, character {discarded + position}, after document {number}: {problem}; it must be a JSON array "
             "of strings, as build_trainfile.py writes it"
         )
 

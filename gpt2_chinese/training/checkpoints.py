@@ -131,7 +131,7 @@ def latest_valid(folder: Path, warn: Callable[[str], None]) -> Path | None:
         else:
             return path
     if found:
-        raise ValueError(f"no checkpoint in {folder} is whole; start anew with --resume none, which deletes them")
+        raise ValueError(f"no checkpoint in {folder} is valid; start over with --resume none, which deletes them")
     return None
 
 
@@ -147,7 +147,7 @@ def check_settings(path: Path, saved: Mapping[str, Any], current: Mapping[str, A
         named = "; ".join(f"{name} was {saved.get(name)}, is {current[name]}" for name in differing)
         raise ValueError(
             f"{path} cannot be resumed: {named}. Give what it was made with, or take another --output_dir, "
-            "or start anew with --resume none"
+            "or start over with --resume none"
         )
 
 

@@ -91,7 +91,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         const="auto",
         metavar="auto|none|PATH",
         help="resume from the latest valid checkpoint of --output_dir, or from one that is named, exactly as if the "
-        "run had never stopped; none deletes the checkpoints of an interrupted run and starts anew (default: a "
+        "run had never stopped; none deletes the checkpoints of an interrupted run and starts over (default: a "
         "new run, unless there is an interrupted one)",
     )
 

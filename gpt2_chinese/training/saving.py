@@ -119,7 +119,7 @@ def _make_room(folder: Path, *, asked: bool) -> None:
         if step != total:
             raise ValueError(
                 f"{path} is of a run that was interrupted after update {step:,} of {total or 'an unknown number'}: "
-                "continue it with --resume, take another --output_dir, or start anew with --resume none, which "
+                "continue it with --resume, take another --output_dir, or start over with --resume none, which "
                 "deletes it"
             )
     if found:

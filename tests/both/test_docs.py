@@ -40,6 +40,7 @@ HOME_MADE = (
     r"\bgives? (up|way)\b|\bgiven up\b",  # is cancelled, releases; yields
     r"\bwhat mends it\b|\bthe mend\b",  # what to do
     r"\bin a crowd\b",  # in any batch
+    r"\bstarts? anew\b|\bis to be seen\b|\bgone on from\b",  # starts over; is visible; resumed
     "背下来|(?<!GPU )编号|逐比特|逐字节相同|精确续训|应答|停止词|停止串|留出文档|按流读写|内存不足（在 GPU 上）",
 )
 """Words of our own where the field has a term, and translations that nobody says; docs/glossary.md has the terms."""

@@ -159,7 +159,7 @@ def test_when_every_checkpoint_is_damaged_nothing_is_started_in_their_place(trai
     interrupted(train, monkeypatch, 7)
     for step in (6, 7):
         flip_a_bit(CHECKPOINTS / f"step_{step}" / "state.pt")
-    with pytest.raises(ValueError, match=r"no checkpoint in model/checkpoints is whole; .*--resume none"):
+    with pytest.raises(ValueError, match=r"no checkpoint in model/checkpoints is valid; .*--resume none"):
         run(train, *small_run_flags(), "--resume")
     with pytest.raises(ValueError, match=r"step_7/state\.pt is damaged: its SHA-256"):
         run(train, *small_run_flags(), "--resume", str(CHECKPOINTS / "step_7"))
