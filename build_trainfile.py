@@ -1,6 +1,6 @@
 """Stage 1: gather TXT files into one training file.
 
-Reads data/*.txt (and .txt.gz) in the order of their names, writes data/train.json, a JSON array of documents.
+Reads data/*.txt (and .txt.gz) in the natural order of their names, writes data/train.json, a JSON array of documents.
 
     python build_trainfile.py
     python build_trainfile.py --data_path my_texts --encoding auto --document paragraph
@@ -9,6 +9,7 @@ Reads data/*.txt (and .txt.gz) in the order of their names, writes data/train.js
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -56,8 +57,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     print_settings(args)
     encoding = check_encoding(args.encoding)
-    files = txt_files(args.data_path)
-    documents = characters = short = bad_bytes = 0
+    passed_over: list[Path] = []
+    files = txt_files(args.data_path, passed_over=passed_over)
+    documents = characters = short = 0
 
     total = sum(path.stat().st_size for path in files)
     with (
@@ -73,17 +75,10 @@ def main(argv: list[str] | None = None) -> None:
                 documents += 1
                 characters += len(document)
                 short += len(document) <= MIN_LENGTH
-            bad_bytes += report.bad_bytes
             if encoding == "auto":
                 bar.write(f"{path}: {report.encoding}")
-            if report.bad_bytes:
-                done = "skipped" if args.on_error == "skip" else "replaced by U+FFFD"
-                bar.write(f"warning: {path}: {report.bad_bytes:,} bytes are not {report.encoding} and were {done}")
-            if report.nul_characters:
-                bar.write(
-                    f"warning: {path}: {report.nul_characters:,} NUL characters; if this is a text in UTF-16, "
-                    "use --encoding utf-16"
-                )
+            for warning in report.warnings(path, args.on_error):
+                bar.write(warning)
             if documents == before:
                 bar.write(f"warning: {path} has no document: it is empty or blank")
         if not documents:
@@ -91,6 +86,9 @@ def main(argv: list[str] | None = None) -> None:
                 f"--data_path {args.data_path}: there is no text in {len(files)} files; nothing was written"
             )
 
+    if passed_over:
+        names = ", ".join(path.name for path in passed_over[:5]) + (", …" if len(passed_over) > 5 else "")
+        print(f"passed over {len(passed_over):,} hidden files and locks of systems and editors: {names}")
     print(f"{args.output_path}: {len(files):,} files, {documents:,} documents, {characters:,} characters")
     if short:
         print(
