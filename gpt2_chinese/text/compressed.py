@@ -70,7 +70,7 @@ def _gzip_blocks(path: Path, on_damage: Callable[[str], object] | None) -> Itera
     def damaged(what: str, mend: str) -> None:
         if on_damage is None:
             raise DamagedFile(f"{path}{what}; {mend}")
-        on_damage(what.removeprefix(", "))
+        on_damage("it" + what if what.startswith(" is") else what.removeprefix(", "))
 
     again = "copy or compress it again (--on_error skip or replace takes what can be read)"
     position = 0  # in the compressed file, of the next byte that the decompressor gets

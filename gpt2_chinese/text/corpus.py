@@ -19,22 +19,18 @@ from gpt2_chinese.text.encodings import (
     CANDIDATES,
     SAMPLE_BYTES,
     EncodingNotTold,
-    LineReader,
-    Sample,
-    Told,
     is_multibyte,
     is_wide,
     most_probable,
-    tell,
 )
+from gpt2_chinese.text.file_encoding import LineReader, Sample, StrangeLine, Told, tell
 from gpt2_chinese.text.file_names import is_hidden_or_lock, natural_key
 
 DOCUMENT_UNITS = ("line", "paragraph", "file")
 ON_ERROR = ("stop", "skip", "replace")
 TXT_SUFFIXES = (".txt", ".txt.gz")
 _BLOCK = 1 << 20  # bytes or characters read at once
-_LINE_END = re.compile(r"\r\n?|\n")
-_ODD_SPACE = re.compile("[\x0b\x0c\x1c-\x1f\x85]")  # control characters that are white space, save tab and line ends
+_ODD_SPACES = "\x0b\x0c\x1c\x1d\x1e\x1f\x85"  # control characters that are white space, save tab and line ends
 
 # What shows nothing: white space, controls, formats, and the letters and signs that are made to be invisible.
 _INVISIBLE = (
@@ -155,8 +151,8 @@ def read_text(
         report.damage = problem
 
     blocks = byte_blocks(path, on_damage=None if on_error == "stop" else on_damage)
-    if encoding == "auto" and on_error != "stop" and report.encoding in CANDIDATES and not is_wide(codec):
-        raw = _decode_by_line(blocks, told, "" if on_error == "skip" else "\ufffd", report, progress)
+    if encoding == "auto" and report.encoding in CANDIDATES and not is_wide(codec):
+        raw = _decode_by_line(path, blocks, told, on_error, report, progress)
     else:
         raw = _decode(path, blocks, codec, encoding, on_error, report, progress)
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
@@ -166,9 +162,10 @@ def read_text(
         if is_first and text:
             text, is_first = text.removeprefix("\ufeff"), False
         report.nul_characters += text.count("\0")
-        if _ODD_SPACE.search(text):
-            text, count = _ODD_SPACE.subn(" ", text)
-            report.odd_spaces += count
+        for character in _ODD_SPACES:
+            if character in text:
+                report.odd_spaces += text.count(character)
+                text = text.replace(character, " ")
         if text:
             yield text
     if text := newlines.decode("", final=True):
@@ -203,15 +200,16 @@ def _decode(
         except UnicodeDecodeError as error:
             if on_error == "stop":
                 good = error.object[: error.start].decode(codec.removesuffix("-sig"), errors="ignore")
-                line = lines + len(_LINE_END.findall(held_return + good)) + 1
+                line = lines + _line_ends(held_return + good) + 1
                 found = _how_to_fix(path, encoding, report.encoding, error.object[error.start :])
                 place = f"{path}, line {line}, byte {start_offset + error.start}"
                 raise ValueError(f"{place}: not {report.encoding}; {found}") from None
             decoder.setstate(state)
             raw = _decode_past_errors(decoder, block, final, on_error, report)
         if raw:
-            lines += len(_LINE_END.findall(held_return + raw[:-1] if raw.endswith("\r") else held_return + raw))
+            counted = held_return + raw
             held_return = "\r" if raw.endswith("\r") else ""  # it may be half a line end: not counted yet
+            lines += _line_ends(counted.removesuffix("\r"))
         if utf8 is not None:
             try:
                 utf8.decode(block, final)
@@ -223,6 +221,12 @@ def _decode(
     report.is_utf8_too = report.is_utf8_too or (utf8 is not None and seen_wide)
 
 
+def _line_ends(text: str) -> int:
+    """How many line ends of all three kinds there are."""
+    returns = text.count("\r")
+    return text.count("\n") + (returns - text.count("\r\n") if returns else 0)
+
+
 def _with_end(blocks: Iterator[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
     """The blocks that are not empty, and an empty one behind them."""
     for block, taken in blocks:
@@ -232,20 +236,35 @@ def _with_end(blocks: Iterator[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]
 
 
 def _decode_by_line(
+    path: Path,
     blocks: Iterator[tuple[bytes, int]],
     told: Told,
-    replacement: str,
+    on_error: str,
     report: DecodeReport,
     progress: Callable[[int], object],
 ) -> Iterator[str]:
-    """Decode whole lines, each in the encoding that it is in."""
-    reader = LineReader(report.encoding, told.also, replacement)
+    """Decode whole lines, each in the encoding that it is in, or stop where one is in another than the file's."""
+    reader = LineReader(report.encoding, told.also, {"stop": None, "skip": "", "replace": "\ufffd"}[on_error])
     unfinished: list[bytes] = []
+    fed = lines = 0
+    is_first = True
     for block, taken in _with_end(blocks):
-        end = block.rfind(b"\n") + 1 if block or taken else len(block)
-        if end or not (block or taken):
-            yield reader.read(b"".join([*unfinished, block[:end]]))
-            unfinished = []
+        is_last = not (block or taken)
+        end = block.rfind(b"\n") + 1
+        unfinished.append(block[:end])
+        if end or is_last:
+            data = b"".join(unfinished)
+            fed += len(data)
+            if is_first and report.encoding == "utf-8":
+                data = data.removeprefix(codecs.BOM_UTF8)
+            try:
+                yield reader.read(data)
+            except StrangeLine as error:
+                fix = _how_to_fix(path, "auto", report.encoding, error.rest)
+                number, place = lines + error.place + 1, fed - len(data) + error.offset
+                raise ValueError(f"{path}, line {number}, byte {place}: not {report.encoding}; {fix}") from None
+            lines += data.count(b"\n")
+            unfinished, is_first = [], False
         unfinished.append(block[end:])
         report.bad_bytes, report.other_lines = reader.bad_bytes, reader.other_lines
         progress(taken)

@@ -17,8 +17,8 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 
 from gpt2_chinese.text.frequent_characters import HANGUL, KANJI, SIMPLIFIED, TRADITIONAL
@@ -74,14 +74,15 @@ ESCAPED = (
     ("iso2022_kr", re.compile(rb"\x1b\$\)C"), "korean"),
     ("hz", re.compile(rb"~\{(?:[\x21-\x77][\x21-\x7e])+~\}"), "simplified"),
 )
+# Of relatives the first one is taken in which the fewest bytes are bad: what they differ in is too rare to be scored.
 _FAMILIES = (("cp950", "big5hkscs"), ("cp932", "shift_jis_2004"), ("euc_jp", "euc_jis_2004"))
 _EAST_ASIAN = (
     "gb2312", "gbk", "gb18030", "hz", "big5", "cp950", "big5hkscs", "cp932", "shift_jis", "shift_jis_2004",
     "shift_jisx0213", "euc_jp", "euc_jis_2004", "euc_jisx0213", "euc_kr", "cp949", "johab",
 )  # fmt: skip
-_WIDE = ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")  # a line break is not one byte
+WIDE = ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")  # a line break is not one byte
 
-_BAD_BYTE = -20.0  # as a logarithm: three to five characters of a good reading pay for one
+BAD_BYTE = -20.0  # as a logarithm: three to five characters of a good reading pay for one
 _MARGIN = 7.0  # the next reading that gives another text must be less probable by a factor of e**7
 # The mean logarithm of a character outside ASCII below which a text is not taken for the language, and how much lower
 # it may be in a short text, for n characters by this over the root of n.
@@ -327,10 +328,10 @@ def read_as(data: bytes, encoding: str, languages: Iterable[str]) -> Reading | N
         if best is None or score > best[0]:
             best = score, language
     assert best is not None
-    score = best[0] + bad * _BAD_BYTE
+    score = best[0] + bad * BAD_BYTE
     # One bad byte does not spoil a text: the mean forgives one in a hundred characters.
     forgiven = min(bad, 1 + number // 100)
-    mean = (score - forgiven * _BAD_BYTE) / max(number, 1)
+    mean = (score - forgiven * BAD_BYTE) / max(number, 1)
     return Reading(encoding, best[1], text, score + ascii_score, mean, number, bad)
 
 
@@ -339,7 +340,7 @@ def readings(data: bytes, *, wide: bool = True) -> list[Reading]:
     found = [
         reading
         for encoding, languages in (CANDIDATES | RIVALS).items()
-        if (wide or encoding not in _WIDE) and (reading := read_as(data, encoding, languages)) is not None
+        if (wide or encoding not in WIDE) and (reading := read_as(data, encoding, languages)) is not None
     ]
     return sorted(found, key=lambda reading: -reading.score)
 
@@ -363,8 +364,9 @@ def most_probable(data: bytes, *, wide: bool = True) -> Reading:
     found = readings(data, wide=wide)
     if not found:
         raise EncodingNotTold("it is in none of the encodings that are tried")
-    best = found[0]
-    family = next((family for family in _FAMILIES if best.encoding in family), (best.encoding,))
+    family = next((family for family in _FAMILIES if found[0].encoding in family), (found[0].encoding,))
+    relatives = sorted((r for r in found if r.encoding in family), key=lambda r: family.index(r.encoding))
+    best = min(relatives, key=lambda reading: reading.bad_bytes)
     others = (other for other in found[1:] if other.encoding not in family and other.text != best.text)
     other = next(others, None)
     margin = math.inf if other is None else best.score - other.score
@@ -375,222 +377,3 @@ def most_probable(data: bytes, *, wide: bool = True) -> Reading:
     if other is not None and margin < _MARGIN:
         raise EncodingNotTold(f"it may be {best.encoding} or {other.encoding}")
     return best
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Which encoding a file is in.
-
-_LINES_COMPARED = 400  # of a file of two encodings
-_TWO_PAY = 20.0  # so much more probable must two encodings be than one
-
-
-@dataclass
-class Sample:
-    """Of a file read in blocks: whether all of it is valid UTF-8, and the lines that are not ASCII, up to a size.
-
-    Attributes:
-        head: the first bytes as they are, for marks of the byte order and UTF-16.
-        lines: line number, from 1, and bytes, for lines with bytes outside ASCII.
-        valid_utf8: whether everything so far is valid UTF-8.
-        is_ascii: whether everything so far is ASCII.
-        escapes: the beginning of the bytes from the first sign of an encoding of seven bits on.
-    """
-
-    head: bytes = b""
-    lines: list[tuple[int, bytes]] = field(default_factory=list)
-    valid_utf8: bool = True
-    is_ascii: bool = True
-    escapes: bytes = b""
-    _size: int = 0
-    _number: int = 1
-    _unfinished: bytes = b""
-    _utf8: codecs.IncrementalDecoder = field(default_factory=codecs.getincrementaldecoder("utf-8"))
-
-    @property
-    def is_full(self) -> bool:
-        """Whether more of the file changes nothing."""
-        return not self.valid_utf8 and self._size >= SAMPLE_BYTES
-
-    def add(self, block: bytes, *, final: bool = False) -> None:
-        """Look at the next block of the file; `final` is for an empty one behind the last."""
-        if len(self.head) < SAMPLE_BYTES:
-            self.head += block[: SAMPLE_BYTES - len(self.head)]
-        if not self.escapes and (places := [at for sign in (b"\x1b", b"~{") if (at := block.find(sign)) >= 0]):
-            self.escapes = block[max(0, block.rfind(b"\n", 0, min(places))) :][:SAMPLE_BYTES]
-        if self.valid_utf8:
-            try:
-                self._utf8.decode(block, final)
-            except UnicodeDecodeError:
-                self.valid_utf8 = False
-        is_ascii = block.isascii()
-        self.is_ascii = self.is_ascii and is_ascii
-        if is_ascii and self._unfinished.isascii():
-            self._number += block.count(b"\n")
-            self._unfinished = block[block.rfind(b"\n") + 1 :][:SAMPLE_BYTES] if block else b""
-        elif self._size < SAMPLE_BYTES:
-            *lines, self._unfinished = (self._unfinished + block).split(b"\n")
-            for line in lines:
-                self._take(line)
-            if len(self._unfinished) > SAMPLE_BYTES:  # a file without line breaks
-                self._take(self._unfinished)
-                self._number -= 1
-                self._unfinished = b""
-        if final and self._size < SAMPLE_BYTES:
-            self._take(self._unfinished)
-
-    def _take(self, line: bytes) -> None:
-        if self._size < SAMPLE_BYTES and not line.isascii():
-            self.lines.append((self._number, line[:SAMPLE_BYTES]))
-            self._size += len(line) + 1
-        self._number += 1
-
-    @property
-    def wide_lines(self) -> bytes:
-        """The lines outside ASCII as one text."""
-        return b"\n".join(line for _, line in self.lines)[:SAMPLE_BYTES]
-
-
-@dataclass(frozen=True)
-class Told:
-    """The encoding of a file.
-
-    Attributes:
-        encoding: the codec's name.
-        also: another one, that some lines are in.
-        changes_at: the first line that is in the other one.
-        is_utf8_too: whether the file is valid UTF-8 as well, and read as something else.
-    """
-
-    encoding: str
-    also: str | None = None
-    changes_at: int = 0
-    is_utf8_too: bool = False
-
-
-def tell(sample: Sample) -> Told:
-    """Tell a file's encoding: by its mark, as UTF-8 if it is valid, or by the most probable reading.
-
-    Raises:
-        EncodingNotTold: it cannot be told.
-    """
-    for mark, codec in BOMS:
-        if sample.head.startswith(mark):
-            return Told(codec)
-    if sample.is_ascii and sample.escapes and (escaped := escaped_encoding(sample.escapes)) is not None:
-        return Told(escaped, is_utf8_too=True)
-    # UTF-16 has zero bytes for every ASCII character and line break, and UTF-32 has them everywhere.
-    zeros = b"\0" in sample.head
-    if sample.valid_utf8 and not zeros:
-        return Told("utf-8")
-    if zeros or len(sample.head) % 2 == 0:
-        data = sample.head[: len(sample.head) // 4 * 4] if len(sample.head) == SAMPLE_BYTES else sample.head
-        try:
-            best = most_probable(data)
-        except EncodingNotTold:
-            best = None
-        if best is not None and best.encoding in _WIDE:
-            return Told(best.encoding, is_utf8_too=sample.valid_utf8)
-        if sample.valid_utf8:
-            return Told("utf-8")
-    try:
-        return Told(most_probable(sample.wide_lines, wide=False).encoding)
-    except EncodingNotTold:
-        two = two_encodings(sample.lines)
-        if two is None:
-            raise
-        return two
-
-
-def two_encodings(lines: Sequence[tuple[int, bytes]]) -> Told | None:
-    """The two encodings that the lines of a file are in, the more frequent one first; None if there are not two."""
-    encodings = [encoding for encoding in CANDIDATES if encoding not in _WIDE]
-    compared = lines[:_LINES_COMPARED]
-    scores: list[list[float]] = []
-    for _, line in compared:
-        found = [read_as(line, encoding, CANDIDATES[encoding]) for encoding in encodings]
-        scores.append([_BAD_BYTE * len(line) if reading is None else reading.score for reading in found])
-    single = max(sum(column) for column in zip(*scores, strict=True))
-    pairs = [(a, b) for a in range(len(encodings)) for b in range(a)]
-    best = max(pairs, key=lambda pair: sum(max(row[pair[0]], row[pair[1]]) for row in scores))
-    if sum(max(row[best[0]], row[best[1]]) for row in scores) - single < _TWO_PAY:
-        return None
-    own: tuple[list[int], list[int]] = ([], [])
-    for place, row in enumerate(scores):
-        own[row[best[1]] > row[best[0]]].append(place)
-    if not (own[0] and own[1]):
-        return None
-    for side, places in enumerate(own):
-        reading = read_as(
-            b"\n".join(compared[place][1] for place in places), encodings[best[side]], CANDIDATES[encodings[best[side]]]
-        )
-        if reading is None or not reading.is_language():
-            return None
-    first, second = (0, 1) if len(own[0]) >= len(own[1]) else (1, 0)
-    change = next(place for place in range(len(compared)) if (place in own[0]) != (0 in own[0]))
-    return Told(encodings[best[first]], encodings[best[second]], compared[change][0])
-
-
-class LineReader:
-    """Reads lines of a file of which some are not in its encoding: each in the encoding it is most probable in.
-
-    Args:
-        encoding: the file's.
-        also: another one that is known of it.
-        replacement: for bytes that are in none of them.
-
-    Attributes:
-        other_lines: how many lines were read in which other encoding.
-        bad_bytes: how many bytes were in none.
-    """
-
-    def __init__(self, encoding: str, also: str | None, replacement: str) -> None:
-        self._encoding = encoding
-        self._others = [] if also is None else [also]
-        self._replacement = replacement
-        self.other_lines: Counter[str] = Counter()
-        self.bad_bytes = 0
-
-    def read(self, data: bytes) -> str:
-        """The text of whole lines."""
-        if self._is_valid(data):
-            return data.decode(self._encoding)
-        lines = data.split(b"\n")
-        bad = [line for line in lines if not self._is_valid(line)]
-        if not self._others:
-            try:
-                found = most_probable(b"\n".join(bad)[:SAMPLE_BYTES], wide=False).encoding
-            except EncodingNotTold:
-                found = self._encoding
-            if found != self._encoding:
-                self._others.append(found)
-        return "\n".join(map(self._read_line, lines))
-
-    def _is_valid(self, line: bytes) -> bool:
-        try:
-            line.decode(self._encoding)
-        except UnicodeDecodeError:
-            return False
-        return True
-
-    def _read_line(self, line: bytes) -> str:
-        if self._is_valid(line):
-            return line.decode(self._encoding)
-        found = [
-            reading
-            for encoding in (self._encoding, *self._others)
-            if (reading := read_as(line, encoding, CANDIDATES.get(encoding, ("western",)))) is not None
-        ]
-        best = max(found, key=lambda reading: reading.score, default=None)
-        encoding = self._encoding if best is None else best.encoding
-        if encoding != self._encoding:
-            self.other_lines[encoding] += 1
-        return self._decode(line, encoding)
-
-    def _decode(self, line: bytes, encoding: str) -> str:
-        def handle(error: UnicodeError) -> tuple[str, int]:
-            assert isinstance(error, UnicodeDecodeError)
-            self.bad_bytes += error.end - error.start
-            return self._replacement, error.end
-
-        codecs.register_error("gpt2_chinese.line", handle)
-        return line.decode(encoding, "gpt2_chinese.line")
