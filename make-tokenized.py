@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from itertools import groupby, islice
@@ -38,6 +39,12 @@ from gpt2_chinese.text.word_tokenizer import PART_PREFIX, RULES_VERSION
 
 MANIFEST_FORMAT = 1
 DESCRIPTIONS = {"word": "words", "char": "characters (WordPiece)", "bpe": "byte-level BPE"}
+CHANGES = {
+    "case": "{:,} letters to lower case",
+    "accents": "{:,} characters, of which an accent or another mark was dropped",
+    "white_space": "{:,} characters of white space, dropped beside Chinese, in runs and at the ends of lines",
+    "control": "{:,} control characters, dropped",
+}
 HELD_CHARACTERS = 1 << 25  # 64 MiB of Chinese text in memory
 
 
@@ -270,6 +277,7 @@ def main(argv: list[str] | None = None) -> None:
                 "documents": report.documents,
                 "tokens": report.tokens,
                 "unknown_tokens": report.unknown_tokens,
+                "changes": report.changes(),
                 "pieces": [progress.finished[number][0] for number in range(args.num_pieces)],
             },
         )
@@ -288,8 +296,6 @@ def print_summary(report: PieceReport, total: int, args: argparse.Namespace, sta
         f"documents: {total:,}, kept {report.documents:,}; dropped {report.too_short:,} that are not longer than "
         f"{args.min_length} characters, {report.empty:,} with nothing left after cleaning"
     )
-    if report.dropped_characters:
-        print(f"characters dropped: {report.dropped_characters:,} control characters, NULs or U+FFFD")
     print(
         f"[UNK]: {report.unknown_tokens:,} of {inner:,} tokens ({report.unknown_tokens / inner:.4%}); "
         f"words spelled with several tokens: {report.spelled_words:,} of {report.words:,} "
@@ -299,6 +305,10 @@ def print_summary(report: PieceReport, total: int, args: argparse.Namespace, sta
         # Equal counts in the order of the words, so that the list does not depend on how the work was shared out.
         most = sorted(report.unknown_words.items(), key=lambda item: (-item[1], item[0]))[:10]
         print("most frequent unknown words:", ", ".join(f"{word} {count:,}" for word, count in most))
+    for kind, change in report.changes().items():
+        if change["count"] and kind in CHANGES:
+            examples = ", ".join(change["examples"])
+            print(f"changed: {CHANGES[kind].format(change['count'])}, such as {examples}", file=sys.stderr)
     if stale:
         print(f"removed {stale:,} pieces of an earlier run that had more of them")
 
