@@ -1,5 +1,4 @@
-"""Which part of a corpus is held out as validation set: about a share of the text, chosen by hash, never next to what is
-trained on.
+"""Which part of a corpus is held out as validation set: a share of the text, chosen by hash.
 
 Sizes are in bytes of UTF-8 text, not in tokens, so that the same text is held out whatever the vocabulary.
 """
@@ -120,7 +119,9 @@ def _units(
     return units, total
 
 
-def _sliced_small(unit: Unit, tokens: npt.NDArray[Any], lengths: npt.NDArray[np.int64] | None, total: int) -> list[Unit]:
+def _sliced_small(
+    unit: Unit, tokens: npt.NDArray[Any], lengths: npt.NDArray[np.int64] | None, total: int
+) -> list[Unit]:
     """A document that is more than a fifth of a small corpus, in slices."""
     if unit.is_slice or unit.size <= LARGEST_SHARE * total:
         return [unit]
@@ -151,7 +152,8 @@ def _slices(document: Unit, sizes: npt.NDArray[np.int64], size: int) -> list[Uni
 
 def _smallest(units: list[Unit], size: int) -> tuple[list[Unit], int]:
     """Of units the ones with the smallest hashes, so many that they have `size` bytes, and what they have."""
-    kept, gathered = [], 0
+    kept: list[Unit] = []
+    gathered = 0
     for unit in sorted(units, key=lambda unit: (unit.hash, unit.begin)):
         if gathered >= size and unit.hash != kept[-1].hash:
             break
