@@ -348,12 +348,12 @@ def split_documents(blocks: Iterable[str], unit: str) -> Iterator[str]:
         unit: "line"; "paragraph" (it ends at a blank line; its line breaks are kept); "file".
     """
     if unit == "line":
-        for line in _lines(blocks):
+        for line in split_lines(blocks):
             if document := _stripped(line):
                 yield document
     elif unit == "paragraph":
         paragraph: list[str] = []
-        for line in _lines(blocks):
+        for line in split_lines(blocks):
             if stripped := _stripped(line):
                 paragraph.append(stripped)
             elif paragraph:
@@ -375,7 +375,7 @@ def _stripped(text: str) -> str:
     return "" if _BLANK.fullmatch(text) else text
 
 
-def _lines(blocks: Iterable[str]) -> Iterator[str]:
+def split_lines(blocks: Iterable[str]) -> Iterator[str]:
     """Give the lines of a text; only "\\n" ends one (`str.splitlines` would also break at U+2028 and others)."""
     unfinished: list[str] = []
     for block in blocks:
@@ -427,6 +427,11 @@ def read_train_json_blocks(path: str | Path, *, progress: Callable[[int], object
         ValueError: not UTF-8, or not a JSON array of strings; the message has the document's number and the place.
     """
     path = Path(path)
+    if path.is_dir():
+        mend = (
+            f"give {path / 'train.json'}" if (path / "train.json").is_file() else "run build_trainfile.py on it first"
+        )
+        raise ValueError(f"--raw_data_path {path} is a folder, not the file that build_trainfile.py writes; {mend}")
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no {path}: run build_trainfile.py first, or name the file with --raw_data_path"

@@ -153,6 +153,11 @@ class PieceReport:
     unknown_words: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
+    @property
+    def inner_tokens(self) -> int:
+        """The tokens without those that begin and end a document."""
+        return self.tokens - 2 * self.documents
+
     def add(self, other: PieceReport) -> None:
         for name, value in vars(other).items():
             if name == "unknown_words":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
+from gpt2_chinese.command_line import project_file
 from gpt2_chinese.training.hold_out import MAX_BYTES, MIN_BYTES
 from gpt2_chinese.training.run import DEFAULT_VOCABULARY, MAX_DEFAULT_WARMUP, SAVE_SECONDS
 
@@ -18,7 +19,9 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     _add_validation(parser)
     _add_run(parser)
     _add_hardware(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.model_config = project_file(args.model_config)
+    return args
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +45,9 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min_length", type=_not_negative, default=128, help=argparse.SUPPRESS)
     parser.add_argument("--segment", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--bpe_token", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--allow_unk", action="store_true", help="train on pieces of which a fifth and more of the tokens are [UNK]"
+    )
     parser.add_argument(
         "--model_config",
         default="config/model_config_small.json",

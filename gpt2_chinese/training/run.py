@@ -21,6 +21,7 @@ from gpt2_chinese.artifacts import sha256_of
 from gpt2_chinese.model_folder import check_replaceable, find_config, load_model, read_config
 from gpt2_chinese.precision import choose_devices, choose_precision, load_apex
 from gpt2_chinese.text.pieces import (
+    check_unknown,
     check_vocabulary,
     piece_numbers,
     read_manifest,
@@ -290,6 +291,11 @@ def prepare(args: argparse.Namespace, world_size: int, say: Callable[[str], None
     vocab_file = choose_vocabulary(args.vocab_file, manifest)
     check_vocabulary(folder, manifest, vocab_file)
     tokenizer = read_pieces_tokenizer(manifest, vocab_file).build()
+    if manifest is not None and "unknown_tokens" in manifest:
+        inner = manifest["tokens"] - 2 * manifest["documents"]
+        allow = args.allow_unk or tokenizer.compat
+        if warning := check_unknown(manifest["unknown_tokens"], inner, vocab_file, allow=allow):
+            say(warning)
     least, most = args.val_bytes or (MIN_BYTES, MAX_BYTES)
     corpus = read_pieces(
         folder,
