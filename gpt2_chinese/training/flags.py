@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 
-from gpt2_chinese.command_line import project_file
 from gpt2_chinese.training.hold_out import MAX_BYTES, MIN_BYTES
 from gpt2_chinese.training.run import DEFAULT_VOCABULARY, MAX_DEFAULT_WARMUP, SAVE_SECONDS
 
@@ -19,9 +18,7 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     _add_validation(parser)
     _add_run(parser)
     _add_hardware(parser)
-    args = parser.parse_args(argv)
-    args.model_config = project_file(args.model_config)
-    return args
+    return parser.parse_args(argv)
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
