@@ -106,7 +106,8 @@ test-pythons: ## byte-compile everything and test the wing text/ with every Pyth
 AS_ON_WINDOWS := LOCPATH=$(CURDIR)/.locale LC_ALL=zh_CN.GBK PYTHONPATH=$(CURDIR)/tests/helpers/windows_like
 WINDOWS_VOCAB := $(addprefix tests/,both/test_artifacts.py both/test_make_tokenized.py both/text/test_compressed.py \
 	both/text/test_corpus.py vocab/test_build_trainfile.py)
-WINDOWS_TRAIN := $(addprefix tests/train/,test_pipeline.py decoding/test_process.py serving/test_server_layouts.py \
+WINDOWS_TRAIN := $(addprefix tests/train/,test_pipeline.py serving/test_server_layouts.py \
+	decoding/test_process.py::test_every_kind_of_request_gets_the_result_of_an_engine_in_a_thread \
 	training/test_resume.py::test_a_checkpoint_that_was_half_written_is_never_seen \
 	training/test_resume.py::test_a_damaged_file_is_named_and_the_checkpoint_before_it_gone_on_from)
 
