@@ -252,6 +252,19 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help="of the embedding, the attention and the residual branches (default: what --model_config says)",
     )
     parser.add_argument(
+        "--teacher",
+        default="",
+        metavar="FOLDER[,FOLDER...]",
+        help="model folders of the same vocabulary: learn the mean of their predictions beside the text "
+        "(default: none)",
+    )
+    parser.add_argument(
+        "--teacher_share",
+        type=_share,
+        default=0.6,
+        help="of the teachers in what is learnt; the rest is the text's (default: %(default)s)",
+    )
+    parser.add_argument(
         "--max_bad_updates",
         type=_positive,
         default=3,

@@ -58,6 +58,8 @@ _RESUMED_FLAGS = (
     "muon_weight_decay",
     "max_grad_norm",
     "seed",
+    "teacher",
+    "teacher_share",
     "val_fraction",
     "val_bytes",
     "shift_windows",
