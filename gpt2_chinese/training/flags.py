@@ -165,8 +165,8 @@ def _add_validation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sample_prompts",
         default="",
-        help="prompts to complete at every measurement: a file with one a line, or a list separated by commas "
-        "(default: none)",
+        help="prompts to complete at every measurement: a file with one a line, or a list separated by commas or "
+        "semicolons, also the Chinese ones (default: none)",
     )
     parser.add_argument(
         "--eval_only",
