@@ -24,7 +24,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {as_sentence(error)}", file=sys.stderr)
         sys.exit(USER_ERROR)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -35,6 +35,14 @@ def project_file(path: str) -> str:
     """A file that comes with the project, such as a configuration: from the working folder, or beside the scripts."""
     beside_scripts = Path(__file__).resolve().parent.parent / path
     return str(beside_scripts) if not Path(path).exists() and beside_scripts.exists() else path
+
+
+def as_sentence(error: ValueError | OSError) -> str:
+    """What an error says, without the number that the system has for it."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    files = " and ".join(str(name) for name in (error.filename, error.filename2) if name)
+    return f"{files}: {error.strerror}" if files else error.strerror
 
 
 def print_settings(args: argparse.Namespace, *, file: TextIO | None = None) -> None:

@@ -8,17 +8,48 @@ import math
 from gpt2_chinese.training.hold_out import MAX_BYTES, MIN_BYTES
 from gpt2_chinese.training.run import DEFAULT_VOCABULARY, MAX_DEFAULT_WARMUP, SAVE_SECONDS
 
+NEW_MODEL_LR, PRETRAINED_LR = 1.5e-4, 5e-5
+
 
 def parse_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
+    parser = _parser(description)
+    args = parser.parse_args(argv)
+    if args.lr is None:
+        args.lr = PRETRAINED_LR if args.pretrained_model else NEW_MODEL_LR
+    if args.plan and not args.minutes:
+        parser.error("--plan needs --minutes, the time to plan for")
+    return args
+
+
+def given_flags(argv: list[str] | None = None) -> set[str]:
+    """The flags that a command line has, as attributes of `parse_args`; no default is among them."""
+    unset = argparse.Namespace(**dict.fromkeys(vars(parse_args([]))))
+    parser = _parser(None)
+    return {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not None}
+
+
+def _parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    _add_plan(parser)
     _add_input(parser)
     _add_output(parser)
     _add_validation(parser)
     _add_run(parser)
     _add_hardware(parser)
-    return parser.parse_args(argv)
+    return parser
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--minutes",
+        type=_positive_number,
+        help="train for so long: the shape, the epochs and the settings that no flag says are planned, from the corpus "
+        "and the speed of this machine (default: no plan)",
+    )
+    parser.add_argument("--plan", action="store_true", help="with --minutes: print the plan and train nothing")
+    parser.add_argument("--minutes_from", type=float, help=argparse.SUPPRESS)  # Unix time at which they began
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
@@ -137,8 +168,8 @@ def _add_validation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sample_prompts",
         default="",
-        help="prompts to complete at every measurement: a file with one a line, or a list separated by commas "
-        "(default: none)",
+        help="prompts to complete at every measurement: a file with one a line, or a list separated by commas or "
+        "semicolons, also the Chinese ones (default: none)",
     )
     parser.add_argument(
         "--eval_only",
@@ -179,7 +210,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="cut the windows at other places in each epoch, which delays overfitting",
     )
-    parser.add_argument("--lr", type=_positive_number, default=1.5e-4, help="peak learning rate (default: %(default)s)")
+    parser.add_argument(
+        "--lr",
+        type=_positive_number,
+        help=f"peak learning rate (default: {NEW_MODEL_LR}; {PRETRAINED_LR} with --pretrained_model)",
+    )
     parser.add_argument(
         "--warmup_steps",
         type=_not_negative,
@@ -218,6 +253,19 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--dropout",
         type=_fraction,
         help="of the embedding, the attention and the residual branches (default: what --model_config says)",
+    )
+    parser.add_argument(
+        "--teacher",
+        default="",
+        metavar="FOLDER[,FOLDER...]",
+        help="model folders of the same vocabulary: learn the mean of their predictions beside the text "
+        "(default: none)",
+    )
+    parser.add_argument(
+        "--teacher_share",
+        type=_share,
+        default=0.6,
+        help="of the teachers in what is learnt; the rest is the text's (default: %(default)s)",
     )
     parser.add_argument(
         "--max_bad_updates",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from gpt2_chinese.model_folder import CONFIG, save_model
+from gpt2_chinese.model_folder import BEST_MODEL, CONFIG, save_model
 from gpt2_chinese.training.checkpoints import (
     check_settings,
     checkpoints_in,
@@ -23,7 +23,7 @@ from gpt2_chinese.training.checkpoints import (
 )
 from gpt2_chinese.training.loss import unpadded
 from gpt2_chinese.training.ranks import Rank
-from gpt2_chinese.training.run import BEST_MODEL, CHECKPOINTS, FINAL_MODEL, METRICS, REPORT_FILES, Run
+from gpt2_chinese.training.run import CHECKPOINTS, FINAL_MODEL, METRICS, OTHER_FILES, Run
 from gpt2_chinese.training.state import RunningLoss, TrainingState
 from gpt2_chinese.training.trainable import Trainable
 
@@ -108,6 +108,8 @@ def find_checkpoint(run: Run, ranks: int) -> Path | None:
         if not path.is_dir():
             raise FileNotFoundError(f"--resume {path}: there is no such checkpoint; they are in {folder}")
     manifest = verify(path)
+    if run.plan is not None:
+        run.limit_updates(manifest["settings"].get("the number of updates", 0))
     check_settings(path, manifest["settings"], run.settings() | {"ranks": ranks})
     # What came after it will come again.
     delete_old(folder, keep=run.args.keep_checkpoints, up_to=manifest["step"])
@@ -137,11 +139,13 @@ def _make_room(run: Run) -> None:
             f"{run.output} holds an earlier run ({names}), and nothing of it is replaced unasked: take another "
             "--output_dir, or add --overwrite, which deletes it"
         )
-    source = run.args.pretrained_model
-    if source and any(path.resolve() in (Path(source).resolve(), *Path(source).resolve().parents) for path in found):
-        raise ValueError(
-            f"--pretrained_model {source} is part of the run that --overwrite would delete: take another --output_dir"
-        )
+    deleted = {path.resolve() for path in found}
+    sources = {"pretrained_model": [run.args.pretrained_model], "teacher": run.args.teacher.split(",")}
+    for flag, source in [(flag, Path(folder)) for flag, folders in sources.items() for folder in folders if folder]:
+        if deleted & {source.resolve(), *source.resolve().parents}:
+            raise ValueError(
+                f"--{flag} {source} is part of the run that --overwrite would delete: take another --output_dir"
+            )
     print(f"note: an earlier run in {run.output} is deleted: {names}")
     for path in [*found, *Path(run.args.writer_dir).glob("events.out.tfevents.*")]:
         if path.is_dir():
@@ -155,7 +159,7 @@ def _written_by_a_run(output: Path) -> list[Path]:
     if not output.is_dir():
         return []
     models = re.compile(rf"{FINAL_MODEL}|{BEST_MODEL}|model_epoch[1-9]\d*")
-    files = {METRICS, *REPORT_FILES}
+    files = {METRICS, *OTHER_FILES}
     return sorted(
         path
         for path in output.iterdir()
