@@ -1,27 +1,34 @@
-"""Stage 1: gather TXT files into one training file.
+"""Stage 1: gather text files into one training file.
 
-Reads data/*.txt (and .txt.gz) in the order of their names, writes data/train.json, a JSON array of documents.
+Reads the files of data/ and its subfolders in the order of their names (TXT, JSON lines, CSV, Markdown, e-books and
+others), writes data/train.json, a JSON array of documents.
 
     python build_trainfile.py
-    python build_trainfile.py --data_path my_texts --encoding auto --document paragraph
+    python build_trainfile.py --data_path novels --encoding auto --document chapter
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 from tqdm import tqdm
 
 from gpt2_chinese.command_line import print_settings, run_script
-from gpt2_chinese.text.corpus import (
-    DOCUMENT_UNITS,
-    ON_ERROR,
-    DecodeReport,
-    check_encoding,
-    read_text,
-    split_documents,
-    train_json_writer,
-    txt_files,
+from gpt2_chinese.text.corpus import ON_ERROR, check_encoding, train_json_writer
+from gpt2_chinese.text.division import UNITS, choose_unit, divide, survey
+from gpt2_chinese.text.formats import (
+    BOOK_SUFFIXES,
+    FileReport,
+    format_of,
+    has_records,
+    list_files,
+    passed_over_lines,
+    read_texts,
+    record_notes,
 )
 
 MIN_LENGTH = 128  # make-tokenized.py's default: it keeps documents of more characters
@@ -29,10 +36,10 @@ MIN_LENGTH = 128  # make-tokenized.py's default: it keeps documents of more char
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Gather TXT files into data/train.json.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description="Gather text files into data/train.json.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     # files
-    parser.add_argument("--data_path", default="data/", help="the folder of the .txt and .txt.gz files")
+    parser.add_argument("--data_path", default="data/", help="the folder of the text files; subfolders are read too")
     parser.add_argument("--output_path", default="data/train.json", help="the file to write")
     # how the files are read
     parser.add_argument(
@@ -41,57 +48,87 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="of the files: a name such as utf-8, gb18030, big5, or auto to tell each file's",
     )
     parser.add_argument(
-        "--on_error", default="stop", choices=ON_ERROR, help="what to do at bytes that are not in the encoding"
+        "--on_error",
+        default="stop",
+        choices=ON_ERROR,
+        help="what to do at bytes that are not in the encoding, lines that are not JSON, and damaged e-books",
     )
+    parser.add_argument(
+        "--text_field",
+        help="of JSON lines, CSV and TSV: the field or column with the text, or several with commas between; found by "
+        "itself where only one can be meant",
+    )
+    # what a document is
     parser.add_argument(
         "--document",
         default="line",
-        choices=DOCUMENT_UNITS,
-        help="what a document is; a paragraph ends at a blank line, and its line breaks are kept",
+        choices=UNITS,
+        help="what a document is; a paragraph ends at a blank line, auto chooses for each file; a record of JSON "
+        "lines, CSV or TSV is one, or is divided into paragraphs or chapters",
+    )
+    parser.add_argument(
+        "--join_lines", action="store_true", help="join lines that are broken where a page was full (text from PDF)"
     )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    print_settings(args)
+    print_settings(args, file=sys.stderr)
     encoding = check_encoding(args.encoding)
-    files = txt_files(args.data_path)
-    documents = characters = short = bad_bytes = 0
+    listing = list_files(args.data_path, own=[args.output_path])
+    for line in passed_over_lines(listing.passed_over):
+        print(line, file=sys.stderr)
+    files = listing.files
+    documents = characters = short = 0
+    counts: Counter[str] = Counter()
 
     total = sum(path.stat().st_size for path in files)
     with (
         train_json_writer(args.output_path) as write,
-        tqdm(total=total, unit="B", unit_scale=True, desc="reading") as bar,
+        tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=None) as bar,
     ):
+
+        def say(message: str) -> None:
+            bar.write(message, file=sys.stderr)
+
         for path in files:
-            report = DecodeReport()
+            report = FileReport()
             before = documents
-            text = read_text(path, encoding=encoding, on_error=args.on_error, report=report, progress=bar.update)
-            for document in split_documents(text, args.document):
-                write(document)
-                documents += 1
-                characters += len(document)
-                short += len(document) <= MIN_LENGTH
-            bad_bytes += report.bad_bytes
+            try:
+                for document in documents_of(path, encoding, args, report, counts, say, bar.update):
+                    write(document)
+                    documents += 1
+                    characters += len(document)
+                    short += len(document) <= MIN_LENGTH
+            except ValueError as error:
+                if args.on_error == "stop" or format_of(path) not in BOOK_SUFFIXES:
+                    raise
+                say(f"warning: passed over, after {documents - before:,} documents of it: {error}")
             if encoding == "auto":
-                bar.write(f"{path}: {report.encoding}")
+                say(f"{path}: {report.encoding}")
             if report.bad_bytes:
                 done = "skipped" if args.on_error == "skip" else "replaced by U+FFFD"
-                bar.write(f"warning: {path}: {report.bad_bytes:,} bytes are not {report.encoding} and were {done}")
+                say(f"warning: {path}: {report.bad_bytes:,} bytes are not {report.encoding} and were {done}")
             if report.nul_characters:
-                bar.write(
+                say(
                     f"warning: {path}: {report.nul_characters:,} NUL characters; if this is a text in UTF-16, "
                     "use --encoding utf-16"
                 )
+            for note in record_notes(path, report):
+                say(note)
             if documents == before:
-                bar.write(f"warning: {path} has no document: it is empty or blank")
+                say(f"warning: {path} has no document: it is empty or blank")
         if not documents:
             raise ValueError(
                 f"--data_path {args.data_path}: there is no text in {len(files)} files; nothing was written"
             )
 
     print(f"{args.output_path}: {len(files):,} files, {documents:,} documents, {characters:,} characters")
+    if counts["chapters"]:
+        print(f"chapters: {counts['chapters']:,}")
+    if args.join_lines:
+        print(f"line breaks taken out: {counts['joined']:,}")
     if short:
         print(
             f"{short:,} documents ({short / documents:.1%}) are not longer than {MIN_LENGTH} characters: "
@@ -99,6 +136,48 @@ def main(argv: list[str] | None = None) -> None:
         )
     if short == documents:
         print("warning: that is every document; --document paragraph or file makes longer ones")
+
+
+def documents_of(
+    path: Path,
+    encoding: str,
+    args: argparse.Namespace,
+    report: FileReport,
+    counts: Counter[str],
+    say: Callable[[str], None],
+    progress: Callable[[int], object],
+) -> Iterator[str]:
+    """The documents of one file, which is read twice where its form decides what they are."""
+
+    def texts(report: FileReport, progress: Callable[[int], object]) -> Iterator[Iterable[str]]:
+        return read_texts(
+            path,
+            encoding=encoding,
+            on_error=args.on_error,
+            text_field=args.text_field,
+            report=report,
+            progress=progress,
+        )
+
+    unit = args.document
+    if has_records(path):
+        unit = "file" if unit in ("line", "auto") else unit
+        for text in texts(report, progress):
+            blocks = list(text)
+            found = survey(blocks) if unit == "chapter" or args.join_lines else None
+            yield from divide(blocks, unit, found, join=args.join_lines, counts=counts)
+        return
+    found = None
+    if unit in ("chapter", "auto") or args.join_lines:
+        found = survey(block for text in texts(FileReport(), lambda count: None) for block in text)
+    if unit == "auto":
+        assert found is not None
+        unit, reason = choose_unit(found)
+        say(f"{path}: --document {unit} ({reason})")
+    elif unit == "chapter" and found is not None and not any(heading.begins_document for heading in found.headings):
+        say(f"warning: {path} has no chapter headings: it is one document")
+    for text in texts(report, progress):
+        yield from divide(text, unit, found, join=args.join_lines, counts=counts)
 
 
 if __name__ == "__main__":

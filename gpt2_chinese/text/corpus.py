@@ -250,12 +250,12 @@ def split_documents(blocks: Iterable[str], unit: str) -> Iterator[str]:
         unit: "line"; "paragraph" (it ends at a blank line; its line breaks are kept); "file".
     """
     if unit == "line":
-        for line in _lines(blocks):
+        for line in split_lines(blocks):
             if document := line.strip():
                 yield document
     elif unit == "paragraph":
         paragraph: list[str] = []
-        for line in _lines(blocks):
+        for line in split_lines(blocks):
             if stripped := line.strip():
                 paragraph.append(stripped)
             elif paragraph:
@@ -269,7 +269,7 @@ def split_documents(blocks: Iterable[str], unit: str) -> Iterator[str]:
             yield document
 
 
-def _lines(blocks: Iterable[str]) -> Iterator[str]:
+def split_lines(blocks: Iterable[str]) -> Iterator[str]:
     """Give the lines of a text; only "\\n" ends one (`str.splitlines` would also break at U+2028 and others)."""
     unfinished: list[str] = []
     for block in blocks:
