@@ -240,11 +240,11 @@ def _grade(rest: str, unit: str) -> tuple[int, str]:
         return (WEAK if ends_sentence else STRONG), title
     if title[0] in "】〕］]）)》」』〉":
         return _grade(" " + title[1:], unit) if len(title) > 1 else (STRONG, "")
-    if title[0] in _NO_TITLE.get(unit, ""):
-        return 0, title
     halves = re.split("[，,]", title)
     if len(halves) == 2 and unit == "回" and 4 <= len(halves[0]) <= 11 and len(halves[0]) == len(halves[1]):
         return MEDIUM, title
+    if title[0] in _NO_TITLE.get(unit, ""):
+        return 0, title
     if ends_sentence or len(halves) > 1:
         return 0, title
     return (WEAK if title[0] in _GRAMMAR or len(title) > 20 else MEDIUM), title
@@ -335,6 +335,7 @@ class HeadingFinder:
                 if item.level == level and item.number is not None:
                     units[item.unit].append(item)
             chains = [chain(items, above, between=candidates) for items in units.values()]
+            chains = [items for items in chains if items]
             if bare:
                 chains = [items for items in chains if not items[0].unit.startswith("bare ") or _is_regular(items)]
             chosen += [item for items in chains for item in items]
@@ -499,7 +500,8 @@ def _filled(items: Sequence[Candidate], places: list[int]) -> list[Candidate]:
         if item.grade == WEAK:
             neighbours = chosen[index - 1 : index] + chosen[index + 1 : index + 2]
             steps = {neighbour.number - item.number for neighbour in neighbours}  # type: ignore[operator]
-            if steps != {-1, 1}:
+            among_weak = len(neighbours) == 1 and neighbours[0].grade == WEAK  # the end of a chain of such headings
+            if not (steps == {-1, 1} or (among_weak and steps <= {-1, 1})):
                 continue
         kept.append(item)
     taken = set(places)
@@ -528,12 +530,13 @@ def _is_regular(items: Sequence[Candidate]) -> bool:
 
 
 def _without_strays(chosen: list[Candidate]) -> list[Candidate]:
-    """Leave out units with a single heading that does not begin a numbering, beside others that have several."""
+    """Leave out single headings of a unit beside others that have several, but for a volume's before a chapter's."""
     counts = Counter(item.unit for item in chosen)
     if max(counts.values(), default=0) < 2:
         return [item for item in chosen if item.grade == STRONG]
     return [
         item
         for item in chosen
-        if counts[item.unit] > 1 or (item.grade == STRONG and item.number in (0, 1) and item.level == VOLUME_LEVEL)
+        if counts[item.unit] > 1
+        or (item.grade == STRONG and item.level == VOLUME_LEVEL and (item.number in (0, 1) or not item.body))
     ]

@@ -176,7 +176,7 @@ def join_lines(
     """Join lines that were broken where a page was full; a line keeps the number of its first part.
 
     Where paragraphs begin with white space, every other line goes on the one before it. Elsewhere a line goes on if it
-    is nearly as wide as the text's full lines and does not end where a sentence does. Headings stand alone.
+    is full, or nearly so and does not end where a sentence does. Headings stand alone.
     """
     width = found.width
     by_indent = 0.02 <= found.indented / max(1, found.texts) <= 0.6
@@ -194,7 +194,8 @@ def join_lines(
             if by_indent:
                 goes_on = not line[0].isspace()
             else:
-                goes_on = len(last) >= 0.8 * width and not last.endswith(_SENTENCE_END)
+                # A sentence ends at the end of a full line more often than a paragraph does.
+                goes_on = len(last) >= width or (len(last) >= 0.8 * width and not last.endswith(_SENTENCE_END))
             if goes_on:
                 counts["joined"] += 1
                 held, last = (held[0], joined(held[1], stripped)), stripped

@@ -76,3 +76,40 @@ def test_reference_train_json(script, reference, tmp_path):
     script("build_trainfile").main(["--data_path", str(reference / "data"), "--output_path", str(output)])
     expected = json.loads((reference / "data" / "train.json").read_text(encoding="utf-8"))
     assert json.loads(output.read_text(encoding="utf-8")) == expected
+
+
+def test_chapters_of_novels_in_several_encodings_and_auto_by_file(build, capsys):
+    novel = "《山雨》\n作者：佚名\n\n第一章 山雨欲来\n\n　　天色将晚。\n（本章完）\n"
+    novel += "第二章　客栈\n　　“请进！”&nbsp;小二喊道。\n"
+    files = {"a.txt": novel.encode("gb18030"), "b.txt": "春天的早晨，老人在河边钓鱼。\n孩子们去图书馆。\n".encode()}
+    chapters = [
+        "《山雨》\n作者：佚名",
+        "第一章 山雨欲来\n天色将晚。\n（本章完）",
+        "第二章　客栈\n“请进！”&nbsp;小二喊道。",
+    ]
+    assert build(files, "--encoding", "auto", "--document", "auto")[:3] == chapters
+    printed = capsys.readouterr()
+    assert "a.txt: --document chapter (2 chapter headings)" in printed.err
+    assert "b.txt: --document file (2 lines, 100% of them of at most 40 characters)" in printed.err
+    assert "chapters: 2" in printed.out
+    assert build(files, "--encoding", "auto", "--document", "chapter")[3:] == [
+        "春天的早晨，老人在河边钓鱼。\n孩子们去图书馆。"
+    ]
+    assert "b.txt has no chapter headings: it is one document" in capsys.readouterr().err
+
+
+def test_joined_lines_are_counted(build, capsys):
+    text = "　　天色将晚，山道上走来一个\n少年，背着一只旧竹篓，脚步很\n急。\n　　雨下了一夜。\n　　他醒了。\n".encode()
+    assert build({"a.txt": text}, "--join_lines") == [
+        "天色将晚，山道上走来一个少年，背着一只旧竹篓，脚步很急。",
+        "雨下了一夜。",
+        "他醒了。",
+    ]
+    assert "line breaks taken out: 2" in capsys.readouterr().out
+
+
+def test_the_shared_corpora_are_what_their_lines_are(build, corpora):
+    """Nothing is cleaned, joined or left out unasked."""
+    for name in ("medical_qa.txt", "songci.txt"):
+        data = (corpora / name).read_bytes()
+        assert build({"a.txt": data}) == [line.strip() for line in data.decode().split("\n") if line.strip()]
