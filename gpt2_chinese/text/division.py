@@ -215,5 +215,7 @@ def joined(first: str, second: str) -> str:
     """
     if re.search(r"[a-z]-$", first) and re.match("[a-z]", second):
         return first[:-1] + second
+    if first[-1].isdigit() and second[0].isdigit():
+        return first + second  # a number in Chinese text, which is broken anywhere
     latin = first[-1].isascii() and second[0].isascii() and not first[-1].isspace()
     return f"{first} {second}" if latin else first + second
