@@ -17,7 +17,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from gpt2_chinese.artifacts import atomic_write
 from gpt2_chinese.command_line import print_settings, run_script
+from gpt2_chinese.text.cleaning import RULES as CLEANING_RULES
+from gpt2_chinese.text.cleaning import Cleaner, parse_rules
 from gpt2_chinese.text.corpus import ON_ERROR, check_encoding, train_json_writer
 from gpt2_chinese.text.division import UNITS, choose_unit, divide, survey
 from gpt2_chinese.text.formats import (
@@ -69,6 +72,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--join_lines", action="store_true", help="join lines that are broken where a page was full (text from PDF)"
     )
+    # what is changed and left out
+    parser.add_argument(
+        "--clean",
+        nargs="?",
+        const="",
+        metavar="RULES",
+        help="clean the texts; without RULES all but simplified, otherwise names with commas between, no-NAME to turn "
+        "one off: " + ", ".join(CLEANING_RULES),
+    )
+    parser.add_argument("--clean_report", metavar="FILE", help="write twenty examples of what each rule has changed")
     return parser.parse_args(argv)
 
 
@@ -76,7 +89,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     print_settings(args, file=sys.stderr)
     encoding = check_encoding(args.encoding)
-    listing = list_files(args.data_path, own=[args.output_path])
+    # Indents are what tells lines that go on from those that do not; joining takes them away.
+    cleaner = Cleaner(rule for rule in parse_rules(args.clean) if not (args.join_lines and rule == "indents"))
+    if args.clean_report and not cleaner.rules:
+        raise ValueError("--clean_report needs --clean: without it nothing is cleaned")
+    own = [path for path in (args.output_path, args.clean_report) if path]
+    listing = list_files(args.data_path, own=own)
     for line in passed_over_lines(listing.passed_over):
         print(line, file=sys.stderr)
     files = listing.files
@@ -92,11 +110,16 @@ def main(argv: list[str] | None = None) -> None:
         def say(message: str) -> None:
             bar.write(message, file=sys.stderr)
 
+        if "repeated" in cleaner.rules:
+            for path in files:
+                texts = texts_of(path, encoding, args, FileReport())
+                cleaner.count_repeated(texts, are_records=has_records(path))
+            cleaner.finish_counting()
         for path in files:
             report = FileReport()
             before = documents
             try:
-                for document in documents_of(path, encoding, args, report, counts, say, bar.update):
+                for document in documents_of(path, encoding, args, report, cleaner, counts, say, bar.update):
                     write(document)
                     documents += 1
                     characters += len(document)
@@ -129,6 +152,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"chapters: {counts['chapters']:,}")
     if args.join_lines:
         print(f"line breaks taken out: {counts['joined']:,}")
+    if cleaner.rules:
+        print("cleaned:", *cleaner.summary(), sep="\n")
+    if args.clean_report:
+        with atomic_write(args.clean_report) as file:
+            cleaner.write_report(file)
     if short:
         print(
             f"{short:,} documents ({short / documents:.1%}) are not longer than {MIN_LENGTH} characters: "
@@ -138,46 +166,60 @@ def main(argv: list[str] | None = None) -> None:
         print("warning: that is every document; --document paragraph or file makes longer ones")
 
 
+def texts_of(
+    path: Path,
+    encoding: str,
+    args: argparse.Namespace,
+    report: FileReport,
+    progress: Callable[[int], object] = lambda count: None,
+) -> Iterator[Iterable[str]]:
+    """The texts of one file, as `formats.read_texts`."""
+    return read_texts(
+        path,
+        encoding=encoding,
+        on_error=args.on_error,
+        text_field=args.text_field,
+        report=report,
+        progress=progress,
+    )
+
+
 def documents_of(
     path: Path,
     encoding: str,
     args: argparse.Namespace,
     report: FileReport,
+    cleaner: Cleaner,
     counts: Counter[str],
     say: Callable[[str], None],
     progress: Callable[[int], object],
 ) -> Iterator[str]:
     """The documents of one file, which is read twice where its form decides what they are."""
 
-    def texts(report: FileReport, progress: Callable[[int], object]) -> Iterator[Iterable[str]]:
-        return read_texts(
-            path,
-            encoding=encoding,
-            on_error=args.on_error,
-            text_field=args.text_field,
-            report=report,
-            progress=progress,
-        )
+    def cleaned(text: Iterable[str], *, count: bool) -> Iterable[str]:
+        return cleaner.clean(text, str(path), count=count) if cleaner.rules else text
 
     unit = args.document
+    texts = texts_of(path, encoding, args, report, progress)
     if has_records(path):
         unit = "file" if unit in ("line", "auto") else unit
-        for text in texts(report, progress):
-            blocks = list(text)
-            found = survey(blocks) if unit == "chapter" or args.join_lines else None
-            yield from divide(blocks, unit, found, join=args.join_lines, counts=counts)
+        for text in texts:
+            lines = list(cleaned(text, count=True))
+            found = survey(lines) if unit == "chapter" or args.join_lines else None
+            yield from divide(lines, unit, found, join=args.join_lines, counts=counts)
         return
     found = None
     if unit in ("chapter", "auto") or args.join_lines:
-        found = survey(block for text in texts(FileReport(), lambda count: None) for block in text)
+        first_pass = texts_of(path, encoding, args, FileReport())
+        found = survey(block for text in first_pass for block in cleaned(text, count=False))
     if unit == "auto":
         assert found is not None
         unit, reason = choose_unit(found)
         say(f"{path}: --document {unit} ({reason})")
     elif unit == "chapter" and found is not None and not any(heading.begins_document for heading in found.headings):
         say(f"warning: {path} has no chapter headings: it is one document")
-    for text in texts(report, progress):
-        yield from divide(text, unit, found, join=args.join_lines, counts=counts)
+    for text in texts:
+        yield from divide(cleaned(text, count=True), unit, found, join=args.join_lines, counts=counts)
 
 
 if __name__ == "__main__":

@@ -173,7 +173,8 @@ def _chapters(lines: Iterable[tuple[int, str]], begins: set[int], counts: Counte
 def join_lines(
     lines: Iterable[tuple[int, str]], found: Survey, headings: set[int], counts: Counter[str]
 ) -> Iterator[tuple[int, str]]:
-    """Join lines that were broken where a page was full; a line keeps the number of its first part.
+    """Join lines that were broken where a page was full; a line keeps the number of its first part,
+    and no white space around it.
 
     Where paragraphs begin with white space, every other line goes on the one before it. Elsewhere a line goes on if it
     is full, or nearly so and does not end where a sentence does. Headings stand alone.
@@ -201,7 +202,7 @@ def join_lines(
                 held, last = (held[0], joined(held[1], stripped)), stripped
                 continue
             yield held
-        held, last = (number, line.rstrip()), stripped
+        held, last = (number, stripped), stripped
     if held is not None:
         yield held
 
