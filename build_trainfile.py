@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from tqdm import tqdm
@@ -23,6 +24,7 @@ from gpt2_chinese.text.cleaning import RULES as CLEANING_RULES
 from gpt2_chinese.text.cleaning import Cleaner, parse_rules
 from gpt2_chinese.text.corpus import ON_ERROR, check_encoding, train_json_writer
 from gpt2_chinese.text.division import UNITS, choose_unit, divide, survey
+from gpt2_chinese.text.duplicates import MODES, SIMILARITY, Duplicates
 from gpt2_chinese.text.formats import (
     BOOK_SUFFIXES,
     FileReport,
@@ -81,7 +83,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="clean the texts; without RULES all but simplified, otherwise names with commas between, no-NAME to turn "
         "one off: " + ", ".join(CLEANING_RULES),
     )
-    parser.add_argument("--clean_report", metavar="FILE", help="write twenty examples of what each rule has changed")
+    parser.add_argument("--clean_report", metavar="FILE", help="write twenty examples of each rule and of duplicates")
+    parser.add_argument(
+        "--deduplicate",
+        nargs="?",
+        const="near",
+        choices=MODES,
+        help="leave out documents that repeat an earlier one: exact, or near (also nearly the same; what the flag "
+        "alone means)",
+    )
+    parser.add_argument(
+        "--similarity",
+        type=float,
+        default=SIMILARITY,
+        help="of near duplicates: the share of common pairs of neighbouring characters, from which on they are one",
+    )
     return parser.parse_args(argv)
 
 
@@ -91,18 +107,19 @@ def main(argv: list[str] | None = None) -> None:
     encoding = check_encoding(args.encoding)
     # Indents are what tells lines that go on from those that do not; joining takes them away.
     cleaner = Cleaner(rule for rule in parse_rules(args.clean) if not (args.join_lines and rule == "indents"))
-    if args.clean_report and not cleaner.rules:
-        raise ValueError("--clean_report needs --clean: without it nothing is cleaned")
+    if args.clean_report and not cleaner.rules and not args.deduplicate:
+        raise ValueError("--clean_report needs --clean or --deduplicate: without them there is nothing to report")
     own = [path for path in (args.output_path, args.clean_report) if path]
     listing = list_files(args.data_path, own=own)
     for line in passed_over_lines(listing.passed_over):
         print(line, file=sys.stderr)
     files = listing.files
-    documents = characters = short = 0
+    documents = read = characters = short = 0
     counts: Counter[str] = Counter()
 
     total = sum(path.stat().st_size for path in files)
     with (
+        open_duplicates(args, total) as duplicates,
         train_json_writer(args.output_path) as write,
         tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=None) as bar,
     ):
@@ -117,9 +134,12 @@ def main(argv: list[str] | None = None) -> None:
             cleaner.finish_counting()
         for path in files:
             report = FileReport()
-            before = documents
+            before = read
             try:
                 for document in documents_of(path, encoding, args, report, cleaner, counts, say, bar.update):
+                    read += 1
+                    if duplicates is not None and duplicates(document) is not None:
+                        continue
                     write(document)
                     documents += 1
                     characters += len(document)
@@ -127,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
             except ValueError as error:
                 if args.on_error == "stop" or format_of(path) not in BOOK_SUFFIXES:
                     raise
-                say(f"warning: passed over, after {documents - before:,} documents of it: {error}")
+                say(f"warning: passed over, after {read - before:,} documents of it: {error}")
             if encoding == "auto":
                 say(f"{path}: {report.encoding}")
             if report.bad_bytes:
@@ -140,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
                 )
             for note in record_notes(path, report):
                 say(note)
-            if documents == before:
+            if read == before:
                 say(f"warning: {path} has no document: it is empty or blank")
         if not documents:
             raise ValueError(
@@ -154,9 +174,13 @@ def main(argv: list[str] | None = None) -> None:
         print(f"line breaks taken out: {counts['joined']:,}")
     if cleaner.rules:
         print("cleaned:", *cleaner.summary(), sep="\n")
+    if duplicates is not None:
+        print(*duplicates.summary(), sep="\n")
     if args.clean_report:
         with atomic_write(args.clean_report) as file:
             cleaner.write_report(file)
+            if duplicates is not None:
+                duplicates.write_report(file)
     if short:
         print(
             f"{short:,} documents ({short / documents:.1%}) are not longer than {MIN_LENGTH} characters: "
@@ -164,6 +188,13 @@ def main(argv: list[str] | None = None) -> None:
         )
     if short == documents:
         print("warning: that is every document; --document paragraph or file makes longer ones")
+
+
+def open_duplicates(args: argparse.Namespace, total: int) -> AbstractContextManager[Duplicates | None]:
+    """What finds duplicates, if that is asked for; `total` is the bytes of the files."""
+    if not args.deduplicate:
+        return nullcontext()
+    return Duplicates(args.deduplicate, Path(args.output_path).parent, total, args.similarity)
 
 
 def texts_of(

@@ -113,3 +113,18 @@ def test_the_shared_corpora_are_what_their_lines_are(build, corpora):
     for name in ("medical_qa.txt", "songci.txt"):
         data = (corpora / name).read_bytes()
         assert build({"a.txt": data}) == [line.strip() for line in data.decode().split("\n") if line.strip()]
+
+
+def test_duplicates_are_left_out_on_request_and_counted(build, capsys, tmp_path):
+    article = "春天的早晨，老人在河边钓鱼，孩子们放学以后去图书馆读书，医生说这种药一天吃三次。"
+    files = {"a.txt": f"{article}\n短\n{article}\n".encode(), "b.txt": f"{article[:-1]}！\n短\n别的一篇。\n".encode()}
+    assert len(build(files)) == 6
+    assert build(files, "--deduplicate", "exact") == [article, "短", article[:-1] + "！", "别的一篇。"]
+    assert "duplicates left out: 2 exact, 0 near" in capsys.readouterr().out
+    report = tmp_path / "report.txt"
+    assert build(files, "--deduplicate", "--clean_report", str(report)) == [article, "短", "别的一篇。"]
+    printed = capsys.readouterr()
+    assert "duplicates left out: 2 exact, 1 near" in printed.out
+    assert "no document" not in printed.err
+    assert "duplicates: 2 exact, 1 near" in report.read_text(encoding="utf-8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "report.txt", "train.json"]

@@ -177,7 +177,7 @@ def test_the_stage_cleans_on_request_only_and_reports_it(script, tmp_path, capsy
 
 def test_a_report_without_cleaning_is_refused(script, tmp_path):
     (tmp_path / "data").mkdir()
-    with pytest.raises(ValueError, match="--clean_report needs --clean"):
+    with pytest.raises(ValueError, match="--clean_report needs --clean or --deduplicate"):
         run(script, tmp_path, "--clean_report", str(tmp_path / "r"))
 
 
