@@ -4,7 +4,7 @@ Two documents are compared by their pairs of neighbouring characters, white spac
 share of common pairs among all different pairs of both (Jaccard). Which documents are compared at all is found by
 MinHash over triples of characters and bands (locality-sensitive hashing, Indyk and Motwani 1998): documents with an
 equal band are candidates. Every candidate is compared itself, so no pair is reported that is not as similar as asked
-for. `datasketch` has the same in Python, at a fiftieth of the speed (docs/architecture.md).
+for. `datasketch` has the same in Python, at a twentieth of the speed (docs/architecture.md).
 """
 
 from __future__ import annotations
@@ -172,8 +172,8 @@ class Duplicates:
                 lines.append(f"  {'as':>4} {_shown(example.kept)}")
         if self.forgotten:
             lines.append(
-                f"note: {self.forgotten:,} of the {len(self._table):,} places for comparing made room for later documents; a "
-                "few duplicates may be missed"
+                f"note: {self.forgotten:,} of the {len(self._table):,} places for comparing made room for later "
+                "documents; a few duplicates may be missed"
             )
         return lines
 
