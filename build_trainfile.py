@@ -10,6 +10,7 @@ others), writes data/train.json, a JSON array of documents.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +25,7 @@ from gpt2_chinese.text.cleaning import RULES as CLEANING_RULES
 from gpt2_chinese.text.cleaning import Cleaner, parse_rules
 from gpt2_chinese.text.corpus import ON_ERROR, check_encoding, train_json_writer
 from gpt2_chinese.text.division import UNITS, choose_unit, divide, survey
+from gpt2_chinese.text.doctor import examine, language_of, screen
 from gpt2_chinese.text.duplicates import MODES, SIMILARITY, Duplicates
 from gpt2_chinese.text.formats import (
     BOOK_SUFFIXES,
@@ -98,6 +100,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=SIMILARITY,
         help="of near duplicates: the share of common pairs of neighbouring characters, from which on they are one",
     )
+    # instead of building
+    parser.add_argument(
+        "--doctor",
+        action="store_true",
+        help="write nothing; say on one screen what the texts are and what is wrong with them, in Chinese or English "
+        "as LANG says",
+    )
     return parser.parse_args(argv)
 
 
@@ -110,7 +119,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.clean_report and not cleaner.rules and not args.deduplicate:
         raise ValueError("--clean_report needs --clean or --deduplicate: without them there is nothing to report")
     own = [path for path in (args.output_path, args.clean_report) if path]
-    listing = list_files(args.data_path, own=own)
+    listing = list_files(args.data_path, own=own, may_be_empty=args.doctor)
+    if args.doctor:
+        found = examine(
+            listing, encoding=encoding, unit=args.document, text_field=args.text_field, min_length=MIN_LENGTH
+        )
+        print(*screen(found, args.data_path, language_of(os.environ)), sep="\n")
+        return
     for line in passed_over_lines(listing.passed_over):
         print(line, file=sys.stderr)
     files = listing.files

@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MiB; forgotten {duplicates.forgotten:,}"
         )
     print(
-        f"copies with 5 % altered: {found:,} of {copies:,} found ({found / max(1, copies):.2%}), of those at a similarity "
+        f"copies, 5 % altered: {found:,} of {copies:,} found ({found / max(1, copies):.2%}), of those at a similarity "
         f"of 0.8 or more {of_similar:,} of {similar:,} ({of_similar / max(1, similar):.2%}); others found: {others:,}"
     )
 

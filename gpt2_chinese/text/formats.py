@@ -125,11 +125,12 @@ def has_records(path: PurePath) -> bool:
     return format_of(path) in RECORD_SUFFIXES
 
 
-def list_files(folder: str | Path, *, own: Iterable[str | Path] = ()) -> Listing:
+def list_files(folder: str | Path, *, own: Iterable[str | Path] = (), may_be_empty: bool = False) -> Listing:
     """The files of a folder and its subfolders that are read, in the order of their names.
 
     Args:
         own: files that the script writes; they are neither read nor named.
+        may_be_empty: whether there may be nothing in it that is read.
 
     Raises:
         FileNotFoundError: there is no such folder, or nothing in it that is read.
@@ -140,7 +141,7 @@ def list_files(folder: str | Path, *, own: Iterable[str | Path] = ()) -> Listing
     listing = Listing()
     _walk(folder, {os.path.realpath(path) for path in own}, {os.path.realpath(folder)}, listing)
     listing.files.sort(key=lambda path: path.relative_to(folder).parts)
-    if not listing.files:
+    if not listing.files and not may_be_empty:
         others = f" (passed over: {_shorten(listing.passed_over)})" if listing.passed_over else ""
         raise FileNotFoundError(
             f"--data_path {folder}: there is no .txt or .txt.gz file in it, nor another that is read "
