@@ -120,7 +120,8 @@ _LABELS: dict[str, tuple[str, str]] = {
               "文件    {formats}；{encodings}；跳过 {passed_over}"),
     "documents": ("documents    {documents} (--document {unit}); characters: shortest {shortest}, median {median}, "
                   "longest {longest}",
-                  "文档    {documents} 篇（--document {unit}）；字数：最短 {shortest}，中位数 {median}，最长 {longest}"),
+                  "文档    {documents} 篇（--document {unit}）；字数：最短 {shortest}，中位数 {median}，"
+                  "最长 {longest}"),
     "characters": ("characters   {characters}: Chinese {chinese}, Latin {latin}, digits {digits}, other {other}",
                    "字符    {characters}：中文 {chinese}，拉丁 {latin}，数字 {digits}，其他 {other}"),
     "repeats": ("duplicates   {exact} exact, {near} near", "重复    完全相同 {exact} 篇，近似 {near} 篇"),
