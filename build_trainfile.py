@@ -1,7 +1,7 @@
 """Stage 1: gather text files into one training file.
 
-Reads the files of data/ and its subfolders in the order of their names (TXT, JSON lines, CSV, Markdown, e-books and
-others), writes data/train.json, a JSON array of documents.
+Reads the files of data/ and its subfolders in the natural order of their names (TXT, JSON lines, CSV, Markdown, e-books
+and others), writes data/train.json, a JSON array of documents.
 
     python build_trainfile.py
     python build_trainfile.py --data_path novels --encoding auto --document chapter
@@ -165,14 +165,8 @@ def main(argv: list[str] | None = None) -> None:
                 say(f"warning: passed over, after {read - before:,} documents of it: {error}")
             if encoding == "auto":
                 say(f"{path}: {report.encoding}")
-            if report.bad_bytes:
-                done = "skipped" if args.on_error == "skip" else "replaced by U+FFFD"
-                say(f"warning: {path}: {report.bad_bytes:,} bytes are not {report.encoding} and were {done}")
-            if report.nul_characters:
-                say(
-                    f"warning: {path}: {report.nul_characters:,} NUL characters; if this is a text in UTF-16, "
-                    "use --encoding utf-16"
-                )
+            for warning in report.warnings(path, args.on_error):
+                say(warning)
             for note in record_notes(path, report):
                 say(note)
             if read == before:

@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
@@ -24,7 +26,7 @@ from gpt2_chinese.artifacts import atomic_write, exclusive_lock, read_json, sha2
 from gpt2_chinese.command_line import print_settings, run_script
 from gpt2_chinese.parallel import MapInOrder, default_workers, open_workers
 from gpt2_chinese.text.corpus import read_train_json, read_train_json_blocks
-from gpt2_chinese.text.pieces import MANIFEST, PROGRESS
+from gpt2_chinese.text.pieces import MANIFEST, PROGRESS, UNKNOWN_ERROR, check_unknown
 from gpt2_chinese.text.preparation import (
     PieceReport,
     Tokenizing,
@@ -38,6 +40,13 @@ from gpt2_chinese.text.word_tokenizer import PART_PREFIX, RULES_VERSION
 
 MANIFEST_FORMAT = 1
 DESCRIPTIONS = {"word": "words", "char": "characters (WordPiece)", "bpe": "byte-level BPE"}
+CHANGES = {
+    "case": "{:,} letters to lower case",
+    "accents": "{:,} characters, of which an accent or another mark was dropped",
+    "white_space": "{:,} characters of white space, dropped beside Chinese, in runs and at the ends of lines",
+    "control": "{:,} control characters, dropped",
+}
+SAMPLED_DOCUMENTS, SAMPLED_CHARACTERS = 512, 500
 HELD_CHARACTERS = 1 << 25  # 64 MiB of Chinese text in memory
 
 
@@ -70,6 +79,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar=("BEGIN", "END"),
         help="tokens around a document, by default those of the tokenizer: [MASK] and [CLS] as GPT2-Chinese has them, "
         "[CLS] and [SEP] for a folder with BERT's tokenizer, the end of text for BPE",
+    )
+    parser.add_argument("--allow_unk", action="store_true", help="go on where a fifth and more of the tokens are [UNK]")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace pieces of another corpus or another vocabulary"
     )
     # where it runs
     parser.add_argument("--workers", type=int, default=default_workers(), help="processes on this machine")
@@ -191,6 +204,57 @@ def unchanged(folder: Path, key: dict[str, Any]) -> bool:
     )
 
 
+class Samples:
+    """Some hundred documents, evenly spread over all that come."""
+
+    def __init__(self) -> None:
+        self.documents: list[str] = []
+        self._stride = 1
+        self._number = 0
+
+    def add(self, documents: list[str]) -> None:
+        for number, document in enumerate(documents, start=self._number):
+            if number % self._stride == 0:
+                self.documents.append(document[:SAMPLED_CHARACTERS])
+                if len(self.documents) == SAMPLED_DOCUMENTS:
+                    self.documents = self.documents[::2]
+                    self._stride *= 2
+        self._number += len(documents)
+
+
+def check_sample(samples: Samples, tokenizing: Tokenizing, args: argparse.Namespace) -> None:
+    """Stop before anything is written where it is plain that the vocabulary is one of another text.
+
+    Raises:
+        ValueError: twice as much of a sample is [UNK] as is allowed of all.
+    """
+    _, report = tokenize_batch((replace(tokenizing, min_length=0), samples.documents))
+    if report.unknown_tokens >= 2 * UNKNOWN_ERROR * report.inner_tokens and not (args.allow_unk or args.compat):
+        check_unknown(report.unknown_tokens, report.inner_tokens, args.vocab_filename, allow=False)
+
+
+def check_replaceable(folder: Path, key: dict[str, Any], *, overwrite: bool) -> None:
+    """Say what pieces are replaced, before they are.
+
+    Raises:
+        ValueError: they are of another corpus or vocabulary, which are still there, and no --overwrite.
+    """
+    if not (folder / MANIFEST).is_file():
+        return
+    manifest = read_json(folder / MANIFEST)
+    for name, flag in (("corpus", "--raw_data_path"), ("vocabulary", "--vocab_filename")):
+        before, now = manifest.get(name), key[name]
+        if not isinstance(before, dict) or before.get("sha256") == now["sha256"]:
+            continue
+        there = Path(str(before.get("path")))
+        if there.is_file() and there.resolve() != Path(now["path"]).resolve() and not overwrite:
+            raise ValueError(
+                f"the pieces in {folder} are of the {name} {there}, not of {now['path']}; write to another "
+                f"--tokenized_data_path, replace them with --overwrite, or give {flag} {there}"
+            )
+        print(f"note: the pieces in {folder} are of an earlier {name} and are replaced", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     print_settings(args)
@@ -208,10 +272,12 @@ def main(argv: list[str] | None = None) -> None:
             "make-vocab.py --compat or from GPT2-Chinese: build one without --compat, or give --compat here too"
         )
     total = long_enough = characters = 0
+    samples = Samples()
     held: list[str] = []  # a small corpus is kept, a large one is read again
     for block in read_train_json_blocks(args.raw_data_path):
         lengths = [measured_length(document, compat=args.compat) for document in block]
         total += len(block)
+        samples.add(block)
         long_enough += sum(length > args.min_length for length in lengths)
         characters += sum(lengths)
         if characters <= HELD_CHARACTERS:
@@ -240,13 +306,16 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{folder / MANIFEST}: nothing to do; corpus, vocabulary and options are those of the pieces there")
             return
 
+        check_replaceable(folder, key, overwrite=args.overwrite)
+        tokenizing = Tokenizing(spec, args.min_length)
+        if spec.kind == "word" and not args.compat:
+            shared_segmenter()  # before the workers are forked, so that they share it
+        check_sample(samples, tokenizing, args)
+
         # 2) Write piece after piece, but for those that an interrupted run has finished.
         progress = Progress(folder, key)
         if progress.finished:
             print(f"resuming an interrupted run: {len(progress.finished)} of {args.num_pieces} pieces are kept")
-        tokenizing = Tokenizing(spec, args.min_length)
-        if spec.kind == "word" and not args.compat:
-            shared_segmenter()  # before the workers are forked, so that they share it
         sizes = piece_sizes(total, args.num_pieces)
         with (
             open_workers(args.workers, args.scheduler) as map_in_order,
@@ -263,6 +332,8 @@ def main(argv: list[str] | None = None) -> None:
         report = PieceReport()
         for number in range(args.num_pieces):
             report.add(progress.finished[number][1])
+        allow = args.allow_unk or args.compat
+        warning = check_unknown(report.unknown_tokens, report.inner_tokens, args.vocab_filename, allow=allow)
         write_json(
             folder / MANIFEST,
             {
@@ -270,6 +341,7 @@ def main(argv: list[str] | None = None) -> None:
                 "documents": report.documents,
                 "tokens": report.tokens,
                 "unknown_tokens": report.unknown_tokens,
+                "changes": report.changes(),
                 "pieces": [progress.finished[number][0] for number in range(args.num_pieces)],
             },
         )
@@ -279,17 +351,17 @@ def main(argv: list[str] | None = None) -> None:
             path.unlink()
         progress.end()
     print_summary(report, total, args, len(stale))
+    if warning:
+        print(warning, file=sys.stderr)
 
 
 def print_summary(report: PieceReport, total: int, args: argparse.Namespace, stale: int) -> None:
-    inner = max(report.tokens - 2 * report.documents, 1)
+    inner = max(report.inner_tokens, 1)
     print(f"{args.tokenized_data_path}: {args.num_pieces} pieces, {report.tokens:,} tokens, {MANIFEST}")
     print(
         f"documents: {total:,}, kept {report.documents:,}; dropped {report.too_short:,} that are not longer than "
         f"{args.min_length} characters, {report.empty:,} with nothing left after cleaning"
     )
-    if report.dropped_characters:
-        print(f"characters dropped: {report.dropped_characters:,} control characters, NULs or U+FFFD")
     print(
         f"[UNK]: {report.unknown_tokens:,} of {inner:,} tokens ({report.unknown_tokens / inner:.4%}); "
         f"words spelled with several tokens: {report.spelled_words:,} of {report.words:,} "
@@ -299,6 +371,10 @@ def print_summary(report: PieceReport, total: int, args: argparse.Namespace, sta
         # Equal counts in the order of the words, so that the list does not depend on how the work was shared out.
         most = sorted(report.unknown_words.items(), key=lambda item: (-item[1], item[0]))[:10]
         print("most frequent unknown words:", ", ".join(f"{word} {count:,}" for word, count in most))
+    for kind, change in report.changes().items():
+        if change["count"] and kind in CHANGES:
+            examples = ", ".join(change["examples"])
+            print(f"changed: {CHANGES[kind].format(change['count'])}, such as {examples}", file=sys.stderr)
     if stale:
         print(f"removed {stale:,} pieces of an earlier run that had more of them")
 

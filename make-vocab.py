@@ -14,16 +14,18 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
 from tqdm import tqdm
 
-from gpt2_chinese.artifacts import atomic_write, read_json, write_json, write_lines
-from gpt2_chinese.command_line import print_settings, run_script
+from gpt2_chinese.artifacts import atomic_write, read_json, sha256_of, write_json, write_lines
+from gpt2_chinese.command_line import print_settings, project_file, run_script
 from gpt2_chinese.parallel import default_workers, open_workers
 from gpt2_chinese.text.char_tokenizer import fold_characters
 from gpt2_chinese.text.corpus import read_train_json
@@ -66,6 +68,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--raw_data_path", default="data/train.json", help="the corpus, from build_trainfile.py")
     parser.add_argument(
         "--vocab_file", help="the file to write; by default vocab/vocab_user.txt, for bpe vocab/tokenizer.json"
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a vocabulary that is not of this corpus, or not of this script",
     )
     # the vocabulary
     parser.add_argument(
@@ -111,6 +118,7 @@ def read_config(path: str) -> dict[str, int]:
     Raises:
         ValueError: there is no such file, or a number is missing in it.
     """
+    path = project_file(path)
     if not Path(path).is_file():
         raise ValueError(f"--model_config {path}: there is no such file; config/ has some")
     config = read_json(path)
@@ -331,19 +339,75 @@ def write_report(
     write_json(args.report, figures | report | {"model_config": args.model_config, "sizes": rows})
 
 
+def manifest_of(vocab_file: Path) -> Path:
+    """Beside a vocabulary: which corpus it was made from."""
+    return vocab_file.with_name(f"{vocab_file.stem}.manifest.json")
+
+
+def check_replaceable(args: argparse.Namespace) -> None:
+    """Say what lies where the vocabulary is written to, before the work begins.
+
+    Raises:
+        ValueError: a vocabulary of another corpus, or one that this script has not written, and no --overwrite.
+    """
+    vocab_file = Path(args.vocab_file)
+    if not vocab_file.exists() or args.overwrite:
+        return
+    elsewhere = "write to another --vocab_file, or replace it with --overwrite"
+    if vocab_file.is_dir():
+        raise ValueError(f"--vocab_file {vocab_file} is a folder; name the file to write")
+    manifest = read_json(manifest_of(vocab_file)) if manifest_of(vocab_file).is_file() else None
+    if manifest is None:  # of an earlier version of this script, or from elsewhere
+        begins = vocab_file.read_bytes()[:100].split()[:5]
+        own = ([token.encode() for token in names] for names in (SPECIAL_TOKENS, BERT_SPECIAL_TOKENS))
+        if args.tokenizer != "bpe" and begins not in own:
+            raise ValueError(f"{vocab_file} is not a vocabulary that this script has written; {elsewhere}")
+        return
+    if manifest.get("vocabulary", {}).get("sha256") != sha256_of(vocab_file):
+        raise ValueError(f"{vocab_file} was changed since this script wrote it; {elsewhere}")
+    corpus = Path(manifest["corpus"]["path"])
+    if corpus.is_file() and corpus.resolve() != Path(args.raw_data_path).resolve():
+        raise ValueError(f"{vocab_file} was made from {corpus}, not from {args.raw_data_path}; {elsewhere}")
+
+
+def write_manifest(args: argparse.Namespace) -> None:
+    """Write beside the vocabulary which corpus and options it was made from."""
+    corpus = {"path": str(Path(args.raw_data_path).resolve()), "sha256": sha256_of(args.raw_data_path)}
+    vocabulary = {"path": args.vocab_file, "sha256": sha256_of(args.vocab_file)}
+    options = {name: getattr(args, name) for name in ("tokenizer", "vocab_size", "compat")}
+    write_json(manifest_of(Path(args.vocab_file)), {"vocabulary": vocabulary, "corpus": corpus, "options": options})
+
+
+def refuse_a_name(path: str) -> None:
+    """Refuse a corpus whose only document is the name of a file: GPT2-Chinese's documentation shows such a one.
+
+    Raises:
+        ValueError: it is.
+    """
+    documents = list(islice(read_train_json(path), 2))
+    if len(documents) == 1 and re.fullmatch(r"\S{1,100}\.(txt|json|csv|md)", documents[0].strip(), re.IGNORECASE):
+        raise ValueError(
+            f"--raw_data_path {path}: its only document is {documents[0].strip()!r}, the name of a file, not its text; "
+            "put that file into data/ and run build_trainfile.py"
+        )
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     print_settings(args)
     path = Path(args.raw_data_path)
     size = path.stat().st_size if path.is_file() else 0
+    refuse_a_name(args.raw_data_path)
+    check_replaceable(args)
     config = None if args.compat else read_config(args.model_config)
     if args.tokenizer == "bpe":
         assert config is not None
         make_bpe_vocabulary(args, size, config)
-        return
-    if args.tokenizer == "word":
-        shared_segmenter()  # before the workers are forked, so that they share it
-    make_word_vocabulary(args, size, config)
+    else:
+        if args.tokenizer == "word":
+            shared_segmenter()  # before the workers are forked, so that they share it
+        make_word_vocabulary(args, size, config)
+    write_manifest(args)
 
 
 if __name__ == "__main__":

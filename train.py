@@ -3,11 +3,11 @@
 
 Reads   tokenized/tokenized_train_{i}.txt (with tokenized/manifest.json), vocab/vocab_user.txt,
         config/model_config*.json or a model folder to go on from
-Writes  model/model_epoch{n}/ after each epoch, model/final_model/, model/checkpoints/step_{n}/ to go on from,
-        model/metrics.jsonl, tensorboard_summary/
+Writes  model/model_epoch{n}/ after each epoch, model/final_model/, model/best_model/ (of the validation set),
+        model/checkpoints/step_{n}/ to resume from, model/metrics.jsonl, tensorboard_summary/
 
     python train.py --model_config config/model_config_mini.json --epochs 10 --lr 1e-3
-    python train.py --device 0,1 --batch_size 16 --pretrained_model model/final_model
+    python train.py --device 0,1 --batch_size 16 --pretrained_model model/final_model --output_dir model2/
     python train.py --model_config config/model_config_mini.json --epochs 10 --lr 1e-3 --resume
     python train.py --eval_only --pretrained_model model/final_model --tokenized_data_path other/
 """
@@ -36,10 +36,11 @@ from gpt2_chinese.training.flags import parse_args
 from gpt2_chinese.training.optimizers import set_learning_rate
 from gpt2_chinese.training.ranks import Rank, Torchrun, process_group, run_on_all
 from gpt2_chinese.training.report import Reporter, describe
-from gpt2_chinese.training.run import DEFAULT_VOCABULARY, FINAL_MODEL, Run, build_model, epoch_name, prepare
+from gpt2_chinese.training.run import BEST_MODEL, DEFAULT_VOCABULARY, FINAL_MODEL, Run, build_model, epoch_name, prepare
 from gpt2_chinese.training.saving import find_checkpoint, restore, save_checkpoint, save_model_folder
-from gpt2_chinese.training.stopping import Interrupted, stop_signal
-from gpt2_chinese.training.trainable import build
+from gpt2_chinese.training.state import TrainingState
+from gpt2_chinese.training.stopping import Interrupted, StopSignal, stop_signal
+from gpt2_chinese.training.trainable import Trainable, build
 from gpt2_chinese.training.validation import evaluate_folder, validate
 from gpt2_chinese.training.windows import share_of_rank, to_device, window_batch
 
@@ -56,17 +57,17 @@ def train(rank: Rank, run: Run, model: GPT2LMHeadModel, resume: Path | None) -> 
     args, n_ctx = run.args, run.config.n_ctx
     trainable = build(run, rank, model, is_new=resume is None)
     state = restore(run, rank, trainable, resume)
-    documents = Documents(run.corpus.held_out, n_ctx, run.tokenizer)
+    documents = Documents(run.corpus.held_out, n_ctx, run.tokenizer, run.corpus.held_out_lengths)
     with Reporter(run, rank, state, trainable.flops_per_token) as report, stop_signal() as stop:
-        # A run that ended between its checkpoint and the measurement behind it is measured first.
-        if resume is not None and run.validates(state.step) and not rank.broadcast(report.has_validation(state.step)):
+        # A checkpoint is written before its update is measured; the measurement decides which model is the best.
+        if resume is not None and run.validates(state.step) and not run.is_over(state):
             try:
-                report.validation(state, validate(run, rank, trainable, documents, stop))
+                measure(run, rank, trainable, documents, state, report, stop)
             except Interrupted:
                 report.stopped(state)
                 return stop.exit_status
 
-        while state.step < run.total_steps:
+        while not run.is_over(state):
             # 1) this rank's windows, and the learning rate; a rank without a window of its own has a weight of 0
             windows = run.windows(state.step)
             shares = share_of_rank(windows, rank.number, rank.world_size, args.batch_size)
@@ -121,7 +122,7 @@ def train(rank: Rank, run: Run, model: GPT2LMHeadModel, resume: Path | None) -> 
                     report.checkpoint()
                 if run.validates(state.step) and not stopping:
                     try:
-                        report.validation(state, validate(run, rank, trainable, documents, stop))
+                        measure(run, rank, trainable, documents, state, report, stop)
                     except Interrupted:  # on every rank
                         stopping = True
                         if not saving:
@@ -134,9 +135,31 @@ def train(rank: Rank, run: Run, model: GPT2LMHeadModel, resume: Path | None) -> 
                 report.epoch_begins()
 
         # 6) the end
+        if state.step < run.total_steps:
+            save_checkpoint(run, rank, trainable, state, is_last=True)
         if rank.is_main:
-            report.finished(state, save_model_folder(run, trainable, state, FINAL_MODEL, epoch=args.epochs))
+            report.finished(state, save_model_folder(run, trainable, state, FINAL_MODEL, epoch=run.epoch(state.step)))
     return 0
+
+
+def measure(
+    run: Run,
+    rank: Rank,
+    trainable: Trainable,
+    documents: Documents,
+    state: TrainingState,
+    report: Reporter,
+    stop: StopSignal,
+) -> None:
+    """Measure the validation set, and keep the model if it is the best so far.
+
+    Raises:
+        Interrupted: on every rank, if one of them has had a signal. No state has changed.
+    """
+    validation = validate(run, rank, trainable, documents, stop)
+    if validation.evaluation is not None and state.measured(validation.evaluation.bits_per_character) and rank.is_main:
+        save_model_folder(run, trainable, state, BEST_MODEL, epoch=run.epoch(state.step))
+    report.validation(state, validation)
 
 
 class Update(NamedTuple):
@@ -197,6 +220,7 @@ def tokenize(args: argparse.Namespace) -> None:
         flags += ["--tokenizer", "word" if args.segment else "bpe"]
     if args.document_marks:
         flags += ["--document_marks", *args.document_marks]
+    flags += ["--allow_unk"] if args.allow_unk else []
     script = Path(__file__).with_name("make-tokenized.py")
     if subprocess.run([sys.executable, str(script), *flags], check=False).returncode:
         raise ValueError("--raw: make-tokenized.py ended with the error above; nothing was trained")

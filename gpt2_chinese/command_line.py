@@ -6,6 +6,7 @@ import argparse
 import io
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TextIO
 
 USER_ERROR = 2
@@ -28,6 +29,12 @@ def run_script(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def project_file(path: str) -> str:
+    """A file that comes with the project, such as a configuration: from the working folder, or beside the scripts."""
+    beside_scripts = Path(__file__).resolve().parent.parent / path
+    return str(beside_scripts) if not Path(path).exists() and beside_scripts.exists() else path
 
 
 def print_settings(args: argparse.Namespace, *, file: TextIO | None = None) -> None:

@@ -12,6 +12,8 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from gpt2_chinese.text.file_names import chinese_number
+
 STRONG, MEDIUM, WEAK = 3, 2, 1
 _GAIN = {STRONG: 4.0, MEDIUM: 2.5, WEAK: 0.6}
 VOLUME_LEVEL, CHAPTER_LEVEL, SECTION_LEVEL = 1, 2, 3
@@ -29,8 +31,6 @@ _LONGEST_TITLE = 35
 _WINDOW = 60  # candidates before one that the chain may continue from
 _LEAST_BODY = 60  # characters between headings that are bare numbers, in the median
 
-_DIGITS = "〇零○一二三四五六七八九"
-_FORMAL = str.maketrans("壹贰叁肆伍陆柒捌玖拾佰仟貳參陸两兩", "一二三四五六七八九十百千二三六二二")
 _NUMBER = r"(?:[0-9０-９]{1,5}|[〇零○一二三四五六七八九十百千万两兩廿卅壹贰叁肆伍陆柒捌玖拾佰仟貳參陸]{1,9})"
 _SPACE = r"[\s\u3000]"
 _OPENING = re.compile(rf"^(?:[【〔［\[（(<〈《「『=*#◆●■☆★※~～—–\-]|{_SPACE})+")
@@ -138,27 +138,10 @@ def parse_number(text: str) -> int | None:
     """
     if text.isdecimal():
         return int(text)
-    text = text.translate(_FORMAL).replace("廿", "二十").replace("卅", "三十")
-    digits = {character: max(0, number - 2) for number, character in enumerate(_DIGITS)}
-    if all(character in digits for character in text):
-        return int("".join(str(digits[character]) for character in text))
-    total = value = 0
-    unit = 1
-    for character in text:
-        if character in digits:
-            value = digits[character]
-            continue
-        size = {"十": 10, "百": 100, "千": 1000, "万": 10000}.get(character)
-        if size is None:
-            return None
-        if size == 10000:
-            total, value = (total + value) * size, 0
-        else:
-            total += (value or 1) * size
-            value = 0
-        unit = size
-    # 一百二 is 120 in speech, and in headings 102 is written 一百零二.
-    return total + value * (unit // 10 if unit > 10 and value and "零" not in text and "〇" not in text else 1)
+    try:
+        return chinese_number(text.replace("○", "〇"))
+    except (KeyError, ValueError):
+        return None
 
 
 def _roman(text: str) -> int | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from gpt2_chinese.text.chapters import Heading, HeadingFinder
-from gpt2_chinese.text.corpus import split_documents, split_lines
+from gpt2_chinese.text.corpus import split_documents, split_lines, strip_text
 from gpt2_chinese.text.formats import SECTION
 
 UNITS = ("line", "paragraph", "chapter", "file", "auto")
@@ -83,7 +83,7 @@ def survey(blocks: Iterable[str]) -> Survey:
     for line in split_lines(blocks):
         found.lines += 1
         found.finder.add(line)
-        stripped = line.strip()
+        stripped = strip_text(line)
         if not stripped:
             found.blank += 1
             found.sections += line == SECTION
@@ -164,7 +164,7 @@ def _chapters(lines: Iterable[tuple[int, str]], begins: set[int], counts: Counte
             if document:
                 yield "\n".join(document)
             document = []
-        if stripped := line.strip():
+        if stripped := strip_text(line):
             document.append(stripped)
     if document:
         yield "\n".join(document)
@@ -184,7 +184,7 @@ def join_lines(
     held: tuple[int, str] | None = None
     last = ""  # the part of the held line that came last
     for number, line in lines:
-        stripped = line.strip()
+        stripped = strip_text(line)
         if not stripped or number in headings or line == SECTION:
             if held is not None:
                 yield held

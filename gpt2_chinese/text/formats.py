@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from gpt2_chinese.text.corpus import DecodeReport, read_text, split_lines
+from gpt2_chinese.text.file_names import is_hidden_or_lock, natural_key
 
 TEXT_SUFFIXES = (".txt", ".md", ".srt")
 RECORD_SUFFIXES = (".jsonl", ".csv", ".tsv")
@@ -126,7 +127,7 @@ def has_records(path: PurePath) -> bool:
 
 
 def list_files(folder: str | Path, *, own: Iterable[str | Path] = (), may_be_empty: bool = False) -> Listing:
-    """The files of a folder and its subfolders that are read, in the order of their names.
+    """The files of a folder and its subfolders that are read, in the natural order of their names.
 
     Args:
         own: files that the script writes; they are neither read nor named.
@@ -140,7 +141,7 @@ def list_files(folder: str | Path, *, own: Iterable[str | Path] = (), may_be_emp
         raise FileNotFoundError(f"--data_path {folder}: there is no such folder; put your texts into one")
     listing = Listing()
     _walk(folder, {os.path.realpath(path) for path in own}, {os.path.realpath(folder)}, listing)
-    listing.files.sort(key=lambda path: path.relative_to(folder).parts)
+    listing.files.sort(key=lambda path: [natural_key(part) for part in path.relative_to(folder).parts])
     if not listing.files and not may_be_empty:
         others = f" (passed over: {_shorten(listing.passed_over)})" if listing.passed_over else ""
         raise FileNotFoundError(
@@ -164,7 +165,7 @@ def _walk(folder: Path, own: set[str], seen: set[str], listing: Listing) -> None
         if real in own:
             continue
         name = path.name.lower()
-        if name.startswith((".", "~$")) or name.endswith("~") or name in SYSTEM_FILES:
+        if is_hidden_or_lock(path) or name in SYSTEM_FILES:
             pass_over(path, "a hidden, lock or system file")
             continue
         try:

@@ -159,11 +159,6 @@ def clean(text: str, clean_character: Callable[[str], str] = clean_character) ->
     return text.translate(changes) if changes else text
 
 
-def dropped_characters(text: str, clean_character: Callable[[str], str] = clean_character) -> int:
-    """How many characters of a text `clean` leaves out."""
-    return sum(text.count(character) for character in set(text) if not clean_character(character))
-
-
 def split_punctuation(word: str) -> list[str]:
     """Split a word so that every punctuation character stands alone."""
     parts: list[str] = []

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 
+from gpt2_chinese.command_line import project_file
+from gpt2_chinese.training.hold_out import MAX_BYTES, MIN_BYTES
 from gpt2_chinese.training.run import DEFAULT_VOCABULARY, MAX_DEFAULT_WARMUP, SAVE_SECONDS
 
 
@@ -17,7 +19,9 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
     _add_validation(parser)
     _add_run(parser)
     _add_hardware(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.model_config = project_file(args.model_config)
+    return args
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +45,9 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min_length", type=_not_negative, default=128, help=argparse.SUPPRESS)
     parser.add_argument("--segment", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--bpe_token", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--allow_unk", action="store_true", help="train on pieces of which a fifth and more of the tokens are [UNK]"
+    )
     parser.add_argument(
         "--model_config",
         default="config/model_config_small.json",
@@ -69,6 +76,11 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
 def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output_dir", default="model/", help="folder of the model folders and checkpoints (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="delete an earlier run in --output_dir: its models, checkpoints, metrics and TensorBoard events",
     )
     parser.add_argument(
         "--writer_dir", default="tensorboard_summary/", help="TensorBoard folder (default: %(default)s)"
@@ -101,7 +113,22 @@ def _add_validation(parser: argparse.ArgumentParser) -> None:
         "--val_fraction",
         type=_fraction,
         default=0.01,
-        help="share of the documents held out as validation set, at least one; 0 trains on all of them "
+        help="share of the text held out as validation set: whole documents, and slices of long ones; 0 trains on all "
+        "of it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--val_bytes",
+        nargs=2,
+        type=_not_negative,
+        metavar=("MIN", "MAX"),
+        help="bounds of the validation set, in bytes of UTF-8, three a Chinese character; the lower one is at most a "
+        f"fifth of the text (default: {MIN_BYTES} {MAX_BYTES})",
+    )
+    parser.add_argument(
+        "--patience",
+        type=_not_negative,
+        default=0,
+        help="stop after so many measurements in a row without fewer bits per character; 0 never stops "
         "(default: %(default)s)",
     )
     parser.add_argument(
@@ -149,6 +176,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         default=768,
         help="tokens from one window to the next, at most n_ctx - 1; a quarter of n_ctx shows a small corpus at other "
         "positions too, which delays overfitting (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--shift_windows",
+        action="store_true",
+        help="cut the windows at other places in each epoch, which delays overfitting",
     )
     parser.add_argument("--lr", type=_positive_number, default=1.5e-4, help="peak learning rate (default: %(default)s)")
     parser.add_argument(

@@ -22,8 +22,9 @@ from gpt2_chinese.model_folder import read_config
 from gpt2_chinese.training.estimates import memory_estimate, peak_flops, will_overfit
 from gpt2_chinese.training.metrics import Metrics
 from gpt2_chinese.training.ranks import Rank
-from gpt2_chinese.training.run import CHECKPOINTS, METRICS, Run, epoch_name
+from gpt2_chinese.training.run import BEST_MODEL, CHECKPOINTS, METRICS, Run, epoch_name
 from gpt2_chinese.training.state import TrainingState
+from gpt2_chinese.training.token_cache import Corpus
 from gpt2_chinese.training.validation import Validation
 
 TIMED_UPDATES = 10  # before the remaining time is estimated; the first half of them compiles and allocates
@@ -40,12 +41,7 @@ def describe(run: Run, model: GPT2LMHeadModel) -> Iterator[str]:
     args, config, corpus = run.args, run.config, run.corpus
     parameters = sum(parameter.numel() for parameter in model.parameters())
     tokens = len(corpus.tokens)
-    held_out = (
-        f"; {corpus.held_out_documents:,} of {corpus.documents:,} documents held out, {corpus.held_out_tokens:,} tokens"
-        if corpus.held_out_documents
-        else ""
-    )
-    yield f"corpus     {args.tokenized_data_path}: {tokens:,} tokens{held_out}"
+    yield f"corpus     {args.tokenized_data_path}: {tokens:,} tokens{_held_out(corpus)}"
     stated = read_config(run.config_file).vocab_size
     instead = f" (instead of the {stated:,} of {run.config_file})" if stated != len(run.tokenizer) else ""
     yield f"vocabulary {run.vocab_file}: {len(run.tokenizer):,} tokens{instead}"
@@ -89,6 +85,20 @@ def describe(run: Run, model: GPT2LMHeadModel) -> Iterator[str]:
         )
 
 
+def _held_out(corpus: Corpus) -> str:
+    """What is held out, if anything is."""
+    if not corpus.held_out_tokens:
+        return ""
+    if not corpus.held_out_slices:
+        documents = f"{corpus.held_out_documents:,} of {corpus.documents:,} documents"
+        return f"; {documents} held out, {corpus.held_out_tokens:,} tokens"
+    documents = f"{corpus.held_out_documents:,} documents and " if corpus.held_out_documents else ""
+    return (
+        f"; {documents}{corpus.held_out_slices:,} slices of long documents held out, {corpus.held_out_tokens:,} "
+        f"tokens; {corpus.gap_tokens:,} tokens beside the slices left out"
+    )
+
+
 def _decay(args: argparse.Namespace) -> str:
     """The weight decay, if there is one."""
     muon = args.weight_decay if args.muon_weight_decay is None else args.muon_weight_decay
@@ -123,6 +133,7 @@ class Reporter:
         self._first_step = state.step
         self._tokens_per_second = 0.0  # of the last updates
         self._windows = 0  # since the last point
+        self._has_warned = False
         now = time.perf_counter()
         self._last_point = self._last_checkpoint = self._timing_began = now
         self._epoch_began = now - state.epoch_seconds
@@ -144,10 +155,6 @@ class Reporter:
     @property
     def seconds_since_checkpoint(self) -> float:
         return time.perf_counter() - self._last_checkpoint
-
-    def has_validation(self, step: int) -> bool:
-        """Whether the run that goes on was measured here before it was killed; False on other ranks."""
-        return self._metrics is not None and self._metrics.has_validation(step)
 
     def flush(self) -> None:
         """Before a checkpoint, so that no point of the run is missing if this is where it goes on."""
@@ -222,14 +229,23 @@ class Reporter:
         measured, completions = validation
         if self._metrics is None or (measured is None and not completions):
             return
+        if self._metrics.has_validation(state.step):
+            return  # measured again by a run that resumes from this update
         epoch = state.step / self._run.updates_per_epoch
         figures: dict[str, Any] = measured.figures() if measured is not None else {}
         self._metrics.validation(state.step, epoch, completions=completions, **figures)
         if measured is not None:
+            error = f" ± {measured.error:.4f}" if math.isfinite(measured.error) else ""
             self._say(
                 f"update {state.step:,}: validation loss {measured.loss:.4f}, perplexity {measured.perplexity:,.2f}, "
-                f"{measured.bits_per_character:.4f} bits per character"
+                f"{measured.bits_per_character:.4f}{error} bits per character"
             )
+            if state.overfits and not self._has_warned:
+                self._has_warned = True
+                self._say(
+                    f"overfitting since update {state.best_step:,}: the training loss falls, the validation loss does "
+                    "not"
+                )
         for text, completion in completions.items():
             self._say(f"    {text}|{completion}")
 
@@ -241,9 +257,22 @@ class Reporter:
         )
 
     def finished(self, state: TrainingState, path: Path) -> None:
-        if self._rank.is_main:
-            self._bar.close()
-            print(f"trained {state.step:,} updates; the model is in {path}: python generate.py --model_path {path}")
+        """The last model is saved at `path`; the best one may be another."""
+        if not self._rank.is_main:
+            return
+        self._bar.close()
+        print(f"trained {state.step:,} updates{self._early(state)}; the last model is in {path}")
+        if state.best_step:
+            best = self._run.output / BEST_MODEL
+            when = "the same" if state.best_step == state.step else f"of update {state.best_step:,}"
+            print(f"the best model, {when}, has {state.best_bits:.4f} bits per character and is in {best}")
+            path = best
+        print(f"python generate.py --model_path {path}")
+
+    def _early(self, state: TrainingState) -> str:
+        if state.step == self._run.total_steps:
+            return ""
+        return f" of {self._run.total_steps:,}, {state.since_best} measurements without gain"
 
     def _say(self, line: str) -> None:
         if self._rank.is_main:

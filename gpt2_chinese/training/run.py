@@ -21,6 +21,7 @@ from gpt2_chinese.artifacts import sha256_of
 from gpt2_chinese.model_folder import check_replaceable, find_config, load_model, read_config
 from gpt2_chinese.precision import choose_devices, choose_precision, load_apex
 from gpt2_chinese.text.pieces import (
+    check_unknown,
     check_vocabulary,
     piece_numbers,
     read_manifest,
@@ -28,14 +29,17 @@ from gpt2_chinese.text.pieces import (
     text_of_tokens,
 )
 from gpt2_chinese.text.tokenizers import Tokenizer, vocabulary_of_folder
+from gpt2_chinese.training.hold_out import MAX_BYTES, MIN_BYTES, HoldOut
 from gpt2_chinese.training.optimizers import learning_rate_factor
+from gpt2_chinese.training.state import TrainingState
 from gpt2_chinese.training.token_cache import Corpus, read_pieces
 from gpt2_chinese.training.vocabulary_transfer import transfer_vocabulary
-from gpt2_chinese.training.windows import effective_stride, epoch_order, window_starts
+from gpt2_chinese.training.windows import effective_stride, epoch_order, shifted_starts, window_starts
 
 DEFAULT_VOCABULARY = Path("vocab/vocab_user.txt")
 MAX_DEFAULT_WARMUP = 2000  # updates, unless --warmup_steps says otherwise
-FINAL_MODEL, CHECKPOINTS, METRICS = "final_model", "checkpoints", "metrics.jsonl"
+FINAL_MODEL, BEST_MODEL, CHECKPOINTS, METRICS = "final_model", "best_model", "checkpoints", "metrics.jsonl"
+REPORT_FILES = ("report.html", "report.json")
 SAVE_SECONDS = 600  # between checkpoints: what a power cut costs, whatever the speed of the machine
 
 # A run that goes on must have the same values of these flags.
@@ -54,6 +58,8 @@ _RESUMED_FLAGS = (
     "max_grad_norm",
     "seed",
     "val_fraction",
+    "val_bytes",
+    "shift_windows",
     "pretrained_model",
 )
 
@@ -109,7 +115,12 @@ class Run:
         epoch, update = divmod(step, self.updates_per_epoch)
         order = _epoch_order(len(self.starts), self.args.seed, epoch)
         begin = update * self.windows_per_update
-        return self.starts[order[begin : begin + self.windows_per_update]]
+        starts = self.starts
+        if self.args.shift_windows:
+            starts = _shifted_starts(
+                self.corpus.piece_lengths, self.config.n_ctx, self.stride, seed=self.args.seed, epoch=epoch
+            )
+        return starts[order[begin : begin + self.windows_per_update]]
 
     def learning_rate_factor(self, step: int) -> float:
         return learning_rate_factor(
@@ -141,6 +152,11 @@ class Run:
     def validates(self, step: int) -> bool:
         return self.epoch_ends(step) or (self.args.val_steps > 0 and step % self.args.val_steps == 0)
 
+    def is_over(self, state: TrainingState) -> bool:
+        """Whether every update has been made, or `--patience` has run out."""
+        patience = self.args.patience
+        return state.step >= self.total_steps or (patience > 0 and state.since_best >= patience)
+
     def settings(self) -> dict[str, Any]:
         """What a run that goes on must share with the one before, named as a user would."""
         shape = {key: value for key, value in vars(self.config).items() if key.startswith("n_") or "pdrop" in key}
@@ -160,6 +176,9 @@ class Run:
 @lru_cache(maxsize=1)
 def _epoch_order(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     return epoch_order(count, seed=seed, epoch=epoch)
+
+
+_shifted_starts = lru_cache(maxsize=1)(shifted_starts)
 
 
 def epoch_name(epoch: int) -> str:
@@ -252,7 +271,7 @@ def prepare(args: argparse.Namespace, world_size: int, say: Callable[[str], None
     precision, precision_note = choose_precision(args, devices[0])
     if args.amp_backend == "apex":
         load_apex()
-    for name in [FINAL_MODEL, *(epoch_name(epoch) for epoch in range(1, args.epochs + 1))]:
+    for name in [FINAL_MODEL, BEST_MODEL, *(epoch_name(epoch) for epoch in range(1, args.epochs + 1))]:
         check_replaceable(Path(args.output_dir) / name)
     if args.pretrained_model and args.embedding_init != "normal":
         raise ValueError(
@@ -272,18 +291,24 @@ def prepare(args: argparse.Namespace, world_size: int, say: Callable[[str], None
     vocab_file = choose_vocabulary(args.vocab_file, manifest)
     check_vocabulary(folder, manifest, vocab_file)
     tokenizer = read_pieces_tokenizer(manifest, vocab_file).build()
+    if manifest is not None and "unknown_tokens" in manifest:
+        inner = manifest["tokens"] - 2 * manifest["documents"]
+        allow = args.allow_unk or tokenizer.compat
+        if warning := check_unknown(manifest["unknown_tokens"], inner, vocab_file, allow=allow):
+            say(warning)
+    least, most = args.val_bytes or (MIN_BYTES, MAX_BYTES)
     corpus = read_pieces(
         folder,
         vocab_size=len(tokenizer),
         marks=tokenizer.marks,
         manifest=manifest,
-        val_fraction=args.val_fraction,
+        hold_out=HoldOut(args.val_fraction, least, most, gap=n_ctx),
         token_texts=text_of_tokens(tokenizer),
     )
     if corpus.note:
         say(f"note: {corpus.note}")
-    if args.val_fraction and not corpus.held_out_documents:
-        say("note: the corpus is a single document, so there is no validation set")
+    if args.val_fraction and not corpus.held_out_tokens:
+        say("note: the corpus is a single short document, so there is no validation set")
     stride = effective_stride(args.stride, n_ctx)
     starts = window_starts(corpus.piece_lengths, n_ctx, stride)
     if len(starts) == 0:

@@ -61,6 +61,9 @@ class TrainingState:
         skipped: of them left out because fp16 overflowed; the learning rate waits for them.
         epoch_seconds: in the epoch at hand.
         epoch_loss: mean of the last whole epoch.
+        best_bits: the fewest bits per character of the validation set so far, after update `best_step`, when the
+            training loss was `best_training_loss`.
+        since_best: measurements since then.
     """
 
     running: RunningLoss
@@ -68,6 +71,10 @@ class TrainingState:
     skipped: int = 0
     epoch_seconds: float = 0.0
     epoch_loss: float = math.nan
+    best_bits: float = math.inf
+    best_step: int = 0
+    best_training_loss: float = math.nan
+    since_best: int = 0
 
     def advance(self, loss: Tensor, grad_norm: Tensor, *, windows: int, may_skip: bool) -> None:
         """Count an update, given its mean loss, of so many windows, and the norm of its gradient.
@@ -104,6 +111,25 @@ class TrainingState:
             raise ValueError(f"every update of epoch {epoch} overflowed in fp16; take --precision fp32 or bf16")
         self.epoch_loss = self.running.mean
 
+    def measured(self, bits_per_character: float) -> bool:
+        """Take a measurement of the validation set; gives whether it is the best so far."""
+        if bits_per_character < self.best_bits:
+            self.best_bits, self.best_step, self.since_best = bits_per_character, self.step, 0
+            self.best_training_loss = self.training_loss
+            return True
+        self.since_best += 1
+        return False
+
+    @property
+    def training_loss(self) -> float:
+        """The mean of the current epoch, or of the one that has just ended. Reading it waits for the device."""
+        return self.running.mean if self.running.windows else self.epoch_loss
+
+    @property
+    def overfits(self) -> bool:
+        """Whether the training loss falls and the validation loss does not."""
+        return self.since_best > 0 and self.training_loss < self.best_training_loss
+
     def start_epoch(self) -> None:
         self.running.start_epoch()
         self.epoch_seconds = 0.0
@@ -116,6 +142,10 @@ class TrainingState:
             "sums": self.running.tolist(),
             "epoch_seconds": self.epoch_seconds,
             "epoch_loss": self.epoch_loss,
+            "best_bits": self.best_bits,
+            "best_step": self.best_step,
+            "best_training_loss": self.best_training_loss,
+            "since_best": self.since_best,
         }
 
     @classmethod

@@ -269,7 +269,7 @@ def test_a_text_of_decoys_only_has_no_headings():
 @pytest.mark.parametrize(
     ("text", "number"),
     [("12", 12), ("０１２", 12), ("十", 10), ("廿三", 23), ("一百零五", 105), ("三百一十", 310), ("一二三", 123),
-     ("两千", 2000), ("一千零一", 1001), ("壹佰贰拾叁", 123), ("一万二", 12000), ("〇", 0)],
+     ("两千", 2000), ("一千零一", 1001), ("壹佰贰拾叁", 123), ("一万零二", 10002), ("〇", 0)],
 )  # fmt: skip
 def test_numerals_have_their_values(text, number):
     assert parse_number(text) == number
