@@ -80,6 +80,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="tokens around a document, by default those of the tokenizer: [MASK] and [CLS] as GPT2-Chinese has them, "
         "[CLS] and [SEP] for a folder with BERT's tokenizer, the end of text for BPE",
     )
+    parser.add_argument(
+        "--keep_case", action="store_true", help="keep upper case; by default as make-vocab.py was told"
+    )
+    parser.add_argument(
+        "--keep_spaces",
+        action="store_true",
+        help="keep white space beside Chinese; by default as make-vocab.py was told",
+    )
     parser.add_argument("--allow_unk", action="store_true", help="go on where a fifth and more of the tokens are [UNK]")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace pieces of another corpus or another vocabulary"
@@ -106,12 +114,26 @@ def choose_tokenizer(args: argparse.Namespace) -> tuple[TokenizerSpec, Path]:
         raise ValueError(f"{path} has a tokenizer of kind {spec.kind}, not {args.tokenizer}; leave --tokenizer out")
     if args.compat and spec.kind == "bpe":
         raise ValueError("--compat is for words and characters, which GPT2-Chinese has; leave it out for BPE")
+    kept = kept_by_vocabulary(path) if not spec.compat else {}
+    case, spaces = (getattr(args, name) or bool(kept.get(name)) for name in ("keep_case", "keep_spaces"))
+    spec = spec.keeping(case=case, spaces=spaces)
     if args.document_marks:
         spec = spec.with_marks(*args.document_marks)
         spec.build()
     vocab_file = vocabulary_of_folder(path) if path.is_dir() else path
     assert vocab_file is not None  # it has been read
     return spec, vocab_file
+
+
+def kept_by_vocabulary(vocab_file: Path) -> dict[str, Any]:
+    """The options that make-vocab.py wrote a vocabulary with; none of one from elsewhere, or changed since."""
+    path = vocab_file.with_name(f"{vocab_file.stem}.manifest.json")
+    if not vocab_file.is_file() or not path.is_file():
+        return {}
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("vocabulary", {}).get("sha256") != sha256_of(vocab_file):
+        return {}
+    return dict(manifest.get("options", {}))
 
 
 def piece_sizes(documents: int, num_pieces: int) -> list[int]:

@@ -18,6 +18,7 @@ import re
 import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -52,6 +53,7 @@ from gpt2_chinese.text.vocabulary_choice import (
     recommend,
     word_part_counts,
 )
+from gpt2_chinese.text.word_tokenizer import KEEP_CASE, KEEP_SPACES, RULES_VERSION, SPACE_TOKEN
 
 DESCRIPTIONS = {"word": "words", "char": "characters and runs of letters or digits", "bpe": "byte-level BPE"}
 DEFAULT_FILES = {"word": "vocab/vocab_user.txt", "char": "vocab/vocab_user.txt", "bpe": "vocab/tokenizer.json"}
@@ -90,6 +92,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--compat", action="store_true", help="write GPT2-Chinese's vocabulary byte for byte, with its gaps"
     )
+    parser.add_argument("--keep_case", action="store_true", help="keep upper case; otherwise letters become lower case")
+    parser.add_argument(
+        "--keep_spaces",
+        action="store_true",
+        help=f"keep white space beside Chinese, as the token {SPACE_TOKEN}; otherwise it is dropped",
+    )
     # where it runs
     parser.add_argument("--workers", type=int, default=default_workers(), help="processes on this machine")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler to run on, such as tcp://host:8786")
@@ -106,6 +114,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{flag} {getattr(args, flag)}: give at least 1")
     if args.compat and args.tokenizer != "word":
         parser.error("--compat writes GPT2-Chinese's vocabulary of words; leave out --compat or --tokenizer")
+    if (args.keep_case or args.keep_spaces) and (args.compat or args.tokenizer == "bpe"):
+        parser.error("--keep_case and --keep_spaces are for words and characters: GPT2-Chinese keeps neither, BPE both")
     args.vocab_file = args.vocab_file or DEFAULT_FILES[args.tokenizer]
     if args.compat and args.report:
         parser.error("--report is about the default vocabulary; leave out --compat or --report")
@@ -190,20 +200,30 @@ def count_candidates(args: argparse.Namespace, size: int) -> Candidates:
         if args.compat:
             counts = reference_counts(map_in_order(count_batch_of_reference, documents))
         elif args.tokenizer == "char":
-            counts = fold_character_counts(map_in_order(count_batch_of_characters, documents), fold_characters)
+            count = partial(count_batch_of_characters, keep_spaces=args.keep_spaces)
+            fold_word = partial(fold_characters, lowercase=not args.keep_case)
+            counts = fold_character_counts(map_in_order(count, documents), fold_word)
         else:
-            counts = fold_counts(map_in_order(count_batch, documents))
+            rules = RULES_VERSION + KEEP_CASE * args.keep_case + KEEP_SPACES * args.keep_spaces
+            counts = fold_counts(map_in_order(partial(count_batch, rules=rules), documents), rules)
     if not counts:
         raise ValueError(f"--raw_data_path {args.raw_data_path}: there is no word in it; nothing was written")
     ranked = rank_words(counts)
     if args.compat:
         return Candidates(counts, ranked, [], bytes=False)
+    # The token for white space is in the vocabulary if that is kept, and never otherwise, even if texts have it.
+    ranked = [word for word in ranked if word != SPACE_TOKEN]
+    if args.keep_spaces:
+        ranked = [SPACE_TOKEN, *ranked]
+    spelled = {word: count for word, count in counts.items() if word != SPACE_TOKEN}
+    counts.setdefault(SPACE_TOKEN, 0) if args.keep_spaces else counts.pop(SPACE_TOKEN, None)
+    fold = str if args.keep_case else str.lower
     if args.tokenizer == "char":
         # A run of letters that is seen a few times only is better spelled; every single character is a word.
         ranked = [word for word in ranked if len(word) == 1 or (counts[word] >= MIN_COUNT and len(word) <= MAX_WORD)]
-        return Candidates(counts, ranked, rank_words(character_part_counts(counts)), bytes=False)
+        return Candidates(counts, ranked, rank_words(character_part_counts(spelled, fold)), bytes=False)
     ranked = [word for word in ranked if len(word) <= MAX_WORD]
-    return Candidates(counts, ranked, rank_words(word_part_counts(counts)), bytes=True)
+    return Candidates(counts, ranked, rank_words(word_part_counts(spelled, fold)), bytes=True)
 
 
 def make_word_vocabulary(args: argparse.Namespace, size: int, config: dict[str, int] | None) -> None:
@@ -374,7 +394,7 @@ def write_manifest(args: argparse.Namespace) -> None:
     """Write beside the vocabulary which corpus and options it was made from."""
     corpus = {"path": str(Path(args.raw_data_path).resolve()), "sha256": sha256_of(args.raw_data_path)}
     vocabulary = {"path": args.vocab_file, "sha256": sha256_of(args.vocab_file)}
-    options = {name: getattr(args, name) for name in ("tokenizer", "vocab_size", "compat")}
+    options = {name: getattr(args, name) for name in ("tokenizer", "vocab_size", "compat", "keep_case", "keep_spaces")}
     write_json(manifest_of(Path(args.vocab_file)), {"vocabulary": vocabulary, "corpus": corpus, "options": options})
 
 

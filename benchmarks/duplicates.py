@@ -100,13 +100,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"ours {size / own:.2f} MB/s, {rounds[0][0][1]:,} found; datasketch {size / other:.2f} MB/s, "
               f"{rounds[0][1][1]:,} found; ratio {other / own:.1f}")  # fmt: skip
     size = args.megabytes * 1_000_000
-    seconds = 0.0
+    seconds = processor = 0.0
     count = copies = found = similar = of_similar = others = 0
     with tempfile.TemporaryDirectory() as folder, Duplicates("near", Path(folder), size) as duplicates:
         for document, original in documents(args.corpus, size, seed=1):
-            begin = time.perf_counter()
+            begin, processor_begin = time.perf_counter(), time.process_time()
             result = duplicates(document)
             seconds += time.perf_counter() - begin
+            processor += time.process_time() - processor_begin
             count += 1
             if original is None:
                 others += result is not None
@@ -117,7 +118,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 similar += 1
                 of_similar += result is not None
         print(
-            f"{count:,} documents, {size / 1e6:,.0f} MB in {seconds:.1f} s: {size / 1e6 / seconds:.1f} MB/s; "
+            f"{count:,} documents, {size / 1e6:,.0f} MB in {seconds:.1f} s: {size / 1e6 / seconds:.1f} MB/s, "
+            f"{size / 1e6 / processor:.1f} MB a second of the processor; "
             f"memory of the table and the documents {duplicates.memory_bytes / 1e6:,.0f} MB, of the process "
             f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MiB; forgotten {duplicates.forgotten:,}"
         )

@@ -30,10 +30,12 @@ BANDS, ROWS = 16, 4
 HASHES = BANDS * ROWS
 KEYS = BANDS + 1  # the last is the whole text's
 SKETCH = 32  # bytes that are kept of a signature, one of every second hash
-MIN_SKETCH_MATCHES = 9  # 17 are expected at a similarity that is worth comparing, 1 of unrelated texts
+MIN_SKETCH_MATCHES = 11  # 17 are expected at a similarity that is worth comparing, 1 of unrelated texts
 MAX_CANDIDATES = 64
 PROBES = 16
+MAX_EQUAL = 4  # documents that are entered under one key
 FIND, INSERT = 0, 1
+_LEAST_LENGTHS = 0.5  # of the longer text; the pairs of long texts are all there are, and similar for any two
 _SHORTEST = 8  # characters: shorter documents have exact duplicates only
 _COMPARED = 8  # candidates, those with most in common first
 _LEAST_SLOTS, _MOST_SLOTS = 1 << 16, 1 << 26
@@ -112,6 +114,7 @@ class Duplicates:
         code_points = text.encode("utf-32-le", "surrogatepass")
         first_key = BANDS if len(text) < _SHORTEST else self._first_key
         count = self._call(FIND, code_points, first_key)
+        pairs: set[str] = set()
         for number in self._in_order(self._result[1 : count + 1].tolist()):
             kept = self._read(number)
             other = normalized(kept)
@@ -120,7 +123,10 @@ class Duplicates:
                 return self._note(Duplicate(document, kept, 1.0, True))
             if first_key == BANDS:
                 continue
-            share = similarity(text, other)
+            if min(len(text), len(other)) < _LEAST_LENGTHS * max(len(text), len(other)):
+                continue
+            pairs = pairs or _pairs(text)
+            share = _jaccard(pairs, _pairs(other))
             if share >= self._similarity:
                 self.near += 1
                 return self._note(Duplicate(document, kept, share, False))
@@ -203,10 +209,18 @@ def similarity(first: str, second: str) -> float:
         >>> similarity("今天天气好", "今天天气很好")
         0.5
     """
-    if min(len(first), len(second)) < 0.5 * max(len(first), len(second)):
-        return 0.0  # the pairs of long texts are all there are, and similar for any two
-    one, other = ({text[at : at + 2] for at in range(len(text) - 1)} for text in (first, second))
-    return len(one & other) / max(1, len(one | other))
+    if min(len(first), len(second)) < _LEAST_LENGTHS * max(len(first), len(second)):
+        return 0.0
+    return _jaccard(_pairs(first), _pairs(second))
+
+
+def _pairs(text: str) -> set[str]:
+    return {text[at : at + 2] for at in range(len(text) - 1)}
+
+
+def _jaccard(one: set[str], other: set[str]) -> float:
+    common = len(one & other)
+    return common / max(1, len(one) + len(other) - common)
 
 
 def _shown(document: str, length: int = 60) -> str:

@@ -17,6 +17,7 @@ from gpt2_chinese.text.duplicates import (
     HASHES,
     KEYS,
     MAX_CANDIDATES,
+    MAX_EQUAL,
     MIN_SKETCH_MATCHES,
     PROBES,
     ROWS,
@@ -108,15 +109,18 @@ def insert(signature, keys, table, sketches, first_key, number):
         value = (keys[index] >> np.uint64(32)) << np.uint64(32) | np.uint64(number + 1)
         slot = keys[index] & mask
         oldest = slot
+        equal = 0
         for _ in range(PROBES):
             if table[slot] == np.uint64(0):
                 oldest = slot
                 break
+            equal += table[slot] >> np.uint64(32) == value >> np.uint64(32)
             if table[slot] & np.uint64(0xFFFFFFFF) < table[oldest] & np.uint64(0xFFFFFFFF):
                 oldest = slot
             slot = (slot + np.uint64(1)) & mask
-        forgotten += table[oldest] != np.uint64(0)
-        table[oldest] = value
+        if equal < MAX_EQUAL:  # a band that many documents have says little
+            forgotten += table[oldest] != np.uint64(0)
+            table[oldest] = value
     for index in range(SKETCH):
         sketches[number * SKETCH + index] = np.uint8(signature[index * (HASHES // SKETCH)] & np.uint32(0xFF))
     return forgotten
