@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from gpt2_chinese.artifacts import atomic_write
-from gpt2_chinese.command_line import print_settings, run_script
+from gpt2_chinese.command_line import add_quiet, print_settings, progress_disabled, run_script
 from gpt2_chinese.text.cleaning import RULES as CLEANING_RULES
 from gpt2_chinese.text.cleaning import Cleaner, parse_rules
 from gpt2_chinese.text.corpus import ON_ERROR, check_encoding, train_json_writer
@@ -107,6 +107,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="write nothing; say on one screen what the texts are and what is wrong with them, in Chinese or English "
         "as LANG says",
     )
+    add_quiet(parser)
     return parser.parse_args(argv)
 
 
@@ -127,7 +128,8 @@ def main(argv: list[str] | None = None) -> None:
         print(*screen(found, args.data_path, language_of(os.environ)), sep="\n")
         return
     for line in passed_over_lines(listing.passed_over):
-        print(line, file=sys.stderr)
+        if not args.quiet:
+            print(line, file=sys.stderr)
     files = listing.files
     documents = read = characters = short = 0
     counts: Counter[str] = Counter()
@@ -136,11 +138,12 @@ def main(argv: list[str] | None = None) -> None:
     with (
         open_duplicates(args, total) as duplicates,
         train_json_writer(args.output_path) as write,
-        tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=None) as bar,
+        tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=progress_disabled(args)) as bar,
     ):
 
         def say(message: str) -> None:
-            bar.write(message, file=sys.stderr)
+            if not args.quiet or message.startswith("warning:"):
+                bar.write(message, file=sys.stderr)
 
         if "repeated" in cleaner.rules:
             for path in files:

@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from gpt2_chinese.artifacts import atomic_write, exclusive_lock, read_json, sha256_of, write_json
-from gpt2_chinese.command_line import print_settings, run_script
+from gpt2_chinese.command_line import add_quiet, print_settings, progress_disabled, run_script
 from gpt2_chinese.parallel import MapInOrder, default_workers, open_workers
 from gpt2_chinese.text.corpus import read_train_json, read_train_json_blocks
 from gpt2_chinese.text.pieces import MANIFEST, PROGRESS, UNKNOWN_ERROR, check_unknown
@@ -95,6 +95,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # where it runs
     parser.add_argument("--workers", type=int, default=default_workers(), help="processes on this machine")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler to run on, such as tcp://host:8786")
+    add_quiet(parser)
     args = parser.parse_args(argv)
     for flag, least in (("num_pieces", 1), ("min_length", 0), ("workers", 1)):
         if getattr(args, flag) < least:
@@ -279,7 +280,7 @@ def check_replaceable(folder: Path, key: dict[str, Any], *, overwrite: bool) -> 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    print_settings(args)
+    print_settings(args, file=sys.stderr)
     folder = Path(args.tokenized_data_path)
 
     # 1) Read the vocabulary and the whole corpus once: an error is found before anything is written.
@@ -341,7 +342,9 @@ def main(argv: list[str] | None = None) -> None:
         sizes = piece_sizes(total, args.num_pieces)
         with (
             open_workers(args.workers, args.scheduler) as map_in_order,
-            tqdm(total=total, unit=" documents", unit_scale=True, desc="tokenizing") as bar,
+            tqdm(
+                total=total, unit=" documents", unit_scale=True, desc="tokenizing", disable=progress_disabled(args)
+            ) as bar,
         ):
             bar.update(sum(sizes[number] for number in progress.finished))
             documents = iter(held) if len(held) == total else read_train_json(args.raw_data_path)

@@ -26,7 +26,7 @@ from types import ModuleType
 from tqdm import tqdm
 
 from gpt2_chinese.artifacts import atomic_write, read_json, sha256_of, write_json, write_lines
-from gpt2_chinese.command_line import print_settings, project_file, run_script
+from gpt2_chinese.command_line import add_quiet, print_settings, progress_disabled, project_file, run_script
 from gpt2_chinese.parallel import default_workers, open_workers
 from gpt2_chinese.text.char_tokenizer import fold_characters
 from gpt2_chinese.text.corpus import read_train_json
@@ -51,6 +51,7 @@ from gpt2_chinese.text.vocabulary_choice import (
     choose_tokens,
     coverage_rows,
     recommend,
+    size_for_a_small_model,
     word_part_counts,
 )
 from gpt2_chinese.text.word_tokenizer import KEEP_CASE, KEEP_SPACES, RULES_VERSION, SPACE_TOKEN
@@ -58,6 +59,7 @@ from gpt2_chinese.text.word_tokenizer import KEEP_CASE, KEEP_SPACES, RULES_VERSI
 DESCRIPTIONS = {"word": "words", "char": "characters and runs of letters or digits", "bpe": "byte-level BPE"}
 DEFAULT_FILES = {"word": "vocab/vocab_user.txt", "char": "vocab/vocab_user.txt", "bpe": "vocab/tokenizer.json"}
 END_OF_TEXT = "<|endoftext|>"
+AUTO = "auto"  # --vocab_size
 BPE_SAMPLE = 1_000_000  # characters of the corpus that sizes of BPE are compared on
 
 
@@ -85,9 +87,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--vocab_size",
-        type=int,
+        type=size_or_auto,
         default=50000,
-        help="tokens at most; for words and characters the five special tokens are not counted",
+        help="tokens at most; for words and characters the five special tokens are not counted; auto grows with the "
+        "square root of the corpus, which suits a small model",
     )
     parser.add_argument(
         "--compat", action="store_true", help="write GPT2-Chinese's vocabulary byte for byte, with its gaps"
@@ -108,9 +111,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="the model whose parameters the report compares the embedding with",
     )
     parser.add_argument("--report", metavar="FILE", help="write the coverage of several sizes as JSON, too")
+    add_quiet(parser)
     args = parser.parse_args(argv)
     for flag in ("vocab_size", "workers"):
-        if getattr(args, flag) < 1:
+        if getattr(args, flag) != AUTO and getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: give at least 1")
     if args.compat and args.tokenizer != "word":
         parser.error("--compat writes GPT2-Chinese's vocabulary of words; leave out --compat or --tokenizer")
@@ -120,6 +124,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.compat and args.report:
         parser.error("--report is about the default vocabulary; leave out --compat or --report")
     return args
+
+
+def size_or_auto(text: str) -> int | str:
+    return text if text == AUTO else int(text)
 
 
 def read_config(path: str) -> dict[str, int]:
@@ -194,7 +202,9 @@ def count_candidates(args: argparse.Namespace, size: int) -> Candidates:
     """Segment, count and rank what the vocabulary may have; `size` is that of the corpus in bytes."""
     with (
         open_workers(args.workers, args.scheduler) as map_in_order,
-        tqdm(total=size, unit="B", unit_scale=True, desc=f"counting {args.tokenizer}s") as bar,
+        tqdm(
+            total=size, unit="B", unit_scale=True, desc=f"counting {args.tokenizer}s", disable=progress_disabled(args)
+        ) as bar,
     ):
         documents = batches(read_train_json(args.raw_data_path, progress=bar.update))
         if args.compat:
@@ -279,7 +289,7 @@ def make_bpe_vocabulary(args: argparse.Namespace, size: int, config: dict[str, i
     )
     sample: list[str] = []
     characters = 0
-    with tqdm(total=size, unit="B", unit_scale=True, desc="reading") as bar:
+    with tqdm(total=size, unit="B", unit_scale=True, desc="reading", disable=progress_disabled(args)) as bar:
 
         def documents() -> Iterator[str]:
             nonlocal characters
@@ -414,11 +424,14 @@ def refuse_a_name(path: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    print_settings(args)
+    print_settings(args, file=sys.stderr)
     path = Path(args.raw_data_path)
     size = path.stat().st_size if path.is_file() else 0
     refuse_a_name(args.raw_data_path)
     check_replaceable(args)
+    if args.vocab_size == AUTO:
+        args.vocab_size = size_for_a_small_model(size)
+        print(f"--vocab_size auto: {args.vocab_size:,} for {size / 1e6:.1f} MB")
     config = None if args.compat else read_config(args.model_config)
     if args.tokenizer == "bpe":
         assert config is not None

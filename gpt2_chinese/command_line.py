@@ -37,6 +37,18 @@ def project_file(path: str) -> str:
     return str(beside_scripts) if not Path(path).exists() and beside_scripts.exists() else path
 
 
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    """Add --quiet, which leaves out the settings, notes and progress; results, warnings and errors stay."""
+    parser.add_argument("--quiet", action="store_true", help="no settings, notes and progress bars")
+
+
+def progress_disabled(args: argparse.Namespace) -> bool | None:
+    """What tqdm takes as `disable`: None shows a bar on a terminal only."""
+    return True if args.quiet else None
+
+
 def print_settings(args: argparse.Namespace, *, file: TextIO | None = None) -> None:
-    """Print the resolved flags of a run, in one line, as they would be typed."""
+    """Print the resolved flags of a run, in one line, as they would be typed; nothing with --quiet."""
+    if getattr(args, "quiet", False):
+        return
     print("settings:", " ".join(f"--{name}={value}" for name, value in vars(args).items()), file=file)

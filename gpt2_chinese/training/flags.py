@@ -9,19 +9,49 @@ from gpt2_chinese.command_line import project_file
 from gpt2_chinese.training.hold_out import MAX_BYTES, MIN_BYTES
 from gpt2_chinese.training.run import DEFAULT_VOCABULARY, MAX_DEFAULT_WARMUP, SAVE_SECONDS
 
+NEW_MODEL_LR, PRETRAINED_LR = 1.5e-4, 5e-5
+
 
 def parse_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
+    parser = _parser(description)
+    args = parser.parse_args(argv)
+    if args.lr is None:
+        args.lr = PRETRAINED_LR if args.pretrained_model else NEW_MODEL_LR
+    if args.plan and not args.minutes:
+        parser.error("--plan needs --minutes, the time to plan for")
+    args.model_config = project_file(args.model_config)
+    return args
+
+
+def given_flags(argv: list[str] | None = None) -> set[str]:
+    """The flags that a command line has, as attributes of `parse_args`; no default is among them."""
+    unset = argparse.Namespace(**dict.fromkeys(vars(parse_args([]))))
+    parser = _parser(None)
+    return {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not None}
+
+
+def _parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    _add_plan(parser)
     _add_input(parser)
     _add_output(parser)
     _add_validation(parser)
     _add_run(parser)
     _add_hardware(parser)
-    args = parser.parse_args(argv)
-    args.model_config = project_file(args.model_config)
-    return args
+    return parser
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--minutes",
+        type=_positive_number,
+        help="train for so long: the shape, the epochs and the settings that no flag says are planned, from the corpus "
+        "and the speed of this machine (default: no plan)",
+    )
+    parser.add_argument("--plan", action="store_true", help="with --minutes: print the plan and train nothing")
+    parser.add_argument("--minutes_from", type=float, help=argparse.SUPPRESS)  # Unix time at which they began
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
@@ -182,7 +212,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="cut the windows at other places in each epoch, which delays overfitting",
     )
-    parser.add_argument("--lr", type=_positive_number, default=1.5e-4, help="peak learning rate (default: %(default)s)")
+    parser.add_argument(
+        "--lr",
+        type=_positive_number,
+        help=f"peak learning rate (default: {NEW_MODEL_LR}; {PRETRAINED_LR} with --pretrained_model)",
+    )
     parser.add_argument(
         "--warmup_steps",
         type=_not_negative,

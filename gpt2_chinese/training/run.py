@@ -18,7 +18,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2_chinese.artifacts import sha256_of
-from gpt2_chinese.model_folder import check_replaceable, find_config, load_model, read_config
+from gpt2_chinese.model_folder import BEST_MODEL, check_replaceable, find_config, load_model, read_config
 from gpt2_chinese.precision import choose_devices, choose_precision, load_apex
 from gpt2_chinese.text.pieces import (
     check_unknown,
@@ -31,6 +31,7 @@ from gpt2_chinese.text.pieces import (
 from gpt2_chinese.text.tokenizers import Tokenizer, vocabulary_of_folder
 from gpt2_chinese.training.hold_out import MAX_BYTES, MIN_BYTES, HoldOut
 from gpt2_chinese.training.optimizers import learning_rate_factor
+from gpt2_chinese.training.plan import PLAN, Plan
 from gpt2_chinese.training.state import TrainingState
 from gpt2_chinese.training.token_cache import Corpus, read_pieces
 from gpt2_chinese.training.vocabulary_transfer import transfer_vocabulary
@@ -38,8 +39,9 @@ from gpt2_chinese.training.windows import effective_stride, epoch_order, shifted
 
 DEFAULT_VOCABULARY = Path("vocab/vocab_user.txt")
 MAX_DEFAULT_WARMUP = 2000  # updates, unless --warmup_steps says otherwise
-FINAL_MODEL, BEST_MODEL, CHECKPOINTS, METRICS = "final_model", "best_model", "checkpoints", "metrics.jsonl"
-REPORT_FILES = ("report.html", "report.json")
+FINAL_MODEL, CHECKPOINTS, METRICS = "final_model", "checkpoints", "metrics.jsonl"
+OTHER_FILES = (PLAN, "report.html", "report.json")
+GUESSING_MARGIN = 0.5  # nats; a new model begins a little above the loss of guessing
 SAVE_SECONDS = 600  # between checkpoints: what a power cut costs, whatever the speed of the machine
 
 # A run that goes on must have the same values of these flags.
@@ -70,6 +72,7 @@ class Run:
     Attributes:
         starts: where each window begins in the corpus.
         prompts: texts to complete at every measurement, with their ids.
+        plan: with --minutes.
     """
 
     args: argparse.Namespace
@@ -84,6 +87,7 @@ class Run:
     starts: npt.NDArray[np.int64]
     stride: int
     prompts: dict[str, list[int]] = field(default_factory=dict)
+    plan: Plan | None = None
 
     @property
     def output(self) -> Path:
@@ -152,10 +156,19 @@ class Run:
     def validates(self, step: int) -> bool:
         return self.epoch_ends(step) or (self.args.val_steps > 0 and step % self.args.val_steps == 0)
 
+    def limit_updates(self, max_steps: int) -> None:
+        """End the run after so many updates, 0 for no limit; what is decided once is decided for all ranks."""
+        self.args.max_steps = max_steps
+
+    def divergence_limit(self, step: int) -> float:
+        """The loss, in nats for a token, above which update `step` (from 1) is clearly worse than guessing."""
+        return math.log(len(self.tokenizer)) + GUESSING_MARGIN if step > self.warmup_steps else math.inf
+
     def is_over(self, state: TrainingState) -> bool:
-        """Whether every update has been made, or `--patience` has run out."""
-        patience = self.args.patience
-        return state.step >= self.total_steps or (patience > 0 and state.since_best >= patience)
+        return state.step >= self.total_steps or self.is_out_of_patience(state)
+
+    def is_out_of_patience(self, state: TrainingState) -> bool:
+        return 0 < self.args.patience <= state.since_best
 
     def settings(self) -> dict[str, Any]:
         """What a run that goes on must share with the one before, named as a user would."""
@@ -251,12 +264,15 @@ def _read_pretrained(
     return model
 
 
-def prepare(args: argparse.Namespace, world_size: int, say: Callable[[str], None]) -> tuple[Run, GPT2LMHeadModel]:
+def prepare(
+    args: argparse.Namespace, world_size: int, say: Callable[[str], None], plan: Plan | None = None
+) -> tuple[Run, GPT2LMHeadModel]:
     """Read and check everything, before anything is written, and build the model.
 
     Args:
         world_size: of torchrun, or 0 without it.
         say: is told the notes.
+        plan: that the flags are from, if there is one.
 
     Raises:
         ValueError, FileNotFoundError: a flag or a file is wrong; the message names it and what mends it.
@@ -334,5 +350,6 @@ def prepare(args: argparse.Namespace, world_size: int, say: Callable[[str], None
         starts=starts,
         stride=stride,
         prompts={text: [tokenizer.marks.begin, *tokenizer.encode(text)] for text in read_prompts(args.sample_prompts)},
+        plan=plan,
     )
     return run, model

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from gpt2_chinese.model_folder import CONFIG, save_model
+from gpt2_chinese.model_folder import BEST_MODEL, CONFIG, save_model
 from gpt2_chinese.training.checkpoints import (
     check_settings,
     checkpoints_in,
@@ -23,7 +23,7 @@ from gpt2_chinese.training.checkpoints import (
 )
 from gpt2_chinese.training.loss import unpadded
 from gpt2_chinese.training.ranks import Rank
-from gpt2_chinese.training.run import BEST_MODEL, CHECKPOINTS, FINAL_MODEL, METRICS, REPORT_FILES, Run
+from gpt2_chinese.training.run import CHECKPOINTS, FINAL_MODEL, METRICS, OTHER_FILES, Run
 from gpt2_chinese.training.state import RunningLoss, TrainingState
 from gpt2_chinese.training.trainable import Trainable
 
@@ -108,6 +108,8 @@ def find_checkpoint(run: Run, ranks: int) -> Path | None:
         if not path.is_dir():
             raise FileNotFoundError(f"--resume {path}: there is no such checkpoint; they are in {folder}")
     manifest = verify(path)
+    if run.plan is not None:
+        run.limit_updates(manifest["settings"].get("the number of updates", 0))
     check_settings(path, manifest["settings"], run.settings() | {"ranks": ranks})
     # What came after it will come again.
     delete_old(folder, keep=run.args.keep_checkpoints, up_to=manifest["step"])
@@ -155,7 +157,7 @@ def _written_by_a_run(output: Path) -> list[Path]:
     if not output.is_dir():
         return []
     models = re.compile(rf"{FINAL_MODEL}|{BEST_MODEL}|model_epoch[1-9]\d*")
-    files = {METRICS, *REPORT_FILES}
+    files = {METRICS, *OTHER_FILES}
     return sorted(
         path
         for path in output.iterdir()

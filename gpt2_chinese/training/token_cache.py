@@ -242,7 +242,7 @@ def _cache_split(cache: Path, corpus: Corpus, marks: Marks, hold_out: HoldOut, t
     training, held_out, header = _split_files(cache, hold_out)
     header.unlink(missing_ok=True)
     tokens = corpus.tokens
-    parts = split(tokens, marks, hold_out, token_texts)
+    parts = split(tokens, marks, hold_out, token_texts, corpus.piece_lengths)
     for path, ranges in ((training, parts.kept), (held_out, parts.held_out)):
         with atomic_write(path, "wb") as file:
             for begin, end in ranges:
