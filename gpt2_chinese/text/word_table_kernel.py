@@ -42,6 +42,16 @@ compiled = njit(error_model="numpy")
 
 
 @compiled
+def ends_spaced(cleaned, start, end, classes):
+    """Whether the last character of a text that folding leaves is a spaced one."""
+    for index in range(end - 1, start - 1, -1):
+        class_ = classes[cleaned[index]]
+        if class_ != VANISHES:
+            return class_ == SPACED
+    return False
+
+
+@compiled
 def clean_documents(code_points, ends, classes, cleaned, cleaned_ends, dropped_at, spaces_at):
     """Drop and fold characters as `clean` and `str.split` do line by line.
 
@@ -65,19 +75,17 @@ def clean_documents(code_points, ends, classes, cleaned, cleaned_ends, dropped_a
     run = 0  # white space since the last other character of the line
     run_start = 0
     run_has_space = False
-    blank = True  # nothing of the line is written yet
-    spaced = False  # the last character written is spaced
+    line_start = 0  # of what is written
     for index in range(len(code_points)):
         code = code_points[index]
         class_ = classes[code]
-        if code == LINE_BREAK_CODE or class_ == WIDE or class_ == SPACED or class_ == VANISHES:
+        if class_ <= VANISHES:  # WIDE, SPACED or VANISHES: nearly all
             if run:
                 kept = 0
-                if code != LINE_BREAK_CODE and not blank:
+                if length > line_start:
+                    kept = int(run_has_space and class_ == SPACED and ends_spaced(cleaned, line_start, length, classes))
                     cleaned[length] = SPACE_CODE
                     length += 1
-                    if run_has_space and spaced and class_ == SPACED:
-                        kept = 1
                 if run > kept:
                     spaces += run - kept
                     if space_places < len(spaces_at):
@@ -87,16 +95,20 @@ def clean_documents(code_points, ends, classes, cleaned, cleaned_ends, dropped_a
                 run_has_space = False
             cleaned[length] = code
             length += 1
-            if code == LINE_BREAK_CODE:
-                if document < len(ends) and index == ends[document]:
-                    cleaned_ends[document] = length - 1
-                    document += 1
-                blank = True
-                spaced = False
-            else:
-                blank = False
-                if class_ != VANISHES:
-                    spaced = class_ == SPACED
+        elif code == LINE_BREAK_CODE:
+            if run:
+                spaces += run
+                if space_places < len(spaces_at):
+                    spaces_at[space_places] = run_start
+                    space_places += 1
+                run = 0
+                run_has_space = False
+            cleaned[length] = code
+            length += 1
+            line_start = length
+            if document < len(ends) and index == ends[document]:
+                cleaned_ends[document] = length - 1
+                document += 1
         elif class_ == SPACE:
             if run == 0:
                 run_start = index

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 
-from gpt2_chinese.command_line import project_file
 from gpt2_chinese.training.hold_out import MAX_BYTES, MIN_BYTES
 from gpt2_chinese.training.run import DEFAULT_VOCABULARY, MAX_DEFAULT_WARMUP, SAVE_SECONDS
 
@@ -19,7 +18,6 @@ def parse_args(argv: list[str] | None = None, description: str | None = None) ->
         args.lr = PRETRAINED_LR if args.pretrained_model else NEW_MODEL_LR
     if args.plan and not args.minutes:
         parser.error("--plan needs --minutes, the time to plan for")
-    args.model_config = project_file(args.model_config)
     return args
 
 

@@ -145,7 +145,7 @@ def test_counts_of_the_reference_are_those_of_the_segmenter(documents):
 SPACED_TEXT = st.text(st.sampled_from("中大的。，abCD12é ßΣ한가ア𠮷  \n\x00\u200b\x07\u0301"), max_size=40)
 
 
-@settings(max_examples=300)
+@settings(max_examples=60)
 @given(documents=st.lists(SPACED_TEXT, max_size=4))
 @example(documents=["中 a b", " a  b ", "a\nb "])
 def test_what_is_changed_is_counted_by_kind(documents):
