@@ -28,7 +28,7 @@ RULES = {
 }
 ON_REQUEST = ("simplified",)
 EXAMPLES = 20
-MAX_COUNTED_LINES = 500_000
+MAX_COUNTED_LINES = 200_000
 """Different lines that `LineCounts` keeps; those that were seen once are forgotten when there are more."""
 
 _LONGEST_AD = 100
@@ -242,7 +242,8 @@ class Cleaner:
                 if not are_records and place and (candidate(line, 0) is not None or line == SECTION):
                     yield place
                     place = []
-                place.append(line)
+                if len(line) <= _LONGEST_AD or len(place) < 2:
+                    place.append(line if len(line) <= _LONGEST_AD else "")  # longer lines are never left out
                 if len(place) >= MAX_COUNTED_LINES:
                     yield place
                     place = []

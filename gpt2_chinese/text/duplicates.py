@@ -19,8 +19,6 @@ from typing import IO
 
 import numpy as np
 
-from gpt2_chinese.compiled import load_function
-
 MODES = ("exact", "near")
 SIMILARITY = 0.7
 EXAMPLES = 20
@@ -234,6 +232,8 @@ _function: Callable[..., None] | None = None
 def _compiled() -> Callable[..., None]:
     global _function
     if _function is None:
+        from gpt2_chinese.compiled import load_function  # with llvmlite, which most runs do not need
+
         sources = [Path(__file__), Path(__file__).with_name("duplicates_kernel.py")]
         _function = load_function(_MODULE, sources, 12)
     return _function

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -128,3 +134,22 @@ def test_duplicates_are_left_out_on_request_and_counted(build, capsys, tmp_path)
     assert "no document" not in printed.err
     assert "duplicates: 2 exact, 1 near" in report.read_text(encoding="utf-8")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "report.txt", "train.json"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "gbk", "utf-8"])
+def test_no_console_stops_the_stage_and_messages_are_apart_from_results(tmp_path, encoding):
+    """A console that lacks a character gets another one; progress and messages go to stderr, results to stdout."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "한국😀.txt").write_text("😀 오늘 날씨\n第二行\n", encoding="utf-8")
+    (tmp_path / "data" / "😀.pdf").touch()
+    command = [sys.executable, str(ROOT / "build_trainfile.py"), "--data_path", "data", "--output_path", "train.json"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "1"}
+    for flags in ([], ["--quiet"], ["--clean", "--deduplicate", "--document", "auto"], ["--doctor"]):
+        done = subprocess.run([*command, *flags], cwd=tmp_path, env=environment, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        printed, said = done.stdout.decode(encoding), done.stderr.decode(encoding)
+        assert "settings:" not in printed and "\r" not in said and "\x1b" not in said
+        if not flags:
+            assert "settings:" in said and "passed over: 1" in said and "train.json: 1 files, 2 documents" in printed
+        if flags == ["--quiet"]:
+            assert said == "" and "train.json: 1 files" in printed
