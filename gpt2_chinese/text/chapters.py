@@ -37,7 +37,7 @@ _OPENING = re.compile(rf"^(?:[【〔［\[（(<〈《「『=*#◆●■☆★※~
 _CLOSING = re.compile(rf"(?:[】〕］\]）)>〉》」』=*#◆●■☆★※~～—–\-]|{_SPACE})+$")
 _PREFIX = rf"(?:(?:正文卷?|VIP卷?|VIP章节|最新章节|《[^》]{{1,20}}》)(?:{_SPACE}|[:：、.·\-])*)?"
 _NUMBERED = re.compile(
-    rf"^{_PREFIX}第{_SPACE}*({_NUMBER})(?:{_SPACE}*[-~～—、至到]{_SPACE}*(?:第)?({_NUMBER}))?{_SPACE}*([{_UNIT}])(.*)$"
+    rf"^{_PREFIX}第{_SPACE}*({_NUMBER}(?:{_SPACE}{_NUMBER})*)(?:{_SPACE}*[-~～—、至到]{_SPACE}*(?:第)?({_NUMBER}))?{_SPACE}*([{_UNIT}])(.*)$"
 )
 _NAMED_PREFIX = re.compile(rf"^([^\s，。！？；：、“”]{{1,15}}){_SPACE}+(?=第{_SPACE}*{_NUMBER}{_SPACE}*[章回])")
 _REVERSED = re.compile(rf"^(卷)之?{_SPACE}*({_NUMBER})(?=[\s:：、.·]|$)(.*)$")
@@ -57,7 +57,7 @@ _ENGLISH_WORDS = (
     "eighteen nineteen twenty".split()
 )
 _ENGLISH = re.compile(
-    rf"^(chapter|part|book|volume|section)\s+(\d{{1,4}}|[ivxlc]{{1,8}}|{'|'.join(_ENGLISH_WORDS)})(?=$|[\s:：.,\-—])(.*)$",
+    rf"^(?:vol(?:ume)?\.?\s*\d{{1,3}}[\s,:.\-—]+)?(chapter|ch\.|part|book|volume|section)\s+(\d{{1,4}}|[ivxlc]{{1,8}}|{'|'.join(_ENGLISH_WORDS)})(?=$|[\s:：.,\-—])(.*)$",
     re.IGNORECASE,
 )
 _BARE = re.compile(
@@ -185,7 +185,9 @@ def _numbered(text: str, line: int) -> Candidate | None:
             return None
         number, unit, rest = parse_number(reverse[2]), reverse[1], reverse[3]
     else:
-        number, unit, rest = parse_number(found[1]), found[3], found[4]
+        number, unit, rest = parse_number("".join(found[1].split())), found[3], found[4]
+        if unit == "章" and re.match(rf"[节節](?:$|{_SPACE}|[:：、.·])", rest):
+            rest = rest[1:]  # 第一章节
     if number is None:
         return None
     volume = None
@@ -247,7 +249,7 @@ def _english(text: str, line: int) -> Candidate | None:
     found = _ENGLISH.match(text)
     if found is None:
         return None
-    unit, numeral, rest = found[1].lower(), found[2].lower(), found[3]
+    unit, numeral, rest = found[1].lower().replace("ch.", "chapter"), found[2].lower(), found[3]
     if numeral.isdecimal():
         number: int | None = int(numeral)
     else:
