@@ -20,12 +20,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from gpt2_chinese.artifacts import atomic_write
-from gpt2_chinese.command_line import add_quiet, print_settings, progress_disabled, run_script
+from gpt2_chinese.command_line import add_output_flags, print_settings, progress_disabled, run_script
+from gpt2_chinese.messages import language_of
 from gpt2_chinese.text.cleaning import RULES as CLEANING_RULES
 from gpt2_chinese.text.cleaning import Cleaner, parse_rules
 from gpt2_chinese.text.corpus import ON_ERROR, check_encoding, train_json_writer
 from gpt2_chinese.text.division import UNITS, choose_unit, divide, survey
-from gpt2_chinese.text.doctor import examine, language_of, screen
+from gpt2_chinese.text.doctor import examine, screen
 from gpt2_chinese.text.duplicates import MODES, SIMILARITY, Duplicates
 from gpt2_chinese.text.formats import (
     BOOK_SUFFIXES,
@@ -107,7 +108,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="write nothing; say on one screen what the texts are and what is wrong with them, in Chinese or English "
         "as LANG says",
     )
-    add_quiet(parser)
+    add_output_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -125,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
         found = examine(
             listing, encoding=encoding, unit=args.document, text_field=args.text_field, min_length=MIN_LENGTH
         )
-        print(*screen(found, args.data_path, language_of(os.environ)), sep="\n")
+        print(*screen(found, args.data_path, args.lang or language_of(os.environ)), sep="\n")
         return
     for line in passed_over_lines(listing.passed_over):
         if not args.quiet:
@@ -266,4 +267,4 @@ def documents_of(
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, translated=True)

@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from gpt2_chinese.artifacts import atomic_write, exclusive_lock, read_json, sha256_of, write_json
-from gpt2_chinese.command_line import add_quiet, print_settings, progress_disabled, run_script
+from gpt2_chinese.command_line import add_output_flags, print_settings, progress_disabled, run_script
 from gpt2_chinese.parallel import MapInOrder, default_workers, open_workers
 from gpt2_chinese.text.corpus import read_train_json, read_train_json_blocks
 from gpt2_chinese.text.pieces import MANIFEST, PROGRESS, UNKNOWN_ERROR, check_unknown
@@ -95,7 +95,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # where it runs
     parser.add_argument("--workers", type=int, default=default_workers(), help="processes on this machine")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler to run on, such as tcp://host:8786")
-    add_quiet(parser)
+    add_output_flags(parser)
     args = parser.parse_args(argv)
     for flag, least in (("num_pieces", 1), ("min_length", 0), ("workers", 1)):
         if getattr(args, flag) < least:
@@ -405,4 +405,4 @@ def print_summary(report: PieceReport, total: int, args: argparse.Namespace, sta
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, translated=True)

@@ -26,7 +26,7 @@ from types import ModuleType
 from tqdm import tqdm
 
 from gpt2_chinese.artifacts import atomic_write, read_json, sha256_of, write_json, write_lines
-from gpt2_chinese.command_line import add_quiet, print_settings, progress_disabled, project_file, run_script
+from gpt2_chinese.command_line import add_output_flags, print_settings, progress_disabled, project_file, run_script
 from gpt2_chinese.parallel import default_workers, open_workers
 from gpt2_chinese.text.char_tokenizer import fold_characters
 from gpt2_chinese.text.corpus import read_train_json
@@ -111,7 +111,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="the model whose parameters the report compares the embedding with",
     )
     parser.add_argument("--report", metavar="FILE", help="write the coverage of several sizes as JSON, too")
-    add_quiet(parser)
+    add_output_flags(parser)
     args = parser.parse_args(argv)
     for flag in ("vocab_size", "workers"):
         if getattr(args, flag) != AUTO and getattr(args, flag) < 1:
@@ -444,4 +444,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, translated=True)

@@ -136,14 +136,6 @@ _LABELS: dict[str, tuple[str, str]] = {
 _MOST_SHOWN = 10
 
 
-def language_of(environment: Mapping[str, str]) -> str:
-    """ "zh" or "en", as the locale of a process says: LC_ALL, LC_MESSAGES and LANG, the first that is set."""
-    for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
-        if value := environment.get(name):
-            return "zh" if value.lower().startswith("zh") else "en"
-    return "en"
-
-
 @dataclass
 class Examination:
     """What was found in a folder.

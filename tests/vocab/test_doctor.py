@@ -8,7 +8,8 @@ import random
 
 import pytest
 
-from gpt2_chinese.text.doctor import _FINDINGS, _LABELS, examine, language_of, screen
+from gpt2_chinese.messages import language_of
+from gpt2_chinese.text.doctor import _FINDINGS, _LABELS, examine, screen
 from gpt2_chinese.text.formats import list_files
 
 SUBJECTS = "老人 孩子 医生 先生 邻居 少年 木匠 船夫 老师 母亲".split()
