@@ -76,10 +76,11 @@ def clean_documents(code_points, ends, classes, cleaned, cleaned_ends, dropped_a
     run_start = 0
     run_has_space = False
     line_start = 0  # of what is written
-    for index in range(len(code_points)):
+    index = 0
+    while index < len(code_points):
         code = code_points[index]
         class_ = classes[code]
-        if class_ <= VANISHES:  # WIDE, SPACED or VANISHES: nearly all
+        if class_ <= VANISHES:  # WIDE, SPACED or VANISHES
             if run:
                 kept = 0
                 if length > line_start:
@@ -93,9 +94,17 @@ def clean_documents(code_points, ends, classes, cleaned, cleaned_ends, dropped_a
                         space_places += 1
                 run = 0
                 run_has_space = False
-            cleaned[length] = code
-            length += 1
-        elif code == LINE_BREAK_CODE:
+            # The characters up to the next white space or control character: nearly all.
+            while class_ <= VANISHES:
+                cleaned[length] = code
+                length += 1
+                index += 1
+                if index == len(code_points):
+                    break
+                code = code_points[index]
+                class_ = classes[code]
+            continue
+        if code == LINE_BREAK_CODE:
             if run:
                 spaces += run
                 if space_places < len(spaces_at):
@@ -121,6 +130,7 @@ def clean_documents(code_points, ends, classes, cleaned, cleaned_ends, dropped_a
                 dropped_places += 1
         else:
             return -1, 0, 0
+        index += 1
     return length, dropped, spaces
 
 
