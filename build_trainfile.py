@@ -14,7 +14,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -146,11 +146,15 @@ def main(argv: list[str] | None = None) -> None:
             if not args.quiet or message.startswith("warning:"):
                 bar.write(message, file=sys.stderr)
 
+        # 1) Which lines stand in many places is known only when all are read.
         if "repeated" in cleaner.rules:
             for path in files:
-                texts = texts_of(path, encoding, args, FileReport())
-                cleaner.count_repeated(texts, are_records=has_records(path))
+                with suppress(ValueError):  # a damaged file, of which the second pass says what is wrong
+                    texts = texts_of(path, encoding, args, FileReport())
+                    cleaner.count_repeated(texts, are_records=has_records(path))
             cleaner.finish_counting()
+
+        # 2) File after file, document after document.
         for path in files:
             report = FileReport()
             before = read
@@ -180,6 +184,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"--data_path {args.data_path}: there is no text in {len(files)} files; nothing was written"
             )
 
+    # 3) What has become of them.
     print(f"{args.output_path}: {len(files):,} files, {documents:,} documents, {characters:,} characters")
     if counts["chapters"]:
         print(f"chapters: {counts['chapters']:,}")
@@ -190,10 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     if duplicates is not None:
         print(*duplicates.summary(), sep="\n")
     if args.clean_report:
-        with atomic_write(args.clean_report) as file:
-            cleaner.write_report(file)
-            if duplicates is not None:
-                duplicates.write_report(file)
+        write_report(args.clean_report, cleaner, duplicates)
     if short:
         print(
             f"{short:,} documents ({short / documents:.1%}) are not longer than {MIN_LENGTH} characters: "
@@ -208,6 +210,14 @@ def open_duplicates(args: argparse.Namespace, total: int) -> AbstractContextMana
     if not args.deduplicate:
         return nullcontext()
     return Duplicates(args.deduplicate, Path(args.output_path).parent, total, args.similarity)
+
+
+def write_report(path: str, cleaner: Cleaner, duplicates: Duplicates | None) -> None:
+    """Write examples of what was changed and left out, for a person."""
+    with atomic_write(path) as file:
+        cleaner.write_report(file)
+        if duplicates is not None:
+            duplicates.write_report(file)
 
 
 def texts_of(

@@ -54,7 +54,8 @@ class Duplicates:
     """Tells documents that repeat an earlier one.
 
     Memory: a table of 8 bytes a slot, with 17 slots for each document (at most 512 MB; the oldest entries make room
-    for new ones then), and 44 bytes for each document. The documents that are kept are written to a temporary file.
+    for new ones then), and 40 to 80 bytes for each document. The documents that are kept are written to a temporary
+    file.
 
     Args:
         mode: of MODES.

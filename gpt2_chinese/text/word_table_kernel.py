@@ -28,7 +28,6 @@ from gpt2_chinese.text.word_table import (
     SPACED,
     SPELL,
     VANISHES,
-    WIDE,
 )
 
 LINE_BREAK_CODE = np.uint32(10)

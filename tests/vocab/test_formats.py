@@ -175,7 +175,7 @@ def test_zip_files_that_are_no_books_are_refused_and_passed_over_on_request(buil
             archive.writestr("x", "y")
     with pytest.raises(ValueError, match="a.epub is not an e-book that can be read"):
         build()
-    assert build({"c.txt": "甲".encode()}, "--on_error", "skip") == ["甲"]
+    assert build({"c.txt": "甲".encode()}, "--on_error", "skip", "--clean") == ["甲"]
     printed = capsys.readouterr().err
     assert "warning: passed over, after 0 documents of it:" in printed and "b.docx is not a whole .docx file" in printed
 
