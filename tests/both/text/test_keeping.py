@@ -60,7 +60,7 @@ def test_the_default_rules_are_those_before():
 
 
 @pytest.mark.parametrize("kept", KEPT)
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(texts=st.lists(TEXTS, min_size=1, max_size=4))
 def test_batches_have_the_ids_of_the_tokenizer_and_the_words_that_are_counted(kept, texts):
     spec = spec_of(kept)
@@ -75,7 +75,7 @@ def test_batches_have_the_ids_of_the_tokenizer_and_the_words_that_are_counted(ke
 
 
 @pytest.mark.parametrize("kept", [KEEP_SPACES, KEEP_CASE | KEEP_SPACES])
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(text=TEXTS)
 def test_kept_spaces_survive_with_and_without_their_token(kept, text):
     for vocabulary in (VOCABULARY, tuple(token for token in VOCABULARY if token != SPACE_TOKEN)):
