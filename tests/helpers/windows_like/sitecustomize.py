@@ -70,9 +70,10 @@ _open_descriptor, _stat, _readlink, _listdir = os.open, os.stat, os.readlink, os
 
 
 def _os_open(path: Any, flags: int, *args: Any, **keywords: Any) -> int:
-    caller = sys._getframe(1).f_code.co_filename
-    # shutil.rmtree opens folders where the system lets it.
-    if not caller.endswith(("shutil.py", "pathlib.py", "tempfile.py")):
+    caller = sys._getframe(1).f_code
+    # shutil.rmtree opens folders where the system lets it; flush_folder does nothing where os.name is "nt".
+    library = caller.co_filename.endswith(("shutil.py", "pathlib.py", "tempfile.py"))
+    if not library and not caller.co_name.endswith("flush_folder"):
         try:
             is_folder = stat.S_ISDIR(_stat(path, dir_fd=keywords.get("dir_fd")).st_mode)
         except (OSError, TypeError):
@@ -111,7 +112,9 @@ def _refusing(function: Callable[..., Any], descriptors: tuple[str, ...]) -> Cal
     def checked(*args: Any, **keywords: Any) -> Any:
         for place, name in enumerate(descriptors):
             if place < len(args) and _is_in_use(args[place], keywords.get(name)):
-                raise PermissionError(13, "The process cannot access the file because it is being used", str(args[place]))
+                raise PermissionError(
+                    13, "The process cannot access the file because it is being used", str(args[place])
+                )
         return function(*args, **keywords)
 
     checked.__name__ = function.__name__

@@ -280,7 +280,7 @@ def test_max_steps_ends_a_run_in_the_middle_of_an_epoch_as_at_its_end(train, cap
     run(train, epochs=3, stride=3, batch_size=2, val_fraction=0.1, max_steps=0, output_dir="whole")
     whole = len(scalars()["loss"])
     run(train, epochs=3, stride=3, batch_size=2, val_fraction=0.1, max_steps=whole // 2)
-    points = [json.loads(line) for line in Path("model/metrics.jsonl").read_text().splitlines()]
+    points = [json.loads(line) for line in Path("model/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [point["step"] for point in points if point["kind"] == "validation"][-1] == whole // 2
     assert [point["step"] for point in points if point["kind"] == "train"][-1] == whole // 2
     assert "--max_steps" in capsys.readouterr().out
