@@ -230,6 +230,7 @@ def tokenize(args: argparse.Namespace) -> None:
         flags += ["--tokenizer", "word" if args.segment else "bpe"]
     if args.document_marks:
         flags += ["--document_marks", *args.document_marks]
+    flags += ["--allow_unk"] if args.allow_unk else []
     script = Path(__file__).with_name("make-tokenized.py")
     if subprocess.run([sys.executable, str(script), *flags], check=False).returncode:
         raise ValueError("--raw: make-tokenized.py ended with the error above; nothing was trained")

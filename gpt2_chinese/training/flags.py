@@ -74,6 +74,9 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--segment", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--bpe_token", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
+        "--allow_unk", action="store_true", help="train on pieces of which a fifth and more of the tokens are [UNK]"
+    )
+    parser.add_argument(
         "--model_config",
         default="config/model_config_small.json",
         help="shape of a new model (default: %(default)s)",
