@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -46,32 +46,35 @@ class CopiedRun(NamedTuple):
 class Copied:
     """
     Attributes:
-        characters: of all completions.
+        characters: of each completion.
         copied: how many of them belong to a run of at least `min_run` that stands verbatim in the training text.
-        longest: the longest such runs, of different texts, none of which lies within another of the same completion.
+        runs: all such runs, none of which lies within another one at the same place, in the order of the completions.
         searched_characters: of the training text.
     """
 
-    characters: int
-    copied: int
-    longest: list[CopiedRun] = field(default_factory=list)
-    searched_characters: int = 0
+    characters: tuple[int, ...]
+    copied: tuple[int, ...]
+    runs: tuple[CopiedRun, ...]
+    searched_characters: int
 
-    @property
-    def share(self) -> float:
-        return self.copied / max(1, self.characters)
+    def longest(self, count: int = 5, *, completions: int | None = None) -> list[CopiedRun]:
+        """The longest runs of different texts, of the first so many completions or of all."""
+        chosen: dict[str, CopiedRun] = {}
+        for run in sorted(self.runs, key=lambda run: -len(run.text)):
+            if len(chosen) == count:
+                break
+            if completions is None or run.completion < completions:
+                chosen.setdefault(run.text, run)
+        return list(chosen.values())
 
 
-def copied_from(
-    documents: Iterable[tuple[int, str]], completions: Sequence[str], *, min_run: int = MIN_RUN, longest: int = 5
-) -> Copied:
+def copied_from(documents: Iterable[tuple[int, str]], completions: Sequence[str], *, min_run: int = MIN_RUN) -> Copied:
     """Find what completions have copied from documents.
 
     Args:
         documents: numbers and texts, read once; a run never goes from one document into the next.
         completions: without their prompts.
         min_run: characters, at least 1.
-        longest: how many of the longest runs to tell.
     """
     automaton = SuffixAutomaton(completions)
     hashes = np.unique(np.concatenate([window_hashes(as_code_points(text), min_run) for text in [*completions, ""]]))
@@ -81,16 +84,17 @@ def copied_from(
         for begin, end in _candidates(code_points, hashes, min_run):
             document = int(np.searchsorted(offsets, begin, side="right")) - 1
             automaton.read(code_points[begin:end].tolist(), numbers[document], begin - int(offsets[document]))
-    copied, runs = 0, []
+    copied: list[int] = []
+    runs: list[CopiedRun] = []
     for completion, text in enumerate(completions):
-        matches = automaton.matches(completion, len(text))
-        copied += _covered([match.length for match in matches], min_run)
-        for place, match in enumerate(matches):
-            is_whole = place + 1 == len(text) or matches[place + 1].length <= match.length
-            if match.length >= min_run and is_whole:
-                run = text[place + 1 - match.length : place + 1]
+        matches = automaton.matches(completion)
+        copied.append(_covered([match.length for match in matches], min_run))
+        for place, match in enumerate(matches, start=1):
+            is_longest = place == len(text) or matches[place].length <= match.length
+            if match.length >= min_run and is_longest:
+                run = text[place - match.length : place]
                 runs.append(CopiedRun(run, completion, match.document, match.end - match.length))
-    return Copied(sum(map(len, completions)), copied, _longest_of(runs, longest), searched)
+    return Copied(tuple(map(len, completions)), tuple(copied), tuple(runs), searched)
 
 
 def _covered(lengths: Sequence[int], min_run: int) -> int:
@@ -102,15 +106,6 @@ def _covered(lengths: Sequence[int], min_run: int) -> int:
             covered += place + 1 - begin
             begin = place + 1
     return covered
-
-
-def _longest_of(runs: list[CopiedRun], count: int) -> list[CopiedRun]:
-    chosen: dict[str, CopiedRun] = {}
-    for run in sorted(runs, key=lambda run: (-len(run.text), run.completion)):
-        if len(chosen) == count:
-            break
-        chosen.setdefault(run.text, run)
-    return list(chosen.values())
 
 
 def _blocks(
@@ -282,7 +277,7 @@ class SuffixAutomaton:
                     self._best[shorter] = Match(length, match.document, match.end)
         self._settled = True
 
-    def matches(self, text: int, length: int) -> list[Match]:
+    def matches(self, text: int) -> list[Match]:
         """For each character of a text, the longest run that ends there and was read."""
         self._settle()
         found = []
@@ -290,7 +285,6 @@ class SuffixAutomaton:
             while state and state not in self._best:
                 state = self._link[state]
             found.append(self._best[state] if state else _NO_MATCH)
-        assert len(found) == length
         return found
 
 

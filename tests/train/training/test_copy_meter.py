@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2_chinese.training import copy_meter
-from gpt2_chinese.training.copy_meter import copied_from, distinct_n, repetition, window_hashes
+from gpt2_chinese.training.copy_meter import CopiedRun, copied_from, distinct_n, repetition, window_hashes
 from gpt2_chinese.training.corpus_text import as_code_points
 
 Texts = st.lists(st.text("ab𠮷", max_size=14), max_size=6)
@@ -40,12 +40,14 @@ def longest_by_search(documents: list[str], completions: list[str], min_run: int
 
 @given(Texts, Texts, st.integers(1, 5))
 def test_what_is_copied_is_what_a_search_finds(documents, completions, min_run):
-    found = copied_from(enumerate(documents), completions, min_run=min_run, longest=3)
-    assert found.copied == sum(len(copied_by_search(documents, one, min_run)) for one in completions)
-    assert found.characters == sum(map(len, completions))
+    found = copied_from(enumerate(documents), completions, min_run=min_run)
+    assert list(found.copied) == [len(copied_by_search(documents, one, min_run)) for one in completions]
+    assert list(found.characters) == [len(one) for one in completions]
     assert found.searched_characters == sum(map(len, documents))
-    assert [len(run.text) for run in found.longest] == longest_by_search(documents, completions, min_run)[:3]
-    for run in found.longest:
+    for count in (3, 1000):
+        lengths = [len(run.text) for run in found.longest(count)]
+        assert lengths == longest_by_search(documents, completions, min_run)[:count]
+    for run in found.runs:
         assert documents[run.document][run.offset :].startswith(run.text)
         assert run.text in completions[run.completion]
 
@@ -72,27 +74,32 @@ def test_hashes_that_collide_are_no_copies(monkeypatch):
         copy_meter, "window_hashes", lambda code_points, length: np.zeros(max(0, len(code_points) - length + 1), "u8")
     )
     found = copied_from([(7, "xxabcdyy"), (9, "abxcd")], ["zabcdz", "dcba"], min_run=3)
-    assert (found.copied, [(run.text, run.document, run.offset) for run in found.longest]) == (4, [("abcd", 7, 2)])
+    assert [(run.text, run.document, run.offset) for run in found.runs] == [("abcd", 7, 2)]
+    assert found.copied == (4, 0)
 
 
 def test_a_run_of_nineteen_is_not_counted_and_one_of_twenty_is():
     phrase = "孩子发烧到三十九度先物理降温再看精神好不好"[:20]
     document = f"问：{phrase}。答：多喝水。"
     found = copied_from([(3, document)], [f"我家{phrase}，怎么办", f"她家{phrase[:19]}呢"])
-    assert (found.copied, found.characters) == (20, 26 + 22)
-    (run,) = found.longest
-    assert (run.text, run.completion, run.document, run.offset) == (phrase, 0, 3, 2)
-    assert found.share == pytest.approx(20 / 48)
+    assert (found.copied, found.characters) == ((20, 0), (26, 22))
+    assert found.runs == (CopiedRun(phrase, completion=0, document=3, offset=2),)
+
+
+def test_the_longest_runs_are_of_different_texts_and_may_be_of_the_first_completions():
+    found = copied_from([(0, "abcdefgh"), (1, "vwxyz")], ["abc", "abc-cdef", "vwxyz"], min_run=3)
+    assert [run.text for run in found.longest(2)] == ["vwxyz", "cdef"]
+    assert [run.text for run in found.longest(completions=2)] == ["cdef", "abc"]
 
 
 def test_a_run_does_not_go_from_one_document_into_the_next():
-    assert copied_from([(0, "abc"), (1, "def")], ["abcdef"], min_run=4).copied == 0
+    assert copied_from([(0, "abc"), (1, "def")], ["abcdef"], min_run=4).copied == (0,)
 
 
 def test_nothing_of_nothing_is_nothing():
-    assert copied_from([], ["abc"], min_run=2).copied == 0
-    assert copied_from([(0, "abc")], [], min_run=2).share == 0
-    assert copied_from([(0, "abc")], ["", "ab"], min_run=3).longest == []
+    assert copied_from([], ["abc"], min_run=2).copied == (0,)
+    assert copied_from([(0, "abc")], [], min_run=2).copied == ()
+    assert copied_from([(0, "abc")], ["", "ab"], min_run=3).longest() == []
 
 
 def test_repetition_is_the_share_of_four_grams_that_were_there_before():
