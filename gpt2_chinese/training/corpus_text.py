@@ -53,7 +53,8 @@ class CorpusText:
         self._marks = [mark for mark in (marks.begin, marks.end) if mark is not None]
         begins = _begins(tokens, tokenizer)
         if lengths is not None and len(tokens):
-            begins = np.union1d(begins, np.cumsum([0, *lengths[:-1]]))
+            stretches = np.cumsum([0, *lengths])
+            begins = np.union1d(begins, stretches[stretches < len(tokens)])
         self._begins = begins
         self._ends = np.append(begins[1:], len(tokens))
         self.documents = len(begins)

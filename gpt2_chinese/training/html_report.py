@@ -10,10 +10,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from gpt2_chinese.artifacts import atomic_write, write_json
+from gpt2_chinese.artifacts import atomic_write, read_json, write_json
+from gpt2_chinese.model_folder import CONFIG
 from gpt2_chinese.precision import choose_devices
 from gpt2_chinese.text.pieces import check_vocabulary, read_manifest, read_pieces_tokenizer, text_of_tokens
 from gpt2_chinese.text.tokenizers import Tokenizer, vocabulary_of_folder
+from gpt2_chinese.training.hold_out import MAX_BYTES, MIN_BYTES, HoldOut
 from gpt2_chinese.training.report_figures import gather_figures, read_facts
 from gpt2_chinese.training.report_pictures import loss_picture, speed_picture
 from gpt2_chinese.training.run import FINAL_MODEL, choose_vocabulary
@@ -107,12 +109,14 @@ def report_of_folder(args: argparse.Namespace) -> int:
         vocab_file = vocabulary_of_folder(output_dir / FINAL_MODEL) or vocab_file
     check_vocabulary(pieces, manifest, vocab_file)
     tokenizer = read_pieces_tokenizer(manifest, vocab_file).build()
+    least, most = settings.val_bytes or (MIN_BYTES, MAX_BYTES)
+    n_ctx = read_json(output_dir / FINAL_MODEL / CONFIG)["n_ctx"]
     corpus = read_pieces(
         pieces,
         vocab_size=len(tokenizer),
         marks=tokenizer.marks,
         manifest=manifest,
-        val_fraction=settings.val_fraction,
+        hold_out=HoldOut(settings.val_fraction, least, most, gap=n_ctx),
         token_texts=text_of_tokens(tokenizer),
     )
     device = str(choose_devices(args.device)[0][0])
@@ -425,7 +429,7 @@ def _quality(figures: Mapping[str, Any]) -> str:
     ]
     note = _note(
         "Documents are counted in the order of the pieces, without those that are held out.",
-        "文档按分片的顺序编号，不计验证集。",
+        "文档按分片的顺序计数，不含验证集。",
     )
     return "".join([*parts, _table(head, rows, numbers=range(1)), note])
 

@@ -72,6 +72,7 @@ def measure_yardstick(
     held_out: npt.NDArray[Any],
     tokenizer: Tokenizer,
     *,
+    training_lengths: tuple[int, ...] | None = None,
     held_out_lengths: tuple[int, ...] | None = None,
     order: int = ORDER,
     max_characters: int = MAX_CHARACTERS,
@@ -81,12 +82,12 @@ def measure_yardstick(
     An `[UNK]` is a character of its own, and is charged as for a model (`evaluation.bits_per_character`).
 
     Args:
-        held_out_lengths: see `CorpusText`.
+        training_lengths, held_out_lengths: of what belongs together, see `CorpusText`.
 
     Returns:
         None where one of the two has no text.
     """
-    counted = CorpusText(training, tokenizer, max_characters=max_characters)
+    counted = CorpusText(training, tokenizer, lengths=training_lengths, max_characters=max_characters)
     measured = CorpusText(held_out, tokenizer, lengths=held_out_lengths, max_characters=max_characters)
     training_text, held_out_text = counted.code_points(), measured.code_points()
     characters = len(held_out_text[0])

@@ -16,16 +16,16 @@ import numpy as np
 from gpt2_chinese.artifacts import read_json
 from gpt2_chinese.decoding.completion import SamplingParams
 from gpt2_chinese.decoding.engine import Engine
-from gpt2_chinese.model_folder import CONFIG, MANIFEST, load_weights
+from gpt2_chinese.model_folder import BEST_MODEL, CONFIG, MANIFEST, load_weights
 from gpt2_chinese.text.tokenizers import Tokenizer
 from gpt2_chinese.training.copy_meter import MIN_RUN, copied_from, distinct_n, repetition
 from gpt2_chinese.training.corpus_text import CorpusText
 from gpt2_chinese.training.ngram import ORDER, measure_yardstick
+from gpt2_chinese.training.plan import PLAN, Plan
 from gpt2_chinese.training.run import FINAL_MODEL, METRICS
 from gpt2_chinese.training.token_cache import Corpus
 
 FORMAT = 1
-BEST_MODEL = "best_model"
 COMPLETIONS, SHOWN = 200, 10
 COMPLETION_LENGTH, BEGINNING_LENGTH = 100, 12  # tokens, at most
 SAMPLING = SamplingParams(temperature=1.0, top_k=0, top_p=0.95)
@@ -80,8 +80,8 @@ def gather_figures(
     Args:
         output_dir: of the run, with metrics.jsonl and final_model.
         corpus: what was trained on and what was held out.
-        plan: what was planned, a value for each name, and the reasons as text under "reason"; None takes that of the
-            model's manifest, if it has one.
+        plan: what was planned, a value for each name, and the reasons as text under "reason"; None takes the run's
+            plan.json, if there is one.
         device: that decodes.
         precision: of decoding, see `Engine`.
         seed: of the completions and of the choice of documents.
@@ -94,17 +94,22 @@ def gather_figures(
     folder = next(path for name in (BEST_MODEL, FINAL_MODEL) if (path := output_dir / name / CONFIG).is_file()).parent
     shape = read_json(folder / CONFIG)
     curves = read_curves(output_dir / METRICS)
-    held_out_lengths = getattr(corpus, "held_out_lengths", None)
 
     say(f"report: counting {ORDER}-grams of the training text")
-    yardstick = measure_yardstick(corpus.tokens, corpus.held_out, tokenizer, held_out_lengths=held_out_lengths)
+    yardstick = measure_yardstick(
+        corpus.tokens,
+        corpus.held_out,
+        tokenizer,
+        training_lengths=corpus.piece_lengths,
+        held_out_lengths=corpus.held_out_lengths,
+    )
     tokens_per_character = _tokens_per_character(corpus, tokenizer)
     bits_of_loss = tokens_per_character / math.log(2)
     training = curves.training | {
         "bits_per_character": [None if loss is None else loss * bits_of_loss for loss in curves.training["loss"]]
     }
     say(f"report: {COMPLETIONS} completions of {folder}")
-    held_out = CorpusText(corpus.held_out, tokenizer, lengths=held_out_lengths)
+    held_out = CorpusText(corpus.held_out, tokenizer, lengths=corpus.held_out_lengths)
     beginning_length = max(1, min(BEGINNING_LENGTH, shape["n_ctx"] // 4))
     length = max(1, min(COMPLETION_LENGTH, shape["n_ctx"] - 1 - beginning_length))
     beginnings = choose_beginnings(held_out, tokenizer, max_size=beginning_length, length=length, seed=seed)
@@ -122,7 +127,7 @@ def gather_figures(
         "validation": curves.validation,
         "yardstick": None if yardstick is None else asdict(yardstick),
         "models": _models(output_dir, facts, curves),
-        "plan": dict(plan or facts.get("plan") or {}) or None,
+        "plan": dict(plan) if plan is not None else _read_plan(output_dir / PLAN),
         "completions": _completions(folder, beginnings, texts, length, seed),
         "quality": _quality(corpus, tokenizer, beginnings, texts),
     }
@@ -151,6 +156,13 @@ def check_corpus(output_dir: Path, facts: Mapping[str, Any], corpus: Corpus) -> 
             f"{corpus.path.parent} has {len(corpus.tokens):,} tokens to train on, {output_dir / FINAL_MODEL} was "
             f"trained on {expected:,}: the pieces were made again since; train again, or put the old ones back"
         )
+
+
+def _read_plan(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    plan = Plan.read(path)
+    return plan.flags | {"reason": "\n".join(plan.reasons)}
 
 
 # --- curves
@@ -215,7 +227,7 @@ def _models(output_dir: Path, facts: Mapping[str, Any], curves: Curves) -> dict[
 
 def _tokens_per_character(corpus: Corpus, tokenizer: Tokenizer) -> float:
     """Predicted tokens of the training text for a character, of some documents chosen at random."""
-    text = CorpusText(corpus.tokens, tokenizer, max_characters=200_000)
+    text = CorpusText(corpus.tokens, tokenizer, lengths=corpus.piece_lengths, max_characters=200_000)
     tokens = characters = 0
     for document, one in text:
         if len(one) == len(whole := text.text(document)):
@@ -233,7 +245,7 @@ def _corpus_figures(corpus: Corpus, tokens_per_character: float) -> dict[str, An
         "tokens_per_character": round(tokens_per_character, 4),
         "held_out_tokens": len(corpus.held_out),
         "held_out_documents": corpus.held_out_documents,
-        "held_out_slices": getattr(corpus, "held_out_slices", 0),
+        "held_out_slices": corpus.held_out_slices,
     }
 
 
@@ -334,7 +346,9 @@ def _quality(
 
     Both are cut to one amount of text for the variety, which depends on it.
     """
-    training = CorpusText(corpus.tokens, tokenizer, max_characters=MAX_SEARCHED_CHARACTERS)
+    training = CorpusText(
+        corpus.tokens, tokenizer, lengths=corpus.piece_lengths, max_characters=MAX_SEARCHED_CHARACTERS
+    )
     ours, originals = [completion for _, completion in texts], [beginning.original for beginning in beginnings]
     found = copied_from(training, [*ours, *originals])
     characters = [sum(map(len, some)) for some in (ours, originals) if some]

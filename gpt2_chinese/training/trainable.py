@@ -62,7 +62,7 @@ def build(run: Run, rank: Rank, model: GPT2LMHeadModel, *, is_new: bool) -> Trai
     flops = flops_per_token(run.config, parameters)
     if should_compile(
         args.compile,
-        run_flops=flops * args.epochs * len(run.starts) * run.config.n_ctx,
+        run_flops=flops * run.total_steps * run.windows_per_update * run.config.n_ctx,
         device=device,
         ranks=rank.world_size,
         recompute=args.gradient_checkpointing,

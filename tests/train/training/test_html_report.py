@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from book_order import CLS_ID, MARKS, MASK_ID
-from small_run import run, write_documents, write_shape
+from small_run import N_CTX, run, write_documents, write_shape
 from tiny_model import tiny_tokenizer
 
 from gpt2_chinese.artifacts import read_json
@@ -22,14 +22,16 @@ from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS
 from gpt2_chinese.text.word_tokenizer import WordTokenizer
 from gpt2_chinese.training.copy_meter import copied_from, distinct_n, repetition
 from gpt2_chinese.training.corpus_text import CorpusText
+from gpt2_chinese.training.hold_out import HoldOut
 from gpt2_chinese.training.html_report import render, result_sentence, write_report
 from gpt2_chinese.training.ngram import measure_yardstick
+from gpt2_chinese.training.plan import PLAN, Plan
 from gpt2_chinese.training.report_figures import choose_beginnings, complete_beginnings, read_curves, thinned
 from gpt2_chinese.training.report_pictures import CHINESE, loss_picture, smoothed, speed_picture
 from gpt2_chinese.training.token_cache import Corpus, read_pieces
 
 WORDS = 30
-LENGTHS = [20 + number % 17 for number in range(40)]
+LENGTHS = [20 + number % 17 for number in range(70)]
 
 
 class Page(HTMLParser):
@@ -63,7 +65,7 @@ def own_corpus() -> Corpus:
         vocab_size=WORDS + 5,
         marks=MARKS,
         manifest=read_manifest("tokenized"),
-        val_fraction=0.3,
+        hold_out=HoldOut(0.3, gap=N_CTX),
         token_texts=text_of_tokens(tokenizer),
     )
 
@@ -161,15 +163,12 @@ def test_without_held_out_text_what_cannot_be_computed_is_left_out_with_a_senten
 
 
 def test_the_best_model_completes_where_there_is_one_and_the_plan_is_told(reported):
-    shutil.copytree("model/final_model", "model/best_model")
-    manifest = read_json("model/final_model/manifest.json")
-    manifest["facts"]["plan"] = {"n_layer": 4, "reason": "two <minutes> on two cores"}
-    Path("model/final_model/manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    Plan({"batch_size": 16}, ["two <minutes>", "on two cores"]).write(Path("model") / PLAN)
     assert reported.main(["--report_only", "model", "--device", "cpu"]) == 0
     figures, html = read_report()
     assert figures["completions"]["model"] == figures["models"]["best"]["folder"] == "best_model"
-    assert figures["plan"]["n_layer"] == 4
-    assert "two &lt;minutes&gt; on two cores" in html and "计划" in html
+    assert figures["plan"] == {"batch_size": 16, "reason": "two <minutes>\non two cores"}
+    assert "two &lt;minutes&gt;\non two cores" in html and "计划" in html
 
 
 def test_a_plan_may_be_given_and_have_its_reason_in_both_languages(reported):
@@ -202,9 +201,10 @@ def test_copying_repetition_and_variety_are_those_of_the_completions(reported):
     figures, _ = read_report()
     tokenizer = own_tokenizer()
     corpus = own_corpus()
-    held_out, training = CorpusText(corpus.held_out, tokenizer), CorpusText(corpus.tokens, tokenizer)
+    held_out = CorpusText(corpus.held_out, tokenizer, lengths=corpus.held_out_lengths)
+    training = CorpusText(corpus.tokens, tokenizer)
     beginnings = choose_beginnings(held_out, tokenizer, max_size=2, length=5, seed=0)
-    texts = complete_beginnings(Path("model/final_model"), beginnings, length=5, device="cpu", precision="auto", seed=0)
+    texts = complete_beginnings(Path("model/best_model"), beginnings, length=5, device="cpu", precision="auto", seed=0)
     ours, quality = [text for _, text in texts], figures["quality"]
     assert len(ours) == 200 and [ours[0], ours[1]] == [one["completion"] for one in figures["completions"]["shown"][:2]]
     assert quality["completions"]["copied_characters"] == sum(copied_from(training, ours).copied)

@@ -403,10 +403,10 @@ def test_the_seed_alone_decides_the_result(train):
     )
 
 
-def test_a_second_run_replaces_the_models_of_the_first(train):
+def test_a_second_run_replaces_the_models_of_the_first_if_that_is_asked_for(train):
     run(train, epochs=1)
     first = weights()
-    run(train, epochs=1, lr=1e-3)
+    run(train, "--overwrite", epochs=1, lr=1e-3)
     assert not torch.equal(first["transformer.wte.weight"], weights()["transformer.wte.weight"])
 
 
