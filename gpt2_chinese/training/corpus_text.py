@@ -16,8 +16,8 @@ UNKNOWN_CHARACTER = "\ufffd"
 
 Integers = npt.NDArray[np.int64]
 
-_TOKENS_AT_ONCE = 1 << 22
-_TRIAL_DOCUMENTS = 200  # they tell how many characters a token has
+_TOKENS_AT_ONCE = 1 << 19
+_TRIAL_DOCUMENTS, _TRIAL_TOKENS = 200, 10_000  # they tell how many characters a token has
 
 
 class CorpusText:
@@ -60,50 +60,57 @@ class CorpusText:
         self.documents = len(begins)
         self.chosen: Integers = np.arange(self.documents)
         self._max_characters = max_characters
+        self._max_tokens: int | None = None  # of a document that is in the sample
         self.is_sample = False
         if max_characters is not None and self.documents:
             self._sample(max_characters, np.random.default_rng(seed))
 
     def _sample(self, max_characters: int, random: np.random.Generator) -> None:
         order = random.permutation(self.documents)
-        trial = order[:_TRIAL_DOCUMENTS]
-        trial_tokens = sum(min(_TOKENS_AT_ONCE, int(self._ends[one] - self._begins[one])) for one in trial)
-        trial_characters = sum(len(self._text(one, limit=_TOKENS_AT_ONCE)) for one in trial)
-        budget = max_characters * trial_tokens / max(1, trial_characters)
+        trial = [self._decoded(document, limit=_TRIAL_TOKENS) for document in order[:_TRIAL_DOCUMENTS].tolist()]
+        sizes = np.minimum(self._ends - self._begins, _TRIAL_TOKENS)[order[:_TRIAL_DOCUMENTS]]
+        budget = int(max_characters * sizes.sum() / max(1, sum(map(len, trial))))
         if len(self._tokens) <= budget:
             return
-        before = np.cumsum((self._ends - self._begins)[order]) - (self._ends - self._begins)[order]
-        self.chosen = np.sort(order[before < budget])
-        self.is_sample = True
+        lengths = (self._ends - self._begins)[order]
+        self.chosen = np.sort(order[np.cumsum(lengths) - lengths < budget])
+        self.is_sample, self._max_tokens = True, 2 * budget
 
     def text(self, document: int) -> str:
         """The text of one document, counted from 0; a line break is one character, so is an `[UNK]`."""
-        return self._text(document)
+        return self._decoded(document)
 
     def ids(self, document: int) -> Integers:
         """The IDs of one document, with its marks."""
         return np.asarray(self._tokens[self._begins[document] : self._ends[document]]).astype(np.int64)
 
-    def _text(self, document: int, limit: int | None = None) -> str:
-        ids = self.ids(document) if limit is None else self.ids(document)[:limit]
-        ids = ids[~np.isin(ids, self._marks)]
-        unknown = self._tokenizer.marks.unknown
-        where = np.flatnonzero(ids == unknown) if unknown is not None else np.empty(0, np.int64)
-        parts = [part[part != unknown] for part in np.split(ids, where)]
-        return UNKNOWN_CHARACTER.join(self._tokenizer.decode(part.tolist()) for part in parts)
+    def _decoded(self, document: int, limit: int | None = None) -> str:
+        """The text of a document, or of so many of its first tokens; some at a time, since it may be millions."""
+        begin, end = int(self._begins[document]), int(self._ends[document])
+        end = end if limit is None else min(end, begin + limit)
+        joiner, unknown = self._tokenizer.joiner(), self._tokenizer.marks.unknown
+        texts: list[str] = []
+        for first in range(begin, end, _TOKENS_AT_ONCE):
+            ids = np.asarray(self._tokens[first : min(end, first + _TOKENS_AT_ONCE)])
+            ids = ids[~np.isin(ids, self._marks)]
+            if unknown is not None and (ids == unknown).any():
+                pieces = [joiner.push(id_) + (UNKNOWN_CHARACTER if id_ == unknown else "") for id_ in ids.tolist()]
+            else:
+                pieces = [joiner.push(id_) for id_ in ids.tolist()]
+            texts.append("".join(pieces))
+        return "".join(texts)
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         """Documents of the sample: their numbers from 0, and their texts."""
         left = self._max_characters
         for document in self.chosen.tolist():
-            text = self._text(document)
-            if left is not None:
-                if self.is_sample:
-                    text = text[:left]
+            text = self._decoded(document, self._max_tokens)
+            if self.is_sample and left is not None:
+                text = text[:left]
                 left -= len(text)
             if text:
                 yield document, text
-            if self.is_sample and left is not None and left <= 0:
+            if self.is_sample and not left:
                 return
 
     def code_points(self) -> tuple[npt.NDArray[np.uint32], Integers]:

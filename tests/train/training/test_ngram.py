@@ -11,8 +11,10 @@ import pytest
 from book_order import CLS_ID, MASK_ID, SEP_ID, UNK_ID
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_model import tiny_tokenizer
+from layouts import END_OF_TEXT, bpe_definition, vocabulary_of
+from tiny_model import Characters, tiny_tokenizer
 
+from gpt2_chinese.text.tokenizers import TokenizerSpec
 from gpt2_chinese.training import corpus_text, ngram
 from gpt2_chinese.training.corpus_text import CorpusText, as_code_points
 from gpt2_chinese.training.ngram import discounts, measure_yardstick, ngram_bits
@@ -177,6 +179,27 @@ def test_a_large_corpus_is_sampled_by_whole_documents_and_it_is_said():
     assert dict(CorpusText(ids(*documents), tokenizer, max_characters=2000, seed=1)) == chosen
     measured = measure_yardstick(ids(*documents), ids(*documents[:20]), tokenizer, max_characters=2000)
     assert measured.is_sample and measured.counted_characters <= 2000 and measured.training_documents == 600
+
+
+@pytest.mark.parametrize("layout", ["book", "uer", "bpe"])
+def test_the_text_is_what_the_tokenizer_decodes_whatever_its_kind(layout, monkeypatch):
+    if layout == "bpe":
+        spec = TokenizerSpec("bpe", definition=bpe_definition(), begin=END_OF_TEXT, end=END_OF_TEXT, line_break=None)
+    elif layout == "uer":
+        spec = TokenizerSpec("char", tuple(vocabulary_of(layout)), begin="[CLS]", end="[SEP]", line_break=None)
+    else:
+        spec = TokenizerSpec("word", tuple(vocabulary_of(layout)))
+    tokenizer = spec.build(segmenter=Characters())
+    texts = ["高血压，吃盐 hello world 3.5", "我们", "的\n多喝水kk 龘 ok"]
+    encoded = [tokenizer.encode(text) for text in texts]
+    marked = [[tokenizer.marks.begin, *one, tokenizer.marks.end] for one in encoded]
+    for block in (1, 3, 1000):
+        monkeypatch.setattr(corpus_text, "_TOKENS_AT_ONCE", block)
+        found = dict(CorpusText(np.array(sum(marked, [])), tokenizer))
+        unknown = [one.count(tokenizer.marks.unknown) for one in encoded]
+        decoded = [tokenizer.decode(one) for one in encoded]
+        assert [text.replace("\ufffd", "") for text in found.values()] == decoded
+        assert [text.count("\ufffd") for text in found.values()] == unknown
 
 
 def test_a_sample_of_one_long_document_is_its_beginning():
