@@ -66,7 +66,7 @@ def train(rank: Rank, run: Run, model: GPT2LMHeadModel, resume: Path | None) -> 
     documents = Documents(run.corpus.held_out, n_ctx, run.tokenizer, run.corpus.held_out_lengths)
     with Reporter(run, rank, state, trainable) as report, stop_signal() as stop:
         # A checkpoint is written before its update is measured; the measurement decides which model is the best.
-        if resume is not None and run.validates(state.step) and not run.is_over(state):
+        if resume is not None and run.validates(state.step) and not run.is_out_of_patience(state):
             try:
                 measure(run, rank, trainable, documents, state, report, stop)
             except Interrupted:

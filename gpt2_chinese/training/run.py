@@ -164,9 +164,10 @@ class Run:
         return math.log(len(self.tokenizer)) + GUESSING_MARGIN if step > self.warmup_steps else math.inf
 
     def is_over(self, state: TrainingState) -> bool:
-        """Whether every update has been made, or `--patience` has run out."""
-        patience = self.args.patience
-        return state.step >= self.total_steps or (patience > 0 and state.since_best >= patience)
+        return state.step >= self.total_steps or self.is_out_of_patience(state)
+
+    def is_out_of_patience(self, state: TrainingState) -> bool:
+        return 0 < self.args.patience <= state.since_best
 
     def settings(self) -> dict[str, Any]:
         """What a run that goes on must share with the one before, named as a user would."""
