@@ -83,6 +83,9 @@ def write_report(
     figures = gather_figures(
         output_dir, corpus, tokenizer, plan=plan, device=device, precision=precision, seed=seed, say=say
     )
+    sentence = result_sentence(_best_bits(figures), figures["yardstick"])
+    if sentence is not None:
+        say(f"report: {sentence[0]}")
     write_json(output_dir / REPORT_JSON, figures)
     with atomic_write(output_dir / REPORT_HTML) as file:
         file.write(render(figures))
@@ -182,9 +185,14 @@ def result_sentence(model: float | None, yardstick: Mapping[str, Any] | None) ->
     return ("; ".join(english), "；".join(chinese)) if english else None
 
 
+def _best_bits(figures: Mapping[str, Any]) -> float | None:
+    """The bits per character of the best measurement, None where nothing was measured."""
+    best = figures["models"]["best"]
+    return None if best is None else best.get("bits_per_character")
+
+
 def _summary(figures: Mapping[str, Any]) -> str:
-    best, yardstick = figures["models"]["best"], figures["yardstick"]
-    bits = best and best.get("bits_per_character")
+    bits, yardstick = _best_bits(figures), figures["yardstick"]
     parts = [f"<h1>{both('Training report', '训练报告')}</h1>"]
     parts.append(f'<p class="note">{escape(figures["folder"])} · {figures["date"]}</p>')
     sentence = result_sentence(bits, yardstick)

@@ -257,7 +257,7 @@ def _count_parameters(folder: Path) -> int:
     from safetensors import safe_open
 
     with safe_open(folder / "model.safetensors", framework="numpy") as file:
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
 
 
 # --- completions

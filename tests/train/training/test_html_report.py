@@ -134,7 +134,9 @@ def test_completions_stand_beside_what_really_followed(reported):
 def test_the_report_alone_is_the_same_again(reported, capsys):
     figures, html = read_report()
     assert reported.main(["--report_only", "model", "--device", "cpu", "--val_fraction", "0.5"]) == 0
-    assert capsys.readouterr().out.rstrip().endswith(f"report: {Path('model/report.html')}")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == f"report: {Path('model/report.html')}"
+    assert re.fullmatch(r"report: \d\.\d\d bits per character; counting \(7-gram\) \d\.\d\d", printed[-2])
     again, html_again = read_report()
     assert again == figures and html_again == html
 
