@@ -372,9 +372,13 @@ def _completions(completions: Mapping[str, Any]) -> str:
 
 def _quality(figures: Mapping[str, Any]) -> str:
     quality, completions = figures["quality"], figures["completions"]
-    ours, originals = quality["completions"], quality["originals"]
-    columns = [column for column in (ours, originals) if column is not None]
-    head = ["", both("completions", "模型续写")] + ([both("what really followed", "原文")] if originals else [])
+    names = {
+        "completions": both("completions", "模型续写"),
+        "unprompted": both("written without a beginning", "无提示词的生成"),
+        "originals": both("what really followed", "原文"),
+    }
+    columns = [quality[name] for name in names if quality[name] is not None]
+    head = ["", *(name for key, name in names.items() if quality[key] is not None)]
     rows = [
         [both("texts", "文本数"), *(f"{column['texts']:,}" for column in columns)],
         [both("characters", "字符数"), *(f"{column['characters']:,}" for column in columns)],
@@ -394,15 +398,18 @@ def _quality(figures: Mapping[str, Any]) -> str:
             *(_percent(column["distinct_2"]) for column in columns),
         ],
     ]
+    count, without, beginnings = completions["count"], quality["unprompted"]["texts"], completions["beginnings"]
     source = (
         (
-            f"{completions['count']} completions of {completions['beginnings']} held-out beginnings.",
-            f"{completions['beginnings']} 个验证集开头的 {completions['count']} 个续写。",
+            f"{count} completions of {beginnings} held-out beginnings, and {without} texts of which the model writes "
+            "the beginning too. A model that has memorised its texts shows it most in the latter.",
+            f"{beginnings} 个验证集开头的 {count} 个续写，以及没有提示词的 {without} 个生成文本。"
+            "背下原文的模型，在后者里最明显。",
         )
-        if completions["beginnings"]
+        if beginnings
         else (
-            f"{completions['count']} completions of an empty beginning.",
-            f"没有提示词的 {completions['count']} 个续写。",
+            f"{without} texts of which the model writes the beginning too.",
+            f"没有提示词的 {without} 个生成文本。",
         )
     )
     parts = [_note(*source), _table(head, rows, numbers=range(1, len(head)))]
@@ -418,8 +425,8 @@ def _quality(figures: Mapping[str, Any]) -> str:
     if not copies:
         parts.append(
             _note(
-                f"No completion has {quality['min_run']} characters in a row that stand in the training text.",
-                f"没有任何续写包含训练文本中连续 {quality['min_run']} 个字符。",
+                f"No text of the model has {quality['min_run']} characters in a row that stand in the training text.",
+                f"模型生成的文本都不包含训练文本中连续的 {quality['min_run']} 个字符。",
             )
         )
         return "".join(parts)

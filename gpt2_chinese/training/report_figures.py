@@ -26,7 +26,7 @@ from gpt2_chinese.training.run import FINAL_MODEL, METRICS
 from gpt2_chinese.training.token_cache import Corpus
 
 FORMAT = 1
-COMPLETIONS, SHOWN = 200, 10
+COMPLETIONS, UNPROMPTED, SHOWN = 200, 100, 10
 COMPLETION_LENGTH, BEGINNING_LENGTH = 100, 12  # tokens, at most
 SAMPLING = SamplingParams(temperature=1.0, top_k=0, top_p=0.95)
 MAX_SEARCHED_CHARACTERS = 20_000_000
@@ -108,12 +108,16 @@ def gather_figures(
     training = curves.training | {
         "bits_per_character": [None if loss is None else loss * bits_of_loss for loss in curves.training["loss"]]
     }
-    say(f"report: {COMPLETIONS} completions of {folder}")
+    say(f"report: completions of {folder}")
     held_out = CorpusText(corpus.held_out, tokenizer, lengths=corpus.held_out_lengths)
     beginning_length = max(1, min(BEGINNING_LENGTH, shape["n_ctx"] // 4))
     length = max(1, min(COMPLETION_LENGTH, shape["n_ctx"] - 1 - beginning_length))
     beginnings = choose_beginnings(held_out, tokenizer, max_size=beginning_length, length=length, seed=seed)
-    texts = complete_beginnings(folder, beginnings, length=length, device=device, precision=precision, seed=seed)
+    decoding: dict[str, Any] = {"length": length, "device": device, "precision": precision}
+    texts = complete_beginnings(folder, beginnings, count=COMPLETIONS, seed=seed, **decoding) if beginnings else []
+    # A model that has memorised its texts shows it where no beginning leads it away from them.
+    count = UNPROMPTED if beginnings else COMPLETIONS
+    unprompted = complete_beginnings(folder, [], count=count, seed=seed + COMPLETIONS, **decoding)
     model, parameters = _named_shape(shape), _count_parameters(folder)
     return {
         "format": FORMAT,
@@ -129,7 +133,7 @@ def gather_figures(
         "models": _models(output_dir, facts, curves),
         "plan": dict(plan) if plan is not None else _read_plan(output_dir / PLAN),
         "completions": _completions(folder, beginnings, texts, length, seed),
-        "quality": _quality(corpus, tokenizer, beginnings, texts),
+        "quality": _quality(corpus, tokenizer, beginnings, texts, unprompted),
     }
 
 
@@ -296,7 +300,7 @@ def complete_beginnings(
     device: str,
     precision: str | None,
     seed: int,
-    count: int = COMPLETIONS,
+    count: int,
 ) -> list[tuple[str, str]]:
     """Complete beginnings in turn, as often as it takes to have `count`; without any, documents from their beginning.
 
@@ -340,33 +344,46 @@ def _completions(
 
 
 def _quality(
-    corpus: Corpus, tokenizer: Tokenizer, beginnings: Sequence[Beginning], texts: Sequence[tuple[str, str]]
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    beginnings: Sequence[Beginning],
+    texts: Sequence[tuple[str, str]],
+    unprompted: Sequence[tuple[str, str]],
 ) -> dict[str, Any]:
-    """Copying, repetition and variety of the completions; and of what really followed, where it is known.
+    """Copying, repetition and variety: of completions, of what the model writes by itself, of what really followed.
 
-    Both are cut to one amount of text for the variety, which depends on it.
+    The variety depends on the amount of text, so it is that of the first characters, as many of each.
     """
     training = CorpusText(
         corpus.tokens, tokenizer, lengths=corpus.piece_lengths, max_characters=MAX_SEARCHED_CHARACTERS
     )
-    ours, originals = [completion for _, completion in texts], [beginning.original for beginning in beginnings]
-    found = copied_from(training, [*ours, *originals])
-    characters = [sum(map(len, some)) for some in (ours, originals) if some]
+    columns = {
+        "completions": [completion for _, completion in texts],
+        "unprompted": [completion for _, completion in unprompted],
+        "originals": [beginning.original for beginning in beginnings],
+    }
+    found = copied_from(training, [text for column in columns.values() for text in column])
+    least = min(sum(map(len, column)) for column in columns.values() if column)
+    figures: dict[str, Any] = {}
+    first = 0
+    for name, column in columns.items():
+        copied = sum(found.copied[first : first + len(column)])
+        figures[name] = _figures_of(column, copied, least) if column else None
+        first += len(column)
     return {
         "min_run": MIN_RUN,
         "searched_characters": found.searched_characters,
         "is_sample": training.is_sample,
-        "completions": _figures_of(ours, sum(found.copied[: len(ours)]), min(characters)),
-        "originals": _figures_of(originals, sum(found.copied[len(ours) :]), min(characters)) if originals else None,
+        **figures,
         "longest_copies": [
             {
                 "text": run.text,
                 "characters": len(run.text),
-                "completion": run.completion + 1,
+                "unprompted": run.completion >= len(texts),
                 "document": run.document + 1,
                 "character": run.offset + 1,
             }
-            for run in found.longest(completions=len(ours))
+            for run in found.longest(completions=len(texts) + len(unprompted))
         ],
     }
 

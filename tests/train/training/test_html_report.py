@@ -158,7 +158,8 @@ def test_without_held_out_text_what_cannot_be_computed_is_left_out_with_a_senten
     figures, html = read_report()
     assert figures["yardstick"] is None and figures["models"] == {"best": None, "final": None}
     assert figures["completions"]["beginnings"] == 0 and figures["completions"]["shown"] == []
-    assert figures["quality"]["completions"]["texts"] == 200 and figures["quality"]["originals"] is None
+    quality = figures["quality"]
+    assert quality["unprompted"]["texts"] == 200 and quality["completions"] is quality["originals"] is None
     for sentence in ("No text was held out", "没有留出验证集", "There are no beginnings", "没有可用的开头"):
         assert sentence in html
     assert "bits per character; counting" not in html
@@ -193,7 +194,7 @@ def test_texts_of_the_corpus_are_text_on_the_page(reported):
     evil = "</span><script>alert(1)</script>&amp;"
     figures["completions"]["shown"][0]["completion"] = evil
     figures["quality"]["longest_copies"] = [
-        {"text": evil, "characters": 37, "completion": 1, "document": 1, "character": 1}
+        {"text": evil, "characters": 37, "unprompted": False, "document": 1, "character": 1}
     ]
     page = Page(render(figures))
     assert "script" not in page.tags and page.text.count(evil) == 2
@@ -206,12 +207,18 @@ def test_copying_repetition_and_variety_are_those_of_the_completions(reported):
     held_out = CorpusText(corpus.held_out, tokenizer, lengths=corpus.held_out_lengths)
     training = CorpusText(corpus.tokens, tokenizer)
     beginnings = choose_beginnings(held_out, tokenizer, max_size=2, length=5, seed=0)
-    texts = complete_beginnings(Path("model/best_model"), beginnings, length=5, device="cpu", precision="auto", seed=0)
+    model, options = Path("model/best_model"), {"length": 5, "device": "cpu", "precision": "auto"}
+    texts = complete_beginnings(model, beginnings, count=200, seed=0, **options)
     ours, quality = [text for _, text in texts], figures["quality"]
     assert len(ours) == 200 and [ours[0], ours[1]] == [one["completion"] for one in figures["completions"]["shown"][:2]]
     assert quality["completions"]["copied_characters"] == sum(copied_from(training, ours).copied)
     assert quality["completions"]["repeated_4_grams"] == repetition(ours)
     assert quality["originals"]["distinct_2"] == distinct_n([beginning.original for beginning in beginnings])
+    by_itself = complete_beginnings(model, [], count=100, seed=200, **options)
+    assert {context for context, _ in by_itself} == {""}
+    written = [text for _, text in by_itself]
+    assert quality["unprompted"]["copied_characters"] == sum(copied_from(training, written).copied)
+    assert quality["unprompted"]["repeated_4_grams"] == repetition(written)
     assert quality["searched_characters"] == sum(len(text) for _, text in training)
 
 
