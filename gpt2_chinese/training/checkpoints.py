@@ -36,6 +36,8 @@ ADDED_SETTINGS: dict[str, Any] = {
     "--weight_decay": 0.0,
     "--muon_weight_decay": None,
     "--shift_windows": False,
+    "--teacher": "",
+    "--teacher_share": 0.6,
     "--val_bytes": None,
 }
 """What checkpoints of earlier versions, which did not have these flags, were made with."""

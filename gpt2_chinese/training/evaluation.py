@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -208,7 +209,10 @@ def sum_of_losses(
     tokens = torch.zeros((), dtype=torch.float64, device=device)
     starts = range(rank * batch_size, len(documents.windows), world_size * batch_size)
     with evaluating(model):
-        for begin in tqdm(starts, desc="measuring", unit="batch", leave=False, delay=5, disable=rank > 0):
+        interval = 0.1 if sys.stderr.isatty() else 10  # in a log file every refresh is a line
+        for begin in tqdm(
+            starts, desc="measuring", unit="batch", leave=False, delay=5, mininterval=interval, disable=rank > 0
+        ):
             windows = documents.windows[begin : begin + batch_size]
             input_ids, targets = documents.batch(windows)
             of_document = torch.tensor([window.document for window in windows])

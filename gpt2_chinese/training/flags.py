@@ -165,8 +165,8 @@ def _add_validation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sample_prompts",
         default="",
-        help="prompts to complete at every measurement: a file with one a line, or a list separated by commas "
-        "(default: none)",
+        help="prompts to complete at every measurement: a file with one a line, or a list separated by commas or "
+        "semicolons, also the Chinese ones (default: none)",
     )
     parser.add_argument(
         "--report",
@@ -260,6 +260,19 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--dropout",
         type=_fraction,
         help="of the embedding, the attention and the residual branches (default: what --model_config says)",
+    )
+    parser.add_argument(
+        "--teacher",
+        default="",
+        metavar="FOLDER[,FOLDER...]",
+        help="model folders of the same vocabulary: learn the mean of their predictions beside the text "
+        "(default: none)",
+    )
+    parser.add_argument(
+        "--teacher_share",
+        type=_share,
+        default=0.6,
+        help="of the teachers in what is learnt; the rest is the text's (default: %(default)s)",
     )
     parser.add_argument(
         "--max_bad_updates",

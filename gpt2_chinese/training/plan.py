@@ -3,7 +3,7 @@ give the fewest bits per character of unseen text in the time.
 
 The rules come from experiments, which docs/training.md lists. In short:
 
-- The largest shape that sees the text `ENOUGH_EPOCHS` times, or `ENOUGH_TOKENS` tokens a parameter, is the best one: a
+- The largest shape that sees the text `enough_epochs` times, or `ENOUGH_TOKENS` tokens a parameter, is the best one: a
   larger one learns less in the time, a smaller one has learnt what it can.
 - A model memorises a small text however slowly it learns: parameters are bounded by the tokens, and so are the epochs.
 - With several epochs, dropout, weight decay and windows at other places in each epoch all help, and add up.
@@ -33,7 +33,7 @@ from gpt2_chinese.training.optimizers import make_optimizer
 
 PLAN = "plan.json"
 SHAPES = ("2x128", "3x192", "4x256", "6x384", "8x512", "12x768")  # of config/plan/, the smallest first
-ENOUGH_EPOCHS = 4
+BATCH_SIZE = 16
 ENOUGH_TOKENS = 20  # for each parameter of the layers; Hoffmann et al. 2022, for text that is not repeated
 MAX_PARAMETERS = 16  # of the layers, for each token of the text
 WARMUP_STEPS = 30  # after them the number of updates is decided, from how long they took
@@ -115,12 +115,18 @@ def make_plan(
     epochs = facts.seconds * (1 - SPARED) * speed / facts.tokens
     flags, reasons = _settings(facts, shape, epochs)
     flags = {name: value for name, value in flags.items() if name not in given}
+    windows = flags.get("batch_size", args.batch_size) * args.gradient_accumulation
+    epochs_at_most = min(epochs, flags.get("epochs", args.epochs))
+    if "max_steps" not in given:
+        flags["max_steps"] = max(
+            1, math.ceil(epochs_at_most * facts.tokens / (windows * (read_config(shape).n_ctx - 1)))
+        )
     why = [
         f"{facts.tokens:,} tokens in {facts.documents:,} documents, vocabulary {facts.vocab_size:,}, "
         f"{facts.seconds / 60:.1f} minutes left",
         f"{Path(shape).stem}: {speed:,.0f} tokens/s here, {epochs:.1f} epochs in the time",
         *reasons,
-        *_expectation(facts, shape, min(epochs, max_epochs(facts.tokens))),
+        *_expectation(facts, shape, epochs_at_most),
         *_untried(facts, shape, args),
     ]
     return Plan(flags, why, deadline)
@@ -140,18 +146,27 @@ def choose_shape(facts: Facts, shapes: list[str], speed_of: Callable[[str, int],
     """
     chosen: tuple[str, float] | None = None
     for shape in shapes:
-        parameters = layer_parameters(read_config(shape))
+        config = read_config(shape)
+        parameters = layer_parameters(config)
         if chosen is not None and parameters > MAX_PARAMETERS * facts.tokens:
             break
         speed = speed_of(shape, facts.vocab_size)
         seen = facts.seconds * speed
-        enough = seen >= min(ENOUGH_EPOCHS * facts.tokens, ENOUGH_TOKENS * parameters)
+        enough = seen >= min(enough_epochs(config) * facts.tokens, ENOUGH_TOKENS * parameters)
         if chosen is None or enough:
             chosen = shape, speed
         if not enough:
             break
     assert chosen is not None
     return chosen
+
+
+def enough_epochs(config: GPT2Config) -> float:
+    """How often a shape has to see a text to do better than the next smaller one in the same time.
+
+    Where the fitted curves of two shapes cross (`_CURVES`); that of 6x384 is a guess from a single run of six epochs.
+    """
+    return 2.5 if config.n_embd <= 256 else 4.5
 
 
 def layer_parameters(config: GPT2Config) -> int:
@@ -183,8 +198,7 @@ def _settings(facts: Facts, shape: str, epochs: float) -> tuple[dict[str, Any], 
     flags: dict[str, Any] = {
         "model_config": shape,
         "epochs": limit,
-        "max_steps": max(1, math.ceil(min(epochs, limit) * facts.tokens / (16 * (config.n_ctx - 1)))),
-        "batch_size": 16,
+        "batch_size": BATCH_SIZE,
         "stride": config.n_ctx - 1,
         "optimizer": "muon",
         "embedding_init": "cooccurrence",
@@ -255,7 +269,10 @@ class Probe:
         config = read_config(shape, vocab_size=vocab_size)
         parameters = layer_parameters(config) + vocab_size * config.n_embd
         flops = flops_per_token(config, parameters)
-        if self._known and self._known[-1][1] * flops / self._known[-1][0] * 16 * config.n_ctx > 4 * _PROBE_SECONDS:
+        if (
+            self._known
+            and self._known[-1][1] * flops / self._known[-1][0] * BATCH_SIZE * config.n_ctx > 4 * _PROBE_SECONDS
+        ):
             seconds = self._known[-1][1] * flops / self._known[-1][0]  # too slow to be tried: as the one before
         else:
             seconds = self._measure(config)
@@ -268,7 +285,7 @@ class Probe:
         model = GPT2LMHeadModel(config).to(self._device).train()  # type: ignore[arg-type]
         loss_of = WindowLoss(model)
         optimizer = make_optimizer(model, 1e-4, optimizer="muon")
-        windows = torch.randint(config.vocab_size, (16, config.n_ctx), device=self._device)
+        windows = torch.randint(config.vocab_size, (BATCH_SIZE, config.n_ctx), device=self._device)
         fastest, began, updates = math.inf, time.perf_counter(), 0
         while updates < 3 or time.perf_counter() - began < _PROBE_SECONDS:
             start = time.perf_counter()

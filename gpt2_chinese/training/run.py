@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -58,6 +59,8 @@ _RESUMED_FLAGS = (
     "muon_weight_decay",
     "max_grad_norm",
     "seed",
+    "teacher",
+    "teacher_share",
     "val_fraction",
     "val_bytes",
     "shift_windows",
@@ -206,10 +209,17 @@ def choose_vocabulary(vocab_file: str | None, manifest: Mapping[str, Any] | None
 
 
 def read_prompts(text: str) -> list[str]:
-    """The texts of --sample_prompts: the lines of a file if there is one of that name, else what commas separate."""
+    """The texts of --sample_prompts: the lines of a file if there is one of that name, else what commas separate.
+
+    Example:
+        >>> read_prompts("孩子,春天；医生")
+        ['孩子', '春天', '医生']
+    """
     if not text:
         return []
-    lines = Path(text).read_text(encoding="utf-8").splitlines() if Path(text).is_file() else text.split(",")
+    lines = (
+        Path(text).read_text(encoding="utf-8").splitlines() if Path(text).is_file() else re.split("[,，、;；]", text)
+    )
     return [line.strip() for line in lines if line.strip()]
 
 

@@ -139,11 +139,13 @@ def _make_room(run: Run) -> None:
             f"{run.output} holds an earlier run ({names}), and nothing of it is replaced unasked: take another "
             "--output_dir, or add --overwrite, which deletes it"
         )
-    source = run.args.pretrained_model
-    if source and any(path.resolve() in (Path(source).resolve(), *Path(source).resolve().parents) for path in found):
-        raise ValueError(
-            f"--pretrained_model {source} is part of the run that --overwrite would delete: take another --output_dir"
-        )
+    deleted = {path.resolve() for path in found}
+    sources = {"pretrained_model": [run.args.pretrained_model], "teacher": run.args.teacher.split(",")}
+    for flag, source in [(flag, Path(folder)) for flag, folders in sources.items() for folder in folders if folder]:
+        if deleted & {source.resolve(), *source.resolve().parents}:
+            raise ValueError(
+                f"--{flag} {source} is part of the run that --overwrite would delete: take another --output_dir"
+            )
     print(f"note: an earlier run in {run.output} is deleted: {names}")
     for path in [*found, *Path(run.args.writer_dir).glob("events.out.tfevents.*")]:
         if path.is_dir():

@@ -126,7 +126,10 @@ def test_two_ranks_keep_the_best_model_of_one(train):
     assert run(train, *OVERFITTING, epochs=3) == 0
     Path("model").rename("one")
     assert run(train, *OVERFITTING, epochs=3, device="cpu,cpu") == 0
-    assert facts("best_model")["updates"] == json.loads(Path("one/best_model/manifest.json").read_text())["facts"]["updates"]
+    assert (
+        facts("best_model")["updates"]
+        == json.loads(Path("one/best_model/manifest.json").read_text())["facts"]["updates"]
+    )
     assert_same_weights(weights("one/best_model"), weights("model/best_model"), rtol=1e-4, atol=1e-5)
 
 
@@ -142,3 +145,24 @@ def test_windows_that_shift_are_others_in_each_epoch_and_each_is_seen_once(train
     assert run(train, *OVERFITTING, "--shift_windows", epochs=2) == 0
     first, second = set(seen[: len(seen) // 2]), set(seen[len(seen) // 2 :])
     assert len(first - second) > len(first) / 2
+
+
+def test_a_teacher_is_learnt_from_exactly_in_resume_too(train, monkeypatch):
+    assert run(train, *OVERFITTING, epochs=2, output_dir="teacher") == 0
+    flags = [*OVERFITTING, "--teacher", "teacher/final_model,teacher/best_model", "--teacher_share", "0.7"]
+    assert run(train, *flags, epochs=2, output_dir="whole") == 0
+    assert run(train, *OVERFITTING, epochs=2, output_dir="alone") == 0
+    student = weights("whole/final_model")
+    assert any((student[name] != tensor).any() for name, tensor in weights("alone/final_model").items())
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_update", stops_after(9, train.train_update))
+        assert run(train, *flags, epochs=2) == 143
+    assert run(train, *flags, "--resume", epochs=2) == 0
+    assert_same_weights(student, weights())
+    with pytest.raises(
+        ValueError, match=r"--teacher model/best_model is part of the run that --overwrite would delete"
+    ):
+        run(train, *OVERFITTING, "--overwrite", teacher="model/best_model")
+    write_shape(n_ctx=32, n_positions=32)
+    with pytest.raises(ValueError, match="--teacher teacher/final_model knows 8 positions, and a window .* has 32"):
+        run(train, *OVERFITTING, output_dir="longer", teacher="teacher/final_model")

@@ -93,7 +93,7 @@ def test_measuring_touches_no_random_state_and_leaves_the_model_in_training():
 def test_a_run_measures_after_epochs_and_every_val_steps_and_eval_only_finds_the_same(train, capsys):
     documents = write_documents([20] * 30)
     write_shape(resid_pdrop=0.1)
-    flags = ["--val_fraction", "0.1", "--val_steps", "3", "--batch_size", "4", "--sample_prompts", "一,丁"]
+    flags = ["--val_fraction", "0.1", "--val_steps", "3", "--batch_size", "4", "--sample_prompts", "一，丁"]
     assert run(train, *flags, epochs=2) == 0
     output = capsys.readouterr().out
     assert "of 30 documents held out" in output and "bits per character" in output and "    一|" in output
