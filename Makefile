@@ -56,7 +56,8 @@ OUT ?= model_$(notdir $(patsubst %/,%,$(DATA)))
 model: $(VOCAB)/.built $(TRAIN)/.built ## DATA=folder MINUTES=30: the best model of your texts that so many minutes allow
 	@[ -n "$(DATA)" ] || { echo 'error: name your texts: make model DATA=~/texts MINUTES=30' >&2; exit 2; }
 	@began=$$(date +%s) && set -x && \
-	$(VOCAB)/bin/python build_trainfile.py --data_path "$(DATA)" --output_path "$(OUT)/train.json" --encoding auto && \
+	$(VOCAB)/bin/python build_trainfile.py --data_path "$(DATA)" --output_path "$(OUT)/train.json" --encoding auto \
+		--deduplicate && \
 	$(VOCAB)/bin/python make-vocab.py --raw_data_path "$(OUT)/train.json" --vocab_file "$(OUT)/vocab.txt" \
 		--vocab_size auto --model_config config/model_config_mini.json && \
 	$(TRAIN)/bin/python make-tokenized.py --raw_data_path "$(OUT)/train.json" --vocab_filename "$(OUT)/vocab.txt" \

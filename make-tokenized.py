@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from gpt2_chinese.artifacts import atomic_write, exclusive_lock, read_json, sha256_of, write_json
-from gpt2_chinese.command_line import print_settings, run_script
+from gpt2_chinese.command_line import add_output_flags, print_settings, progress_disabled, run_script
 from gpt2_chinese.parallel import MapInOrder, default_workers, open_workers
 from gpt2_chinese.text.corpus import read_train_json, read_train_json_blocks
 from gpt2_chinese.text.pieces import MANIFEST, PROGRESS, UNKNOWN_ERROR, check_unknown
@@ -80,6 +80,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="tokens around a document, by default those of the tokenizer: [MASK] and [CLS] as GPT2-Chinese has them, "
         "[CLS] and [SEP] for a folder with BERT's tokenizer, the end of text for BPE",
     )
+    parser.add_argument(
+        "--keep_case", action="store_true", help="keep upper case; by default as make-vocab.py was told"
+    )
+    parser.add_argument(
+        "--keep_spaces",
+        action="store_true",
+        help="keep white space beside Chinese; by default as make-vocab.py was told",
+    )
     parser.add_argument("--allow_unk", action="store_true", help="go on where a fifth and more of the tokens are [UNK]")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace pieces of another corpus or another vocabulary"
@@ -87,6 +95,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # where it runs
     parser.add_argument("--workers", type=int, default=default_workers(), help="processes on this machine")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler to run on, such as tcp://host:8786")
+    add_output_flags(parser)
     args = parser.parse_args(argv)
     for flag, least in (("num_pieces", 1), ("min_length", 0), ("workers", 1)):
         if getattr(args, flag) < least:
@@ -106,12 +115,26 @@ def choose_tokenizer(args: argparse.Namespace) -> tuple[TokenizerSpec, Path]:
         raise ValueError(f"{path} has a tokenizer of kind {spec.kind}, not {args.tokenizer}; leave --tokenizer out")
     if args.compat and spec.kind == "bpe":
         raise ValueError("--compat is for words and characters, which GPT2-Chinese has; leave it out for BPE")
+    kept = kept_by_vocabulary(path) if not spec.compat else {}
+    case, spaces = (getattr(args, name) or bool(kept.get(name)) for name in ("keep_case", "keep_spaces"))
+    spec = spec.keeping(case=case, spaces=spaces)
     if args.document_marks:
         spec = spec.with_marks(*args.document_marks)
         spec.build()
     vocab_file = vocabulary_of_folder(path) if path.is_dir() else path
     assert vocab_file is not None  # it has been read
     return spec, vocab_file
+
+
+def kept_by_vocabulary(vocab_file: Path) -> dict[str, Any]:
+    """The options that make-vocab.py wrote a vocabulary with; none of one from elsewhere, or changed since."""
+    path = vocab_file.with_name(f"{vocab_file.stem}.manifest.json")
+    if not vocab_file.is_file() or not path.is_file():
+        return {}
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("vocabulary", {}).get("sha256") != sha256_of(vocab_file):
+        return {}
+    return dict(manifest.get("options", {}))
 
 
 def piece_sizes(documents: int, num_pieces: int) -> list[int]:
@@ -257,7 +280,7 @@ def check_replaceable(folder: Path, key: dict[str, Any], *, overwrite: bool) -> 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    print_settings(args)
+    print_settings(args, file=sys.stderr)
     folder = Path(args.tokenized_data_path)
 
     # 1) Read the vocabulary and the whole corpus once: an error is found before anything is written.
@@ -319,7 +342,9 @@ def main(argv: list[str] | None = None) -> None:
         sizes = piece_sizes(total, args.num_pieces)
         with (
             open_workers(args.workers, args.scheduler) as map_in_order,
-            tqdm(total=total, unit=" documents", unit_scale=True, desc="tokenizing") as bar,
+            tqdm(
+                total=total, unit=" documents", unit_scale=True, desc="tokenizing", disable=progress_disabled(args)
+            ) as bar,
         ):
             bar.update(sum(sizes[number] for number in progress.finished))
             documents = iter(held) if len(held) == total else read_train_json(args.raw_data_path)
@@ -380,4 +405,4 @@ def print_summary(report: PieceReport, total: int, args: argparse.Namespace, sta
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, translated=True)

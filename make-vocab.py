@@ -18,6 +18,7 @@ import re
 import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +26,7 @@ from types import ModuleType
 from tqdm import tqdm
 
 from gpt2_chinese.artifacts import atomic_write, read_json, sha256_of, write_json, write_lines
-from gpt2_chinese.command_line import print_settings, project_file, run_script
+from gpt2_chinese.command_line import add_output_flags, print_settings, progress_disabled, project_file, run_script
 from gpt2_chinese.parallel import default_workers, open_workers
 from gpt2_chinese.text.char_tokenizer import fold_characters
 from gpt2_chinese.text.corpus import read_train_json
@@ -53,6 +54,7 @@ from gpt2_chinese.text.vocabulary_choice import (
     size_for_a_small_model,
     word_part_counts,
 )
+from gpt2_chinese.text.word_tokenizer import KEEP_CASE, KEEP_SPACES, RULES_VERSION, SPACE_TOKEN
 
 DESCRIPTIONS = {"word": "words", "char": "characters and runs of letters or digits", "bpe": "byte-level BPE"}
 DEFAULT_FILES = {"word": "vocab/vocab_user.txt", "char": "vocab/vocab_user.txt", "bpe": "vocab/tokenizer.json"}
@@ -93,6 +95,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--compat", action="store_true", help="write GPT2-Chinese's vocabulary byte for byte, with its gaps"
     )
+    parser.add_argument("--keep_case", action="store_true", help="keep upper case; otherwise letters become lower case")
+    parser.add_argument(
+        "--keep_spaces",
+        action="store_true",
+        help=f"keep white space beside Chinese, as the token {SPACE_TOKEN}; otherwise it is dropped",
+    )
     # where it runs
     parser.add_argument("--workers", type=int, default=default_workers(), help="processes on this machine")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler to run on, such as tcp://host:8786")
@@ -103,12 +111,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="the model whose parameters the report compares the embedding with",
     )
     parser.add_argument("--report", metavar="FILE", help="write the coverage of several sizes as JSON, too")
+    add_output_flags(parser)
     args = parser.parse_args(argv)
     for flag in ("vocab_size", "workers"):
         if getattr(args, flag) != AUTO and getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: give at least 1")
     if args.compat and args.tokenizer != "word":
         parser.error("--compat writes GPT2-Chinese's vocabulary of words; leave out --compat or --tokenizer")
+    if (args.keep_case or args.keep_spaces) and (args.compat or args.tokenizer == "bpe"):
+        parser.error("--keep_case and --keep_spaces are for words and characters: GPT2-Chinese keeps neither, BPE both")
     args.vocab_file = args.vocab_file or DEFAULT_FILES[args.tokenizer]
     if args.compat and args.report:
         parser.error("--report is about the default vocabulary; leave out --compat or --report")
@@ -191,26 +202,38 @@ def count_candidates(args: argparse.Namespace, size: int) -> Candidates:
     """Segment, count and rank what the vocabulary may have; `size` is that of the corpus in bytes."""
     with (
         open_workers(args.workers, args.scheduler) as map_in_order,
-        tqdm(total=size, unit="B", unit_scale=True, desc=f"counting {args.tokenizer}s") as bar,
+        tqdm(
+            total=size, unit="B", unit_scale=True, desc=f"counting {args.tokenizer}s", disable=progress_disabled(args)
+        ) as bar,
     ):
         documents = batches(read_train_json(args.raw_data_path, progress=bar.update))
         if args.compat:
             counts = reference_counts(map_in_order(count_batch_of_reference, documents))
         elif args.tokenizer == "char":
-            counts = fold_character_counts(map_in_order(count_batch_of_characters, documents), fold_characters)
+            count = partial(count_batch_of_characters, keep_spaces=args.keep_spaces)
+            fold_word = partial(fold_characters, lowercase=not args.keep_case)
+            counts = fold_character_counts(map_in_order(count, documents), fold_word)
         else:
-            counts = fold_counts(map_in_order(count_batch, documents))
+            rules = RULES_VERSION + KEEP_CASE * args.keep_case + KEEP_SPACES * args.keep_spaces
+            counts = fold_counts(map_in_order(partial(count_batch, rules=rules), documents), rules)
     if not counts:
         raise ValueError(f"--raw_data_path {args.raw_data_path}: there is no word in it; nothing was written")
     ranked = rank_words(counts)
     if args.compat:
         return Candidates(counts, ranked, [], bytes=False)
+    # The token for white space is in the vocabulary if that is kept, and never otherwise, even if texts have it.
+    ranked = [word for word in ranked if word != SPACE_TOKEN]
+    if args.keep_spaces:
+        ranked = [SPACE_TOKEN, *ranked]
+    spelled = {word: count for word, count in counts.items() if word != SPACE_TOKEN}
+    counts.setdefault(SPACE_TOKEN, 0) if args.keep_spaces else counts.pop(SPACE_TOKEN, None)
+    fold = str if args.keep_case else str.lower
     if args.tokenizer == "char":
         # A run of letters that is seen a few times only is better spelled; every single character is a word.
         ranked = [word for word in ranked if len(word) == 1 or (counts[word] >= MIN_COUNT and len(word) <= MAX_WORD)]
-        return Candidates(counts, ranked, rank_words(character_part_counts(counts)), bytes=False)
+        return Candidates(counts, ranked, rank_words(character_part_counts(spelled, fold)), bytes=False)
     ranked = [word for word in ranked if len(word) <= MAX_WORD]
-    return Candidates(counts, ranked, rank_words(word_part_counts(counts)), bytes=True)
+    return Candidates(counts, ranked, rank_words(word_part_counts(spelled, fold)), bytes=True)
 
 
 def make_word_vocabulary(args: argparse.Namespace, size: int, config: dict[str, int] | None) -> None:
@@ -266,7 +289,7 @@ def make_bpe_vocabulary(args: argparse.Namespace, size: int, config: dict[str, i
     )
     sample: list[str] = []
     characters = 0
-    with tqdm(total=size, unit="B", unit_scale=True, desc="reading") as bar:
+    with tqdm(total=size, unit="B", unit_scale=True, desc="reading", disable=progress_disabled(args)) as bar:
 
         def documents() -> Iterator[str]:
             nonlocal characters
@@ -381,7 +404,7 @@ def write_manifest(args: argparse.Namespace) -> None:
     """Write beside the vocabulary which corpus and options it was made from."""
     corpus = {"path": str(Path(args.raw_data_path).resolve()), "sha256": sha256_of(args.raw_data_path)}
     vocabulary = {"path": args.vocab_file, "sha256": sha256_of(args.vocab_file)}
-    options = {name: getattr(args, name) for name in ("tokenizer", "vocab_size", "compat")}
+    options = {name: getattr(args, name) for name in ("tokenizer", "vocab_size", "compat", "keep_case", "keep_spaces")}
     write_json(manifest_of(Path(args.vocab_file)), {"vocabulary": vocabulary, "corpus": corpus, "options": options})
 
 
@@ -401,7 +424,7 @@ def refuse_a_name(path: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    print_settings(args)
+    print_settings(args, file=sys.stderr)
     path = Path(args.raw_data_path)
     size = path.stat().st_size if path.is_file() else 0
     refuse_a_name(args.raw_data_path)
@@ -421,4 +444,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, translated=True)

@@ -349,12 +349,12 @@ def split_documents(blocks: Iterable[str], unit: str) -> Iterator[str]:
     """
     if unit == "line":
         for line in split_lines(blocks):
-            if document := _stripped(line):
+            if document := strip_text(line):
                 yield document
     elif unit == "paragraph":
         paragraph: list[str] = []
         for line in split_lines(blocks):
-            if stripped := _stripped(line):
+            if stripped := strip_text(line):
                 paragraph.append(stripped)
             elif paragraph:
                 yield "\n".join(paragraph)
@@ -363,11 +363,11 @@ def split_documents(blocks: Iterable[str], unit: str) -> Iterator[str]:
             yield "\n".join(paragraph)
     else:
         assert unit == "file"
-        if document := _stripped("".join(blocks)):
+        if document := strip_text("".join(blocks)):
             yield document
 
 
-def _stripped(text: str) -> str:
+def strip_text(text: str) -> str:
     """A text without white space and invisible characters around it; nothing of one that shows nothing."""
     text = text.strip()
     while text and (text[0] in "\ufeff\u200b" or text[-1] in "\ufeff\u200b"):

@@ -36,10 +36,12 @@ from gpt2_chinese.text.word_tokenizer import (
     LINE_BREAK,
     RULES,
     RULES_VERSION,
+    SPACE_TOKEN,
     WordTokenizer,
     clean_bert_character,
     fold_as_bert,
     fold_word,
+    mark_spaces,
 )
 
 BATCH_CHARACTERS = 1 << 20
@@ -74,16 +76,30 @@ def _shared_table(kind: str, rules: int = RULES_VERSION, digits: bool = False) -
     return WordTable(shared_segmenter(), partial(class_by_rules, rules=RULES[rules]))
 
 
-def count_batch(documents: list[str]) -> CountedWords:
+def count_batch(documents: list[str], rules: int = RULES_VERSION) -> CountedWords:
     """Count the words that the tokenizer will look up, before they are folded."""
-    table = _shared_table("word")
-    return table.count(table.number(documents))
+    table = _shared_table("word", rules)
+    return table.count(_number(table, documents, keep_spaces=RULES[rules].keeps_spaces))
 
 
-def count_batch_of_characters(documents: list[str]) -> CountedWords:
+def count_batch_of_characters(documents: list[str], keep_spaces: bool = False) -> CountedWords:
     """Count single characters and the runs of others between them, before they are folded."""
     table = _shared_table("char")
-    return table.count(table.number(documents))
+    return table.count(_number(table, documents, keep_spaces=keep_spaces))
+
+
+def _number(table: WordTable, documents: list[str], *, keep_spaces: bool) -> np.ndarray:
+    """The numbers of the words of documents, as `WordTable.number`; kept white space is a word."""
+    if not keep_spaces:
+        return table.number(documents)
+    sequence = table.number([SPACE_TOKEN, *map(mark_spaces, documents)])
+    space, sequence = sequence[0], sequence[2:]  # the first document's word and its end
+    # The line breaks beside a space are those that mark_spaces has put there.
+    is_space = sequence == space
+    beside = np.zeros(len(sequence), dtype=np.bool_)
+    beside[1:] |= is_space[:-1]
+    beside[:-1] |= is_space[1:]
+    return np.ascontiguousarray(sequence[~(beside & (sequence == LINE_BREAK_WORD))])
 
 
 def count_batch_of_reference(documents: list[str]) -> dict[str, int]:
@@ -95,9 +111,9 @@ def count_batch_of_reference(documents: list[str]) -> dict[str, int]:
     return counts
 
 
-def fold_counts(batches: Iterable[CountedWords]) -> dict[str, int]:
+def fold_counts(batches: Iterable[CountedWords], rules: int = RULES_VERSION) -> dict[str, int]:
     """Add up counts of `count_batch` as those of the folded words, in the order of first appearance."""
-    return _fold_counts(batches, lambda word, touching: fold_word(word, touching)[0])
+    return _fold_counts(batches, lambda word, touching: fold_word(word, touching, RULES[rules])[0])
 
 
 def fold_character_counts(batches: Iterable[CountedWords], fold: Callable[[str], list[str]]) -> dict[str, int]:
@@ -268,6 +284,10 @@ class _TableFormatter:
         tokenizer = spec.build(segmenter=shared_segmenter() if spec.kind == "word" else None)
         assert isinstance(tokenizer, (WordTokenizer, CharTokenizer))
         self._tokenizer = tokenizer
+        if isinstance(tokenizer, CharTokenizer):
+            self._keeps_spaces = tokenizer.keeps_spaces
+        else:
+            self._keeps_spaces = tokenizer.rules.keeps_spaces
         self._table = _shared_table(spec.kind, spec.rules, spec.kind == "char" and spec.compat)
         # Of a token that stands there twice the last one counts; what is blank is no word.
         token_ids = {token: id_ for id_, token in enumerate(tokenizer.vocabulary) if token.strip(" \n")}
@@ -344,7 +364,7 @@ class _TableFormatter:
     def format(self, documents: list[str], report: PieceReport) -> bytes:
         if self._spec.compat and any(_is_special(document) for document in documents):
             return _ReferenceFormatter(self._spec, self._tokenizer).format(documents, report)
-        sequence = self._table.number(documents)
+        sequence = _number(self._table, documents, keep_spaces=self._keeps_spaces)
         cleaning = self._table.cleaning
         report.dropped_characters += cleaning.dropped
         report.white_space += cleaning.spaces

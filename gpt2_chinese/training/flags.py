@@ -172,6 +172,16 @@ def _add_validation(parser: argparse.ArgumentParser) -> None:
         "semicolons, also the Chinese ones (default: none)",
     )
     parser.add_argument(
+        "--report",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="at the end of the run write report.html and report.json to --output_dir: curves, completions, how much "
+        "of them is copied (default: no)",
+    )
+    parser.add_argument(
+        "--report_only", metavar="FOLDER", help="write the report of a finished run again, by its --output_dir"
+    )
+    parser.add_argument(
         "--eval_only",
         action="store_true",
         help="measure --pretrained_model on all documents of --tokenized_data_path; no training",
