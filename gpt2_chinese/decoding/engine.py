@@ -21,14 +21,16 @@ import torch
 from torch import Tensor
 
 from gpt2_chinese.decoding.backend import CompletionBackend, Request
+from gpt2_chinese.decoding.batch_sampler import BatchSampler
 from gpt2_chinese.decoding.compiled_decoder import CompiledDecoder, is_decoder_cached, make_cpu_decoder
 from gpt2_chinese.decoding.completion import Completion, EngineStopped, Prompt, TextDelta, TokenLogprob
 from gpt2_chinese.decoding.decoder import Decoder, PrefilledPrompt
 from gpt2_chinese.decoding.detokenizer import IncrementalDetokenizer
 from gpt2_chinese.decoding.graph_decoder import make_gpu_decoder
-from gpt2_chinese.decoding.sampling import BatchSampler, sequence_seed
+from gpt2_chinese.decoding.sampling import sequence_seed
+from gpt2_chinese.decoding.whole_characters import CharacterMasks
 from gpt2_chinese.precision import to_device
-from gpt2_chinese.text.tokenizers import Tokenizer
+from gpt2_chinese.text.tokenizers import Tokenizer, bytes_of_tokens
 
 LOGGER = logging.getLogger(__name__)
 MAX_PREFILL_TOKENS_PER_STEP = 512
@@ -157,12 +159,8 @@ class Engine(CompletionBackend):
         self.max_waiting = max_waiting
         self.device = str(self.decoder.device)
         self._on_step_end = on_step_end
-        self.sampler = BatchSampler(
-            max_num_seqs,
-            vocab_size,
-            suppressed_ids=[*tokenizer.marks.never_produced, *range(len(tokenizer), vocab_size)],
-            device=self.decoder.device,
-        )
+        masks = CharacterMasks(bytes_of_tokens(tokenizer), vocab_size, tokenizer.marks.never_produced)
+        self.sampler = BatchSampler(max_num_seqs, masks, end_id=tokenizer.marks.end, device=self.decoder.device)
         self._sequences: list[_Sequence] = []  # sequence i is in slot i of the decoder and of the sampler
         self._waiting: deque[_EngineRequest] = deque()
         self._num_enqueued = 0  # sequences so far
@@ -340,7 +338,9 @@ class Engine(CompletionBackend):
         """Put the next samples of the request at the head of the queue into the next slots."""
         for sample in range(request.num_admitted, request.num_admitted + count):
             seed = sequence_seed(request.seed, sample)
-            self.sampler.assign(len(self._sequences), request.sampling_params, seed, request.prompt.ids)
+            self.sampler.assign(
+                len(self._sequences), request.sampling_params, seed, request.prompt.ids, length=request.length
+            )
             self._sequences.append(self._new_sequence(request, sample))
         with self._changed:
             request.num_admitted += count
@@ -414,6 +414,7 @@ class Engine(CompletionBackend):
         rows = list(num_alternatives)
         raw_logits = logits[rows] if rows else logits  # a copy: the sampler suppresses some
         tokens = self.sampler.sample(slice(slots.start, slots.stop), logits, self.decoder.compiled_sampler)
+        self.sampler.commit(slice(slots.start, slots.stop), tokens.numpy())
         logprobs = {}
         if rows:
             reported = self._logprobs(list(num_alternatives.values()), tokens[rows].tolist(), raw_logits)
