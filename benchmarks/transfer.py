@@ -26,9 +26,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", help="TXT file that the old model is trained on")
     parser.add_argument("new", help="TXT file that the models go on with")
-    parser.add_argument(
-        "--share", type=float, default=0.1, help="of the second file to train on (default: %(default)s)"
-    )
+    parser.add_argument("--share", type=float, default=0.1, help="of the second file to train on (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=6, help="on the share (default: %(default)s)")
     parser.add_argument("--old_epochs", type=int, default=1, help="of the old model (default: %(default)s)")
     parser.add_argument("--folder", type=Path, default=Path("transfer"), help="to work in (default: %(default)s)")

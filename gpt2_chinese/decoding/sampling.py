@@ -257,7 +257,7 @@ def sample_tokens(
         tokens[rows] = sample_rows(_sample_from_sorted, rows).cpu()
     if codes is not None and (rows := has_code.nonzero().flatten().tolist()):
         parameters = (to_device(part[rows], logits.device) for part in (temperature, top_k, top_p, min_p))
-        tokens[rows] = _choose_by_codes(_select_rows(logits, rows), *parameters, codes, rows)
+        tokens[rows] = _choose_by_codes(codes, rows, _select_rows(logits, rows), *parameters)
     return tokens
 
 
@@ -268,7 +268,7 @@ def select_codes(codes: Codes, rows: list[int]) -> Codes:
 
 
 def _choose_by_codes(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, codes: Codes, rows: list[int]
+    codes: Codes, rows: list[int], logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
 ) -> Tensor:
     """The tokens of sequences with codes, see distinct.py."""
     best, ids = apply_temperature(logits, temperature).sort(dim=-1, descending=True, stable=True)

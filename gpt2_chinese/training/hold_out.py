@@ -120,9 +120,7 @@ def _units(
     return units, total
 
 
-def _sliced_small(
-    unit: Unit, tokens: npt.NDArray[Any], lengths: npt.NDArray[np.int64] | None, total: int
-) -> list[Unit]:
+def _sliced_small(unit: Unit, tokens: npt.NDArray[Any], lengths: npt.NDArray[np.int64] | None, total: int) -> list[Unit]:
     """A document that is more than a fifth of a small corpus, in slices."""
     if unit.is_slice or unit.size <= LARGEST_SHARE * total:
         return [unit]
