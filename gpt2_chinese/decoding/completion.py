@@ -95,12 +95,16 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """What one decode step adds to the text of a sample; the last delta of a sample has a `finish_reason`."""
+    """What one decode step adds to the text of a sample; the last delta of a sample has a `finish_reason`.
+
+    It also has the `score` of the sample, where that was asked for.
+    """
 
     sample: int
     text: str
     logprobs: tuple[TokenLogprob, ...]
     finish_reason: str | None
+    score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -113,12 +117,19 @@ class Completion:
         finish_reason: "stop" (`[CLS]`, the end of a document, or a stop string, which is cut off), "length" or
             "cancelled".
         logprobs: those of the tokens whose text is in the continuation; empty unless they were asked for.
+        score: the mean log-probability of the sampled tokens, that which ends a document included, by the model's raw
+            logits; None unless it was asked for.
     """
 
     text: str
     ids: tuple[int, ...]
     finish_reason: str
     logprobs: tuple[TokenLogprob, ...] = ()
+    score: float | None = None
+
+
+MISSING = "missing"
+"""The `finish_reason` of a sample that has no text: the model has fewer texts than were asked for."""
 
 
 class EngineStopped(RuntimeError):

@@ -123,7 +123,7 @@ def choose(
     bounds = np.floor(np.cumsum(divide(probabilities, is_end, mass, share))).astype(np.int64)
     index = int(np.searchsorted(bounds, code, side="right"))
     if index == len(bounds):
-        if bounds[-1] < mass - 64 * len(bounds) or not (probabilities > 0).any():
+        if bounds[-1] < mass - 64 * len(bounds):
             return STUCK, code, mass
         index = int(np.flatnonzero(probabilities > 0)[-1])  # the sum of the lengths was rounded down
     begin = int(bounds[index - 1]) if index else 0

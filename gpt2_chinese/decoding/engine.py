@@ -23,11 +23,13 @@ from torch import Tensor
 from gpt2_chinese.decoding.backend import CompletionBackend, Request
 from gpt2_chinese.decoding.batch_sampler import BatchSampler
 from gpt2_chinese.decoding.compiled_decoder import CompiledDecoder, is_decoder_cached, make_cpu_decoder
-from gpt2_chinese.decoding.completion import Completion, EngineStopped, Prompt, TextDelta, TokenLogprob
+from gpt2_chinese.decoding.completion import MISSING, Completion, EngineStopped, Prompt, TextDelta, TokenLogprob
 from gpt2_chinese.decoding.decoder import Decoder, PrefilledPrompt
 from gpt2_chinese.decoding.detokenizer import IncrementalDetokenizer
+from gpt2_chinese.decoding.distinct import STUCK, UNIT, first_code
 from gpt2_chinese.decoding.graph_decoder import make_gpu_decoder
-from gpt2_chinese.decoding.sampling import sequence_seed
+from gpt2_chinese.decoding.request_words import RequestWords, VocabularyWords
+from gpt2_chinese.decoding.sampling import request_bits, sequence_seed
 from gpt2_chinese.decoding.whole_characters import CharacterMasks
 from gpt2_chinese.precision import to_device
 from gpt2_chinese.text.tokenizers import Tokenizer, bytes_of_tokens
@@ -35,6 +37,8 @@ from gpt2_chinese.text.tokenizers import Tokenizer, bytes_of_tokens
 LOGGER = logging.getLogger(__name__)
 MAX_PREFILL_TOKENS_PER_STEP = 512
 """Prompt tokens that are prefilled between two decode steps; more would interrupt the running sequences for longer."""
+MAX_REDRAWS = 100
+"""Draws of one token, each without those that were unwanted, before the sample is taken to have no other text."""
 
 
 @dataclass(eq=False)
@@ -45,6 +49,9 @@ class _EngineRequest(Request):
         num_admitted: samples that have, or had, a batch slot.
         prefilled: the prompt's prefill, kept while some samples still wait for a slot.
         completions: of the samples that have ended.
+        num_finished: samples that have ended, those without a text included.
+        words: what its settings mean for the vocabulary.
+        texts: of the samples that have ended, if these must be different.
     """
 
     cancelled: bool = False
@@ -52,6 +59,14 @@ class _EngineRequest(Request):
     num_admitted: int = 0
     prefilled: PrefilledPrompt | None = None
     completions: dict[int, Completion] = field(default_factory=dict)
+    num_finished: int = 0
+    words: RequestWords | None = None
+    texts: set[str] = field(default_factory=set)
+
+    @property
+    def must_differ(self) -> bool:
+        """Whether each sample must have a text of its own."""
+        return self.distinct and self.samples > 1
 
     def cancel(self, sample: int | None = None) -> None:
         if sample is None:
@@ -72,6 +87,8 @@ class _Sequence:
         cache_length: tokens whose keys and values are in the slot; all but the last token after a step.
         num_detokenized: how many of `ids` the detokenizer has got.
         num_logprobs_sent: how many of `logprobs` were in a TextDelta.
+        unsent: text that is settled and was in no TextDelta.
+        logprob_sum, num_scored: of the sampled tokens, if scores were asked for.
     """
 
     request: _EngineRequest
@@ -82,15 +99,23 @@ class _Sequence:
     num_detokenized: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
     num_logprobs_sent: int = 0
+    unsent: str = ""
+    logprob_sum: float = 0.0
+    num_scored: int = 0
 
-    def detokenize(self) -> str:
-        """Detokenize the new ids; return the text that is settled by them."""
-        text = self.detokenizer.push(*self.ids[self.num_detokenized :])
+    @property
+    def score(self) -> float | None:
+        """The mean log-probability of the sampled tokens, None if it was not asked for."""
+        return self.logprob_sum / self.num_scored if self.num_scored else None
+
+    def detokenize(self) -> None:
+        """Detokenize the new ids."""
+        self.unsent += self.detokenizer.push(*self.ids[self.num_detokenized :])
         self.num_detokenized = len(self.ids)
-        return text
 
-    def send_delta(self, text: str, finish_reason: str | None) -> None:
-        """Call `on_delta` with this text and the logprobs of the tokens that begin in the text sent so far."""
+    def send_delta(self, finish_reason: str | None) -> None:
+        """Call `on_delta` with the unsent text and the logprobs of the tokens that begin in the text sent so far."""
+        text, self.unsent = self.unsent, ""
         if self.request.on_delta is None or not (text or finish_reason):
             return
         begin, sent = self.num_logprobs_sent, self.detokenizer.num_emitted
@@ -99,7 +124,8 @@ class _Sequence:
         ):
             self.num_logprobs_sent += 1
         logprobs = tuple(self.logprobs[begin : self.num_logprobs_sent])
-        self.request.on_delta(TextDelta(self.sample, text, logprobs, finish_reason))
+        score = self.score if finish_reason else None
+        self.request.on_delta(TextDelta(self.sample, text, logprobs, finish_reason, score))
 
 
 class Engine(CompletionBackend):
@@ -161,6 +187,7 @@ class Engine(CompletionBackend):
         self._on_step_end = on_step_end
         masks = CharacterMasks(bytes_of_tokens(tokenizer), vocab_size, tokenizer.marks.never_produced)
         self.sampler = BatchSampler(max_num_seqs, masks, end_id=tokenizer.marks.end, device=self.decoder.device)
+        self._vocabulary_words = VocabularyWords(tokenizer, vocab_size)
         self._sequences: list[_Sequence] = []  # sequence i is in slot i of the decoder and of the sampler
         self._waiting: deque[_EngineRequest] = deque()
         self._num_enqueued = 0  # sequences so far
@@ -336,10 +363,22 @@ class Engine(CompletionBackend):
 
     def _allocate_slots(self, request: _EngineRequest, count: int) -> None:
         """Put the next samples of the request at the head of the queue into the next slots."""
+        if request.words is None:
+            request.words = self._vocabulary_words.of_request(request)
         for sample in range(request.num_admitted, request.num_admitted + count):
-            seed = sequence_seed(request.seed, sample)
+            code = None
+            if request.must_differ:
+                bits = request_bits(request.seed)
+                code = first_code(bits, sample, request.samples), request.samples * UNIT
             self.sampler.assign(
-                len(self._sequences), request.sampling_params, seed, request.prompt.ids, length=request.length
+                len(self._sequences),
+                request.sampling_params,
+                sequence_seed(request.seed, sample),
+                request.prompt.ids,
+                length=request.length,
+                bad_words=request.words.bad_words,
+                code=code,
+                end_table=request.words.end_table,
             )
             self._sequences.append(self._new_sequence(request, sample))
         with self._changed:
@@ -350,8 +389,12 @@ class Engine(CompletionBackend):
                 request.prefilled = None
 
     def _new_sequence(self, request: _EngineRequest, sample: int) -> _Sequence:
-        detokenizer = IncrementalDetokenizer(self.tokenizer, request.prompt, request.stop)
-        return _Sequence(request, sample, detokenizer, cache_length=len(request.prompt.ids))
+        return _Sequence(request, sample, self._new_detokenizer(request), cache_length=len(request.prompt.ids))
+
+    def _new_detokenizer(self, request: _EngineRequest) -> IncrementalDetokenizer:
+        return IncrementalDetokenizer(
+            self.tokenizer, request.prompt, request.stop, until_sentence=request.until_sentence
+        )
 
     def _score_prompt(self, prompt: Prompt, num_alternatives: int) -> tuple[TokenLogprob, ...]:
         """The log-probabilities of the tokens of a prompt that the caller has given."""
@@ -413,18 +456,30 @@ class Engine(CompletionBackend):
         }
         rows = list(num_alternatives)
         raw_logits = logits[rows] if rows else logits  # a copy: the sampler suppresses some
-        tokens = self.sampler.sample(slice(slots.start, slots.stop), logits, self.decoder.compiled_sampler)
-        self.sampler.commit(slice(slots.start, slots.stop), tokens.numpy())
+        scored = [row for row, one in enumerate(sequences) if one.request.scores]
+        if scored:
+            scored_logits = logits[scored]  # a copy, too
+            raw_scored = scored_logits, torch.logsumexp(scored_logits, dim=-1)
+        where = slice(slots.start, slots.stop)
+        tokens = self.sampler.sample(where, logits, self.decoder.compiled_sampler)
+        if any(one.request.must_differ or one.request.sampling_params.bad_words for one in sequences):
+            self._redraw_unwanted(slots, sequences, tokens, logits)
+        self.sampler.commit(where, tokens.numpy())
         logprobs = {}
         if rows:
             reported = self._logprobs(list(num_alternatives.values()), tokens[rows].tolist(), raw_logits)
             logprobs = {slots[row]: logprob for row, logprob in zip(rows, reported, strict=True)}
+        if scored:
+            self._add_scores(sequences, scored, tokens, raw_scored)
         now = time.monotonic()
         # From the last slot on, since the last sequence moves into a slot that is released.
         for slot, sequence, token in reversed(list(zip(slots, sequences, tokens.tolist(), strict=True))):
             request = sequence.request
             request.first_token_at = request.first_token_at or now
-            if token == self.tokenizer.marks.end:
+            if token == STUCK:
+                self._release(slot, self._why_stuck(slot, sequence))
+                continue
+            if token == self.tokenizer.marks.end or token in request.sampling_params.stop_token_ids:
                 self._release(slot, "stop")
                 continue
             sequence.ids.append(token)
@@ -432,12 +487,86 @@ class Engine(CompletionBackend):
             if slot in logprobs:
                 offset = len(sequence.detokenizer.text)
                 sequence.logprobs.append(TokenLogprob(self.tokenizer.vocabulary[token], *logprobs[slot], offset))
-            if request.stop or request.on_delta is not None or slot in logprobs:
-                sequence.send_delta(sequence.detokenize(), None)
+            if request.stop or request.until_sentence or request.on_delta is not None or slot in logprobs:
+                sequence.detokenize()
+                # What another sample may still end as is not sent.
+                if not request.must_differ or self.sampler.is_settled(slot):
+                    sequence.send_delta(None)
             if sequence.detokenizer.stopped:
                 self._release(slot, "stop")
             elif len(sequence.ids) == request.length:
                 self._release(slot, "length")
+
+    # Tokens that are drawn again: those that would give a text twice, or complete a bad word.
+
+    def _redraw_unwanted(self, slots: range, sequences: Sequence[_Sequence], tokens: Tensor, logits: Tensor) -> None:
+        """Have unwanted tokens drawn again, each from its row of logits, which `sample` has processed."""
+        for row, (slot, sequence) in enumerate(zip(slots, sequences, strict=True)):
+            request = sequence.request
+            if not request.must_differ and not request.sampling_params.bad_words:
+                continue
+            for _ in range(MAX_REDRAWS):
+                token = int(tokens[row])
+                if token == STUCK or not self._is_unwanted(sequence, token):
+                    break
+                tokens[row] = self.sampler.redraw(slot, logits[row : row + 1], token, self.decoder.compiled_sampler)
+            else:
+                tokens[row] = STUCK
+
+    def _is_unwanted(self, sequence: _Sequence, token: int) -> bool:
+        """Whether a token would end the text as another sample's has ended, or complete a bad word.
+
+        The text of a wanted token is detokenized by this.
+        """
+        request, words = sequence.request, sequence.request.words
+        assert words is not None
+        is_end = token == self.tokenizer.marks.end or token in request.sampling_params.stop_token_ids
+        is_last = is_end or len(sequence.ids) + 1 == request.length
+        if not (is_last or request.stop or request.until_sentence or words.bad_texts):
+            return False
+        before, unsent = len(sequence.detokenizer.text), sequence.unsent
+        if not is_end:
+            sequence.ids.append(token)
+        sequence.detokenize()
+        text = sequence.detokenizer.text
+        ends = is_last or sequence.detokenizer.stopped
+        unwanted = request.must_differ and ends and text in request.texts
+        unwanted = unwanted or words.has_bad_text(request.prompt.context, text, before)
+        if not is_end:
+            sequence.ids.pop()  # whoever has asked appends it
+        if unwanted and not is_end:
+            sequence.detokenizer = self._new_detokenizer(request)
+            sequence.detokenizer.push(*sequence.ids)
+            sequence.num_detokenized, sequence.unsent = len(sequence.ids), unsent
+        elif not unwanted and ends:
+            request.texts.add(text)
+        return bool(unwanted)
+
+    def _why_stuck(self, slot: int, sequence: _Sequence) -> str:
+        """The finish_reason of a sequence that has no token left: its text ends, unless another sample has it."""
+        if not sequence.request.must_differ:
+            return "stop"
+        sequence.detokenize()
+        text = sequence.detokenizer.text
+        if not self.sampler.is_settled(slot) or text in sequence.request.texts:
+            return MISSING
+        sequence.request.texts.add(text)
+        return "stop"
+
+    # Scores.
+
+    def _add_scores(
+        self, sequences: Sequence[_Sequence], rows: list[int], tokens: Tensor, raw: tuple[Tensor, Tensor]
+    ) -> None:
+        """Add the log-probabilities of these rows' tokens, by their raw logits and the logarithm of the sum of all."""
+        raw_logits, log_sums = raw
+        chosen = tokens[rows].clamp_min(0)
+        indices = to_device(chosen, raw_logits.device)[:, None]
+        logprobs = (raw_logits.gather(1, indices)[:, 0] - log_sums).tolist()
+        for row, logprob in zip(rows, logprobs, strict=True):
+            if tokens[row] != STUCK:
+                sequences[row].logprob_sum += logprob
+                sequences[row].num_scored += 1
 
     def _logprobs(
         self, num_alternatives: Sequence[int], tokens: Sequence[int], logits: Tensor
@@ -466,20 +595,27 @@ class Engine(CompletionBackend):
 
     def _finish(self, sequence: _Sequence, finish_reason: str) -> None:
         """Complete a sequence, and its request if it was the last one."""
-        request, detokenizer = sequence.request, sequence.detokenizer
-        text = sequence.detokenize() + detokenizer.flush()
+        request = sequence.request
+        sequence.detokenize()
+        detokenizer = sequence.detokenizer
+        sequence.unsent += detokenizer.flush()
         if detokenizer.stopped:
             # The tokens of the stop string are among the ids, but not in the text.
             sequence.logprobs = [one for one in sequence.logprobs if one.offset < len(detokenizer.text)]
-        request.completions[sequence.sample] = Completion(
-            text=request.prompt.context + detokenizer.text,
-            ids=tuple(sequence.ids),
-            finish_reason=finish_reason,
-            logprobs=tuple(sequence.logprobs),
-        )
-        sequence.send_delta(text, finish_reason)
-        if len(request.completions) == request.samples:
-            request.future.set_result([request.completions[sample] for sample in range(request.samples)])
+        if finish_reason == MISSING:
+            sequence.unsent = ""
+        else:
+            request.completions[sequence.sample] = Completion(
+                text=request.prompt.context + detokenizer.text,
+                ids=tuple(sequence.ids),
+                finish_reason=finish_reason,
+                logprobs=tuple(sequence.logprobs),
+                score=sequence.score,
+            )
+        sequence.send_delta(finish_reason)
+        request.num_finished += 1
+        if request.num_finished == request.samples:
+            request.future.set_result([request.completions[sample] for sample in sorted(request.completions)])
 
 
 def _gather_rows(logits: Tensor, rows: list[int]) -> Tensor:

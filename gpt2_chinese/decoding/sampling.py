@@ -102,6 +102,12 @@ def sequence_seed(seed: int, sample: int) -> int:
     return int(splitmix64(mixed, [sample + 1])[0])
 
 
+def request_bits(seed: int) -> int:
+    """64 random bits that all samples of a request share; those of `sequence_seed` are others."""
+    mixed = splitmix64([seed % 2**64], [0])
+    return int(splitmix64(mixed, [0])[0])
+
+
 def uniform_random(seeds: Sequence[int] | np.ndarray, indices: Sequence[int] | np.ndarray) -> Tensor:
     """A random number above 0 and below 1 for each sequence, from its seed and the index of its token: float64 [B].
 
