@@ -200,6 +200,9 @@ class CompletionBackend(ABC):
         if not 1 <= len(prompt.ids) <= self.n_ctx:
             raise ValueError(f"a prompt must have 1 to {self.n_ctx} ids, this one has {len(prompt.ids)}")
         params = sampling_params or SamplingParams()
+        for id_ in (*params.stop_token_ids, *(id_ for id_, _ in params.logit_bias)):
+            if not 0 <= id_ < len(self.tokenizer):
+                raise ValueError(f"token id {id_} is not in the vocabulary of {len(self.tokenizer)} tokens")
         if distinct and (params.temperature == 0 or params.top_k == 1):
             samples = 1  # there is only one text
         return self._enqueue(
