@@ -136,8 +136,8 @@ class BatchSampler:
         self._states, self._remaining = np.zeros((2, max_num_seqs), dtype=np.int64)
         self._code, self._mass, self._next_code, self._next_mass = np.zeros((4, max_num_seqs), dtype=np.int64)
         self._ends = np.zeros(max_num_seqs, dtype=np.int64)
-        self._certainty = np.zeros((max_num_seqs, 2))
-        self._next_certainty = np.zeros((max_num_seqs, 2))
+        self._doubt = np.zeros((max_num_seqs, 2))
+        self._next_doubt = np.zeros((max_num_seqs, 2))
         self._ints = np.zeros((max_num_seqs, len(RowInts._fields)), dtype=np.int64)
         self._floats = np.zeros((max_num_seqs, len(RowFloats._fields)), dtype=np.float32)
         self._is_special = np.zeros(max_num_seqs, dtype=bool)  # has settings of SlotSettings
@@ -190,7 +190,7 @@ class BatchSampler:
         self._states[slot] = self.masks.state_after(prompt_ids)
         self._remaining[slot] = length
         self._code[slot], self._mass[slot] = code or (0, 0)
-        self._certainty[slot] = 0
+        self._doubt[slot] = 0
         settings = self._make_settings(params, prompt_ids, length, bad_words, end_table)
         self._settings[slot] = settings
         self._ends[slot] = 0 if end_table is None else end_table.ctypes.data
@@ -253,7 +253,7 @@ class BatchSampler:
             self._code,
             self._mass,
             self._ends,
-            self._certainty,
+            self._doubt,
             self._ints,
             self._floats,
             self._is_special,
@@ -315,7 +315,7 @@ class BatchSampler:
             for now, then in (
                 (self._code, self._next_code),
                 (self._mass, self._next_mass),
-                (self._certainty, self._next_certainty),
+                (self._doubt, self._next_doubt),
             ):
                 now[slots][has_code] = then[slots][has_code]
         if self._is_special[slots].any():
@@ -328,7 +328,7 @@ class BatchSampler:
     def _draw(self, slots: slice, logits: Tensor, numbers: np.ndarray, compiled: CompiledSampler | None) -> Tensor:
         codes = None
         if (self._mass[slots] > UNIT).any():
-            self._next_certainty[slots] = self._certainty[slots]
+            self._next_doubt[slots] = self._doubt[slots]
             self._next_code[slots], self._next_mass[slots] = self._code[slots], self._mass[slots]
             codes = Codes(
                 code=self._code[slots],
@@ -336,7 +336,7 @@ class BatchSampler:
                 remaining=self._remaining[slots],
                 ends=self._ends[slots],
                 end_tables=[None if one is None else one.end_table for one in self._settings[slots]],
-                certainty=self._next_certainty[slots],
+                doubt=self._next_doubt[slots],
                 next_code=self._next_code[slots],
                 next_mass=self._next_mass[slots],
             )

@@ -8,10 +8,11 @@ code is in. Every sample has the model's distribution, whatever the others are.
 
 A text longer than a unit would be drawn twice. So the lengths are not N p, but min(1 unit, c p) with the c that makes
 the sum N, as in systematic sampling without replacement with unequal probabilities (Madow 1949). Whether a token leads
-to such a text is known only where it ends a text. Before that it is estimated: a token's most probable text has the
-share `persistence` of the token's probability, the mean of the greatest probabilities so far to the power of the tokens
-to come. Where no estimate exceeds a unit nothing is limited, and each sample has the model's distribution exactly. In
-any case an end of a text has at most one unit, so that no two codes can be in it.
+to such a text is known only where it ends a text. Before that it is estimated: of a token's probability, all but the
+share `escape` belongs to its most probable text. The share is what the likeliest tokens have left to the others so far,
+step by step, carried on over the tokens to come. So the samples part where the model is least sure, and not at the last
+token. Where no estimate exceeds a unit nothing is limited, and each sample has the model's distribution exactly. In any
+case an end of a text has at most one unit, so that no two codes can be in it.
 
 An interval of at most one unit holds one code at most: its sample goes on with random numbers of its own.
 """
@@ -28,7 +29,7 @@ UNIT = 1 << 40
 END_LIMIT = float(UNIT - 4)
 """The length of an end of a text, at most; the bounds of its interval are rounded."""
 
-MAX_PERSISTENCE = 0.999
+MIN_ESCAPE = 1e-15
 MAX_ROUNDS = 64
 
 STUCK = -2
@@ -45,7 +46,7 @@ class Codes:
         remaining: int64, tokens that the text may still get, the next one included.
         ends: int64, addresses of int8 [V], which tokens end a text.
         end_tables: the same tables, for NumPy.
-        certainty: float64 [B, 2], the sum and the number of the greatest probabilities so far.
+        doubt: float64 [B, 2], the sum of what the likeliest tokens have left to the others, and the number of tokens.
         next_code, next_mass: of the tokens that were chosen, written by the draw.
     """
 
@@ -54,7 +55,7 @@ class Codes:
     remaining: np.ndarray
     ends: np.ndarray
     end_tables: list[np.ndarray | None]
-    certainty: np.ndarray
+    doubt: np.ndarray
     next_code: np.ndarray
     next_mass: np.ndarray
 
@@ -65,42 +66,44 @@ def first_code(random_bits: int, sample: int, samples: int) -> int:
     return (random_bits % whole + sample * UNIT) % whole
 
 
-def persistence(certainty_sum: float, certainty_count: float, remaining: int) -> float:
-    """The estimated probability that `remaining` more tokens are all the most probable ones."""
-    mean = certainty_sum / certainty_count if certainty_count else 0.0
-    return min(MAX_PERSISTENCE, mean**remaining)
+def escape_probability(doubt: np.ndarray, remaining: int) -> float:
+    """The estimated probability that not all of `remaining` more tokens are the likeliest ones."""
+    escape, mean = 0.0, doubt[0] / doubt[1]
+    for _ in range(remaining):
+        escape += mean * (1.0 - escape)  # 1 - (1 - mean)^remaining, without its rounding
+    return max(MIN_ESCAPE, escape)
 
 
-def divide(probabilities: np.ndarray, is_end: np.ndarray, mass: int, share: float) -> np.ndarray:
+def divide(probabilities: np.ndarray, is_end: np.ndarray, mass: int, escape: float) -> np.ndarray:
     """Divide an interval among the tokens.
 
     Args:
         probabilities: [C], with the sum 1.
         is_end: bool [C], which tokens end a text.
         mass: the length of the interval.
-        share: the persistence of the other tokens.
+        escape: for the other tokens, what does not belong to their most probable text.
 
     Returns:
         Lengths [C]. Their sum is the mass, or less if all tokens end a text and are too few.
     """
-    shares = np.where(is_end, 1.0, share)
+    escapes = np.where(is_end, 0.0, escape)
     limited = np.zeros(len(probabilities), dtype=bool)
     scale = float(mass)
     for _ in range(MAX_ROUNDS):
-        slope = float((probabilities * np.where(limited, 1.0 - shares, 1.0)).sum())
+        slope = float((probabilities * np.where(limited, escapes, 1.0)).sum())
         if slope <= 0:
             return np.where(probabilities > 0, END_LIMIT, 0.0)
         scale = (mass - END_LIMIT * limited.sum()) / slope
-        now = shares * scale * probabilities > END_LIMIT
+        now = (1.0 - escapes) * scale * probabilities > END_LIMIT
         if (now == limited).all():
             break
         limited = now
     lengths = scale * probabilities
-    return np.where(limited, lengths * (1.0 - shares) + END_LIMIT, lengths)
+    return np.where(limited, lengths * escapes + END_LIMIT, lengths)
 
 
 def choose(
-    weights: np.ndarray, is_end: np.ndarray, code: int, mass: int, certainty: np.ndarray, remaining: int
+    weights: np.ndarray, is_end: np.ndarray, code: int, mass: int, doubt: np.ndarray, remaining: int
 ) -> tuple[int, int, int]:
     """The candidate whose interval the code is in.
 
@@ -108,19 +111,20 @@ def choose(
         weights: [C], unnormalized probabilities of the candidates.
         is_end: bool [C], which of them end a text.
         code, mass: of the sample.
-        certainty: [2], sum and number of the greatest probabilities; this step is added.
+        doubt: [2], as in Codes; this step is added.
         remaining: tokens that the text may still get, this one included.
 
     Returns:
         The index of the candidate, or STUCK, and the sample's code and mass after it.
     """
+    likeliest = int(weights.argmax())
+    others = weights[:likeliest].sum() + weights[likeliest + 1 :].sum()
     probabilities = weights / weights.sum()
-    certainty[0] += probabilities.max()
-    certainty[1] += 1
+    doubt += others / weights.sum(), 1
     if remaining <= 1:
         is_end = np.ones_like(is_end)
-    share = persistence(certainty[0], certainty[1], remaining - 1)
-    bounds = np.floor(np.cumsum(divide(probabilities, is_end, mass, share))).astype(np.int64)
+    escape = escape_probability(doubt, remaining - 1)
+    bounds = np.floor(np.cumsum(divide(probabilities, is_end, mass, escape))).astype(np.int64)
     index = int(np.searchsorted(bounds, code, side="right"))
     if index == len(bounds):
         if bounds[-1] < mass - 64 * len(bounds):

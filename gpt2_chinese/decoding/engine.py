@@ -63,10 +63,14 @@ class _EngineRequest(Request):
     words: RequestWords | None = None
     texts: set[str] = field(default_factory=set)
 
-    @property
-    def must_differ(self) -> bool:
+    def __post_init__(self) -> None:
+        params = self.sampling_params
+        self.must_differ = self.distinct and self.samples > 1
         """Whether each sample must have a text of its own."""
-        return self.distinct and self.samples > 1
+        self.checks_tokens = self.must_differ or bool(params.bad_words)
+        """Whether a token may be drawn again for the text that it makes."""
+        self.checks_all_tokens = bool(params.bad_words or self.stop or self.until_sentence or params.stop_token_ids)
+        """Whether any token may be, and not only one that ends a document or reaches the length."""
 
     def cancel(self, sample: int | None = None) -> None:
         if sample is None:
@@ -462,7 +466,7 @@ class Engine(CompletionBackend):
             raw_scored = scored_logits, torch.logsumexp(scored_logits, dim=-1)
         where = slice(slots.start, slots.stop)
         tokens = self.sampler.sample(where, logits, self.decoder.compiled_sampler)
-        if any(one.request.must_differ or one.request.sampling_params.bad_words for one in sequences):
+        if any(one.request.checks_tokens for one in sequences):
             self._redraw_unwanted(slots, sequences, tokens, logits)
         self.sampler.commit(where, tokens.numpy())
         logprobs = {}
@@ -501,9 +505,13 @@ class Engine(CompletionBackend):
 
     def _redraw_unwanted(self, slots: range, sequences: Sequence[_Sequence], tokens: Tensor, logits: Tensor) -> None:
         """Have unwanted tokens drawn again, each from its row of logits, which `sample` has processed."""
-        for row, (slot, sequence) in enumerate(zip(slots, sequences, strict=True)):
+        for row, (slot, sequence, drawn) in enumerate(zip(slots, sequences, tokens.tolist(), strict=True)):
             request = sequence.request
-            if not request.must_differ and not request.sampling_params.bad_words:
+            if not request.checks_tokens:
+                continue
+            # Most tokens need no look: they end nothing.
+            is_end = drawn == self.tokenizer.marks.end or len(sequence.ids) + 1 == request.length
+            if not (is_end or request.checks_all_tokens):
                 continue
             for _ in range(MAX_REDRAWS):
                 token = int(tokens[row])
@@ -522,8 +530,6 @@ class Engine(CompletionBackend):
         assert words is not None
         is_end = token == self.tokenizer.marks.end or token in request.sampling_params.stop_token_ids
         is_last = is_end or len(sequence.ids) + 1 == request.length
-        if not (is_last or request.stop or request.until_sentence or words.bad_texts):
-            return False
         before, unsent = len(sequence.detokenizer.text), sequence.unsent
         if not is_end:
             sequence.ids.append(token)

@@ -168,7 +168,7 @@ class CompiledSampler:
         if codes is None:
             code_addresses = [0] * 7
         else:
-            arrays = (codes.mass, codes.code, codes.remaining, codes.ends, codes.certainty)
+            arrays = (codes.mass, codes.code, codes.remaining, codes.ends, codes.doubt)
             assert all(array.flags.c_contiguous for array in (*arrays, codes.next_code, codes.next_mass))
             code_addresses = [array.ctypes.data for array in (*arrays, codes.next_code, codes.next_mass)]
         self._function(
@@ -229,7 +229,7 @@ def sample_tokens(
             part_of_codes = None if codes is None else select_codes(codes, rows)
             tokens[rows] = sample_tokens(_select_rows(logits, rows), *parameters, codes=part_of_codes)
             if codes is not None and part_of_codes is not None:
-                for name in ("certainty", "next_code", "next_mass"):
+                for name in ("doubt", "next_code", "next_mass"):
                     getattr(codes, name)[rows] = getattr(part_of_codes, name)
         return tokens
     has_code = torch.zeros(len(logits), dtype=torch.bool)
@@ -292,7 +292,7 @@ def _choose_by_codes(
             is_end,
             int(codes.code[row]),
             int(codes.mass[row]),
-            codes.certainty[row],
+            codes.doubt[row],
             int(codes.remaining[row]),
         )
         if chosen != STUCK:

@@ -16,7 +16,7 @@ import numpy as np
 from numba import carray, cfunc, njit, types
 
 from gpt2_chinese.decoding.decoder_kernel import int8_at
-from gpt2_chinese.decoding.distinct import END_LIMIT, MAX_PERSISTENCE, MAX_ROUNDS, STUCK, UNIT
+from gpt2_chinese.decoding.distinct import END_LIMIT, MAX_ROUNDS, MIN_ESCAPE, STUCK, UNIT
 from gpt2_chinese.decoding.sampling import BLOCK_SIZE, MAX_CANDIDATES, MAX_PARTIAL_TOP_K, NOT_SAMPLED
 
 MAX_DISTANCE = np.float32(1e30)  # below the greatest logit; no candidate is so far below it
@@ -204,38 +204,37 @@ def sample_from_candidates(ids, weights, count, total, uniform):
 
 
 @compiled
-def is_limited(probability, share, scale):
-    return share * scale * probability > END_LIMIT
+def is_limited(probability, escape, scale):
+    return (1.0 - escape) * scale * probability > END_LIMIT
 
 
 @compiled
-def choose_by_code(ids, weights, count, total, code, mass, remaining, ends, certainty, next_code, next_mass):
+def choose_by_code(ids, weights, count, total, code, mass, remaining, ends, doubt, next_code, next_mass):
     """A token by the code of a sequence, as distinct.choose; each of the last three arguments is an array of its own.
 
     `ends` tells by token whether it ends a text.
     """
-    greatest = 0.0
+    others = 0.0
     for rank in range(count):
         weights[rank] /= total
-        greatest = max(greatest, weights[rank])
-    certainty[0] += greatest
-    certainty[1] += 1
-    share = 1.0
-    if remaining > 1:
-        mean = certainty[0] / certainty[1]
-        for _ in range(remaining - 1):
-            share *= mean
-    share = min(MAX_PERSISTENCE, share)
+        if rank:
+            others += weights[rank]
+    doubt[0] += others
+    doubt[1] += 1
+    mean, escape = doubt[0] / doubt[1], 0.0
+    for _ in range(remaining - 1):
+        escape += mean * (1.0 - escape)
+    escape = max(MIN_ESCAPE, escape)
     scale = np.float64(mass)
     limited_before = 0
     exhausted = False
     for _ in range(MAX_ROUNDS):
         limited, slope = 0, 0.0
         for rank in range(count):
-            own = 1.0 if remaining <= 1 or ends[ids[rank]] else share
+            own = 0.0 if remaining <= 1 or ends[ids[rank]] else escape
             if limited_before and is_limited(weights[rank], own, scale):
                 limited += 1
-                slope += weights[rank] * (1.0 - own)
+                slope += weights[rank] * own
             else:
                 slope += weights[rank]
         if slope <= 0:
@@ -244,7 +243,7 @@ def choose_by_code(ids, weights, count, total, code, mass, remaining, ends, cert
         scale = (mass - END_LIMIT * limited) / slope
         now = 0
         for rank in range(count):
-            own = 1.0 if remaining <= 1 or ends[ids[rank]] else share
+            own = 0.0 if remaining <= 1 or ends[ids[rank]] else escape
             now += is_limited(weights[rank], own, scale)
         if now == limited:
             break
@@ -252,12 +251,12 @@ def choose_by_code(ids, weights, count, total, code, mass, remaining, ends, cert
     cumulative = 0.0
     begin = np.int64(0)
     for rank in range(count):
-        own = 1.0 if remaining <= 1 or ends[ids[rank]] else share
+        own = 0.0 if remaining <= 1 or ends[ids[rank]] else escape
         length = scale * weights[rank]
         if exhausted:
             length = END_LIMIT if weights[rank] > 0 else 0.0
         elif is_limited(weights[rank], own, scale):
-            length = length * (1.0 - own) + END_LIMIT
+            length = length * own + END_LIMIT
         cumulative += length
         end = np.int64(cumulative)
         if code < end or (rank == count - 1 and not cumulative < mass - 64.0 * count):
@@ -270,7 +269,7 @@ def choose_by_code(ids, weights, count, total, code, mass, remaining, ends, cert
 
 @compiled
 def sample_sequence(
-    logits, vocab_size, uniform, temperature, top_k, top_p, min_p, has_code, code, mass, remaining, ends, certainty,
+    logits, vocab_size, uniform, temperature, top_k, top_p, min_p, has_code, code, mass, remaining, ends, doubt,
     next_code, next_mass, maxima, ids, candidates, weights,
 ):  # fmt: skip
     """A token for one sequence, or NOT_SAMPLED; STUCK if nothing is left."""
@@ -292,13 +291,13 @@ def sample_sequence(
         return NOT_SAMPLED
     count, total = filter_candidates(candidates, weights, count, top_p, min_p)
     if has_code:
-        return choose_by_code(ids, weights, count, total, code, mass, remaining, ends, certainty, next_code, next_mass)
+        return choose_by_code(ids, weights, count, total, code, mass, remaining, ends, doubt, next_code, next_mass)
     return sample_from_candidates(ids, weights, count, total, uniform)
 
 
 def sample_batch(
     logits, vocab_size, batch, uniform, temperature, top_k, top_p, min_p, has_codes, mass, code, remaining, ends,
-    certainty, next_code, next_mass, tokens, maxima, ids, candidates, weights,
+    doubt, next_code, next_mass, tokens, maxima, ids, candidates, weights,
 ):  # fmt: skip
     """A token for each row of logits [batch, vocab_size], or NOT_SAMPLED; see sampling.sample_tokens.
 
@@ -323,7 +322,7 @@ def sample_batch(
             mass[row] if has_code else 0,
             remaining[row] if has_code else 0,
             carray(int8_at(ends[row] if has_code else 0), vocab_size),
-            carray(certainty, 2 * place + 2)[2 * place :],
+            carray(doubt, 2 * place + 2)[2 * place :],
             carray(next_code, place + 1)[place:],
             carray(next_mass, place + 1)[place:],
             carray(maxima, vocab_size),

@@ -85,7 +85,7 @@ def test_the_compiled_choice_is_that_of_numpy(masses, spread, remaining, seed, m
             remaining=np.full(batch, remaining),
             ends=np.full(batch, table.ctypes.data),
             end_tables=[table] * batch,
-            certainty=np.tile([2.5, 3.0], (batch, 1)),
+            doubt=np.tile([0.05, 3.0], (batch, 1)),
             next_code=np.zeros(batch, np.int64),
             next_mass=np.zeros(batch, np.int64),
         )
@@ -104,7 +104,7 @@ def test_the_compiled_choice_is_that_of_numpy(masses, spread, remaining, seed, m
     for name in ("next_code", "next_mass"):
         difference = getattr(one, name)[has_code] - getattr(other, name)[has_code]
         assert (np.abs(difference) <= 64).all(), "they differ by more than the rounding of the sums"
-    assert np.allclose(one.certainty[has_code], other.certainty[has_code])
+    assert np.allclose(one.doubt[has_code], other.doubt[has_code])
 
 
 def two_token_requests(requests: int, samples: int, first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -173,11 +173,11 @@ def test_a_text_that_would_come_twice_always_comes_once_and_the_others_in_propor
 
 def test_lengths_are_in_proportion_to_the_probabilities_unless_they_exceed_a_unit():
     probabilities = np.array([0.7, 0.2, 0.1])
-    free = divide(probabilities, np.zeros(3, bool), 3 * UNIT, 0.1)
+    free = divide(probabilities, np.zeros(3, bool), 3 * UNIT, 0.9)
     assert np.allclose(free, probabilities * 3 * UNIT)
-    limited = divide(probabilities, np.array([True, False, False]), 3 * UNIT, 0.1)
+    limited = divide(probabilities, np.array([True, False, False]), 3 * UNIT, 0.9)
     assert np.allclose(limited / UNIT, [1, 4 / 3, 2 / 3]) and limited.sum() == pytest.approx(3 * UNIT)
-    assert divide(probabilities, np.ones(3, bool), 5 * UNIT, 0.1).sum() < 3 * UNIT
+    assert divide(probabilities, np.ones(3, bool), 5 * UNIT, 0.9).sum() < 3 * UNIT
 
 
 # In the engine.
