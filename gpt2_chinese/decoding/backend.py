@@ -244,10 +244,13 @@ class CompletionBackend(ABC):
         length: int = 50,
         sampling_params: SamplingParams | None = None,
         seed: int | None = None,
+        distinct: bool = False,
     ) -> list[str]:
         """Complete a context and wait for the texts; each begins with the context exactly as it was given."""
         prompt = self.prompt(context, length)
-        request = self.submit(prompt, samples=samples, length=length, sampling_params=sampling_params, seed=seed)
+        request = self.submit(
+            prompt, samples=samples, length=length, sampling_params=sampling_params, seed=seed, distinct=distinct
+        )
         return [completion.text for completion in request.future.result()]
 
     def _why_stopped(self) -> str:

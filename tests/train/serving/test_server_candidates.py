@@ -10,6 +10,7 @@ from tiny_model import endless_model, tiny_model, tiny_tokenizer
 
 from gpt2_chinese.decoding.engine import Engine
 
+
 @pytest.fixture(scope="module", autouse=True)
 def server(script):
     return script("server")
