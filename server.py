@@ -26,6 +26,7 @@ from aiohttp import web
 
 from gpt2_chinese.command_line import print_settings, run_script
 from gpt2_chinese.decoding.process import EngineOptions, EngineProcess
+from gpt2_chinese.model_folder import note_of_a_better_model
 from gpt2_chinese.serving.api import MAX_TOKENS, parse_detokenize, parse_generate, parse_tokenize, parse_v1
 from gpt2_chinese.serving.connections import open_socket, url_of
 from gpt2_chinese.serving.devices import run_for_each_device
@@ -284,6 +285,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     with socket.socket(fileno=args.listen_fd) if is_child else open_socket(args.host, args.port) as sock:
         if not is_child:
             print(f"listening on {url_of(sock)}, loading {', '.join(args.model_path)}", flush=True)
+            for better in filter(None, map(note_of_a_better_model, args.model_path)):
+                print(f"note: {better}", flush=True)
         if len(devices) > 1:
             return run_for_each_device(Path(__file__).resolve(), sys.argv[1:] if argv is None else argv, devices, sock)
         service = Service(served_models(args), limits_of(args), keys)

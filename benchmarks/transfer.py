@@ -1,10 +1,11 @@
-"""What a trained model gives a small new corpus: going on from it, and its layers under another vocabulary, beside a new model.
+"""What a trained model gives a small new corpus, beside a new model: going on from it, also with another vocabulary.
 
     .venv-train/bin/python benchmarks/transfer.py songci.txt medical_qa.txt --share 0.1
 
-Both corpora are TXT files, a document a line. The old model is trained on the first one. A tenth of the second one, by a
-hash of each document, is measured on; a share of the rest, by the same hash, is trained on by every other model, with as
-many updates. Bits per character compare them, whatever their vocabulary. make-vocab.py runs in the other environment.
+Both corpora are TXT files, a document a line. The old model is trained on the first one. A tenth of the second one, by
+a hash of each document, is measured on; a share of the rest, by the same hash, is trained on by every other model, with
+as many updates. Bits per character compare them, whatever their vocabulary. make-vocab.py runs in the other
+environment.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", help="TXT file that the old model is trained on")
     parser.add_argument("new", help="TXT file that the models go on with")
-    parser.add_argument("--share", type=float, default=0.1, help="of the second file to train on (default: %(default)s)")
+    parser.add_argument(
+        "--share", type=float, default=0.1, help="of the second file to train on (default: %(default)s)"
+    )
     parser.add_argument("--epochs", type=int, default=6, help="on the share (default: %(default)s)")
     parser.add_argument("--old_epochs", type=int, default=1, help="of the old model (default: %(default)s)")
     parser.add_argument("--folder", type=Path, default=Path("transfer"), help="to work in (default: %(default)s)")

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 CONFIG, MANIFEST = "config.json", "manifest.json"
+BEST_MODEL = "best_model"  # the folder that train.py writes beside the others
 WEIGHTS, OLD_WEIGHTS = "model.safetensors", "pytorch_model.bin"
 
 # transformers before 4.3x stored the causal mask of every layer beside the weights.
@@ -519,6 +520,36 @@ def atomic_write_folder(folder: str | Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def note_of_a_better_model(folder: str | Path) -> str | None:
+    """A sentence about the best model of the same run, if it lies beside this one and is another one."""
+    folder = Path(folder)
+    beside = folder.resolve().parent / BEST_MODEL
+    if beside == folder.resolve():
+        return None
+    own, best = _facts(folder), _facts(beside)
+    measured = best.get("best_validation")
+    bits = measured.get("bits_per_character") if isinstance(measured, dict) else None
+    updates, best_updates = own.get("updates"), best.get("updates")
+    if not isinstance(bits, float) or not isinstance(updates, int) or not isinstance(best_updates, int):
+        return None
+    if updates == best_updates:
+        return None
+    return (
+        f"{beside} is the best model of this run on its validation set, {bits:.4f} bits per character after update "
+        f"{best_updates:,}; {folder} is of update {updates:,}"
+    )
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """What train.py has written about a model, or nothing if there is nothing that can be read."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except (OSError, ValueError):
+        return {}
+    facts = manifest.get("facts") if isinstance(manifest, dict) else None
+    return facts if isinstance(facts, dict) else {}
 
 
 def check_replaceable(folder: str | Path) -> None:

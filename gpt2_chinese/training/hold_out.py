@@ -1,5 +1,4 @@
-"""Which part of a corpus is held out as validation set: about a share of the text, chosen by hash, never next to what is
-trained on.
+"""Which part of a corpus is held out as validation set: a share of the text, chosen by hash.
 
 Sizes are in bytes of UTF-8 text, not in tokens, so that the same text is held out whatever the vocabulary.
 """
@@ -81,7 +80,13 @@ class Split:
     slices: int = 0
 
 
-def split(tokens: npt.NDArray[Any], marks: Marks, hold_out: HoldOut, token_texts: Sequence[bytes]) -> Split:
+def split(
+    tokens: npt.NDArray[Any],
+    marks: Marks,
+    hold_out: HoldOut,
+    token_texts: Sequence[bytes],
+    piece_lengths: Sequence[int] | None = None,
+) -> Split:
     """Decide what is held out.
 
     Documents are taken in the order of a hash of their text until there is enough, so a document mostly stays held out
@@ -90,21 +95,23 @@ def split(tokens: npt.NDArray[Any], marks: Marks, hold_out: HoldOut, token_texts
 
     Args:
         token_texts: what each id stands for; without it sizes and hashes are those of the ids.
+        piece_lengths: a document ends where its piece does; None for a single piece.
     """
-    units, total = _units(tokens, marks, hold_out, token_texts)
+    documents = _documents(tokens, marks, piece_lengths or [len(tokens)])
+    units, total = _units(tokens, documents, hold_out, token_texts)
     chosen = _choose(units, total, hold_out)
     return _cut(len(tokens), chosen, hold_out.gap)
 
 
 def _units(
-    tokens: npt.NDArray[Any], marks: Marks, hold_out: HoldOut, token_texts: Sequence[bytes]
+    tokens: npt.NDArray[Any], documents: Iterator[tuple[int, int]], hold_out: HoldOut, token_texts: Sequence[bytes]
 ) -> tuple[list[Unit], int]:
     """The units with the smallest hashes, as many as can be held out, and the bytes of the corpus."""
     lengths = np.array([len(text) for text in token_texts], np.int64) if token_texts else None
     enough = max(hold_out.max_bytes, hold_out.min_bytes)
     units: list[Unit] = []
     gathered = total = 0
-    for begin, end in _documents(tokens, marks):
+    for begin, end in documents:
         ids = tokens[begin:end]
         sizes = lengths[ids] if lengths is not None else np.full(len(ids), 4, np.int64)
         number, size = _document_hash(ids, token_texts), int(sizes.sum())
@@ -120,7 +127,9 @@ def _units(
     return units, total
 
 
-def _sliced_small(unit: Unit, tokens: npt.NDArray[Any], lengths: npt.NDArray[np.int64] | None, total: int) -> list[Unit]:
+def _sliced_small(
+    unit: Unit, tokens: npt.NDArray[Any], lengths: npt.NDArray[np.int64] | None, total: int
+) -> list[Unit]:
     """A document that is more than a fifth of a small corpus, in slices."""
     if unit.is_slice or unit.size <= LARGEST_SHARE * total:
         return [unit]
@@ -151,7 +160,8 @@ def _slices(document: Unit, sizes: npt.NDArray[np.int64], size: int) -> list[Uni
 
 def _smallest(units: list[Unit], size: int) -> tuple[list[Unit], int]:
     """Of units the ones with the smallest hashes, so many that they have `size` bytes, and what they have."""
-    kept, gathered = [], 0
+    kept: list[Unit] = []
+    gathered = 0
     for unit in sorted(units, key=lambda unit: (unit.hash, unit.begin)):
         if gathered >= size and unit.hash != kept[-1].hash:
             break
@@ -210,17 +220,20 @@ def _document_hash(ids: npt.NDArray[Any], token_texts: Sequence[bytes]) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
-def _documents(tokens: npt.NDArray[Any], marks: Marks) -> Iterator[tuple[int, int]]:
-    """Begin and end of each document; what stands before the first mark is one too."""
-    begin = 0
-    inside = False  # the document waits for its end, where that is the same token as its beginning
-    for offset in range(0, len(tokens), _BLOCK):
-        ids = tokens[offset : offset + _BLOCK]
-        for found in (document_begins(ids, marks, inside=inside) + offset).tolist():
-            if found > begin:
-                yield begin, found
-            begin = found
-        if marks.begin == marks.end:
-            inside ^= bool(np.count_nonzero(ids == marks.begin) % 2)
-    if begin < len(tokens):
-        yield begin, len(tokens)
+def _documents(tokens: npt.NDArray[Any], marks: Marks, piece_lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Begin and end of each document; what stands before the first mark of a piece is one too."""
+    begin = end = 0
+    for length in piece_lengths:
+        end += length
+        inside = False  # the document waits for its end, where that is the same token as its beginning
+        for offset in range(end - length, end, _BLOCK):
+            ids = tokens[offset : min(end, offset + _BLOCK)]
+            for found in (document_begins(ids, marks, inside=inside) + offset).tolist():
+                if found > begin:
+                    yield begin, found
+                begin = found
+            if marks.begin == marks.end:
+                inside ^= bool(np.count_nonzero(ids == marks.begin) % 2)
+        if end > begin:
+            yield begin, end
+        begin = end

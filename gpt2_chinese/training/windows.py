@@ -58,10 +58,10 @@ def shifted_starts(
         [[2, 5, 8, 0], [1, 4, 7, 8]]
     """
     distances = np.random.default_rng([seed, epoch, _DISTANCES])
-    starts = [np.empty(0, np.int64)]
+    starts: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
     for begin, end in _spans(piece_lengths, n_ctx):
         last = end - n_ctx
-        own = np.append(np.arange(begin, last, stride), last)
+        own: npt.NDArray[np.int64] = np.append(np.arange(begin, last, stride), last)
         own = np.minimum(own + distances.integers(stride), last)
         if len(own) > 1 and own[-2] == last:
             own[-1] = begin
