@@ -7,7 +7,7 @@ of them drawn again without the one that it does not want.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,14 @@ from gpt2_chinese.compiled import load_function
 from gpt2_chinese.decoding import logits_processing
 from gpt2_chinese.decoding.completion import SamplingParams
 from gpt2_chinese.decoding.distinct import STUCK, UNIT, Codes
-from gpt2_chinese.decoding.sampling import MAX_PARTIAL_TOP_K, CompiledSampler, sample_tokens, uniform_random
+from gpt2_chinese.decoding.sampling import (
+    MAX_PARTIAL_TOP_K,
+    CompiledSampler,
+    apply_temperature,
+    sample_tokens,
+    top_k_top_p_mask,
+    uniform_random,
+)
 from gpt2_chinese.decoding.whole_characters import BOUNDARY, CharacterMasks
 from gpt2_chinese.precision import to_device
 
@@ -268,6 +275,10 @@ class BatchSampler:
         """
         return bool(self._code[slot] < UNIT)
 
+    def mass(self, slot: int) -> int:
+        """The length of the interval of a sample with a code."""
+        return int(self._mass[slot])
+
     def sample(self, slots: slice, logits: Tensor, compiled: CompiledSampler | None = None) -> Tensor:
         """Sample one token for each of these slots; `commit` says which are taken.
 
@@ -294,9 +305,32 @@ class BatchSampler:
             self._mark_empty(slots, logits, tokens, compiled)
         return tokens
 
-    def redraw(self, slot: int, logits: Tensor, token: int, compiled: CompiledSampler | None = None) -> int:
-        """Draw a slot's token again, from its logits [1, V] after `sample`, without `token`; STUCK if none is left."""
-        logits[0, token] = -torch.inf
+    def redraw(
+        self,
+        slot: int,
+        logits: Tensor,
+        tokens: Iterable[int],
+        compiled: CompiledSampler | None = None,
+        *,
+        within_filters: bool = False,
+    ) -> int:
+        """Draw a slot's token again without some tokens, from its logits [1, V] after `sample`; STUCK if none is left.
+
+        Args:
+            within_filters: among what top-k, top-p and min-p have kept with these tokens, instead of what they keep
+                without them.
+        """
+        if within_filters:
+            row = slice(slot, slot + 1)
+            top_k, top_p, min_p = (
+                to_device(torch.from_numpy(part[row]), logits.device)
+                for part in (self._top_k, self._top_p, self._min_p)
+            )
+            temperature = to_device(torch.from_numpy(self._temperature[row]), logits.device)
+            best, ids = apply_temperature(logits, temperature).sort(dim=-1, descending=True, stable=True)
+            keep, _ = top_k_top_p_mask(best, top_k, top_p, min_p)
+            logits.index_fill_(1, ids[0, ~keep[0]], -torch.inf)
+        logits_processing.ban(logits, 0, [*tokens])
         if not bool(torch.isfinite(logits).any()):
             return STUCK
         self._redraws[slot] += 1

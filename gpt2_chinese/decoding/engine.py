@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +37,11 @@ from gpt2_chinese.text.tokenizers import Tokenizer, bytes_of_tokens
 LOGGER = logging.getLogger(__name__)
 MAX_PREFILL_TOKENS_PER_STEP = 512
 """Prompt tokens that are prefilled between two decode steps; more would interrupt the running sequences for longer."""
+MAX_ROUNDS = 4
+"""How often samples that have found no text of their own begin again, without the ways that lead to no other text."""
+TAKEN, BAD = "taken", "bad"
+ROUNDING = 64
+"""By so much the interval of a token that has no alternative may differ from that of the tokens before it."""
 MAX_REDRAWS = 100
 """Draws of one token, each without those that were unwanted, before the sample is taken to have no other text."""
 
@@ -46,12 +51,18 @@ class _EngineRequest(Request):
     """A request and its progress.
 
     Attributes:
-        num_admitted: samples that have, or had, a batch slot.
+        order: the samples in the order of their admission; those that begin again are there again.
+        num_admitted: how many of `order` have, or had, a batch slot.
         prefilled: the prompt's prefill, kept while some samples still wait for a slot.
         completions: of the samples that have ended.
         num_finished: samples that have ended, those without a text included.
         words: what its settings mean for the vocabulary.
         texts: of the samples that have ended, if these must be different.
+        round: how often samples have begun again.
+        num_in_round: samples that have begun in this round.
+        stuck: samples of this round that have found no text of their own.
+        dead_ends: by the tokens so far, those that lead to texts of other samples only.
+        has_new_dead_end: whether one was found in this round.
     """
 
     cancelled: bool = False
@@ -62,8 +73,15 @@ class _EngineRequest(Request):
     num_finished: int = 0
     words: RequestWords | None = None
     texts: set[str] = field(default_factory=set)
+    round: int = 0
+    num_in_round: int = 0
+    stuck: list[int] = field(default_factory=list)
+    dead_ends: dict[tuple[int, ...], set[int]] = field(default_factory=dict)
+    has_new_dead_end: bool = False
 
     def __post_init__(self) -> None:
+        self.order = list(range(self.samples))
+        self.num_in_round = self.samples
         params = self.sampling_params
         self.must_differ = self.distinct and self.samples > 1
         """Whether each sample must have a text of its own."""
@@ -93,6 +111,8 @@ class _Sequence:
         num_logprobs_sent: how many of `logprobs` were in a TextDelta.
         unsent: text that is settled and was in no TextDelta.
         logprob_sum, num_scored: of the sampled tokens, if scores were asked for.
+        masses: before each token, of a sample with a code that shares all its tokens with another one (distinct.py).
+        is_taken: whether all texts that it could have become are those of other samples.
     """
 
     request: _EngineRequest
@@ -106,6 +126,22 @@ class _Sequence:
     unsent: str = ""
     logprob_sum: float = 0.0
     num_scored: int = 0
+    masses: list[int] = field(default_factory=list)
+    is_taken: bool = False
+
+    def dead_end(self) -> int | None:
+        """The place of the last token that had an alternative; None if there was none.
+
+        A token without one has got the whole interval.
+        """
+        assert len(self.masses) == len(self.ids) + 1
+        ends = [*self.masses[1:], 0]  # the last token was not found: its place is no dead end
+        places = [
+            place
+            for place, (mass, after) in enumerate(zip(self.masses, ends, strict=True))
+            if abs(after - mass) > ROUNDING
+        ]
+        return next((place for place in reversed(places) if place < len(self.ids)), None)
 
     @property
     def score(self) -> float | None:
@@ -307,10 +343,12 @@ class Engine(CompletionBackend):
             cancelled = [request for request in self._waiting if request.cancelled]
             if cancelled:
                 self._waiting = deque(request for request in self._waiting if not request.cancelled)
-                self.num_dequeued += sum(request.samples - request.num_admitted for request in cancelled)
+                self.num_dequeued += sum(
+                    request.samples - request.num_admitted for request in cancelled if not request.round
+                )
         for request in cancelled:
             request.prefilled = None
-            for sample in range(request.num_admitted, request.samples):
+            for sample in request.order[request.num_admitted :]:
                 self._finish(self._new_sequence(request, sample), "cancelled")
 
     # Admission.
@@ -333,7 +371,8 @@ class Engine(CompletionBackend):
                 self._finish_scored(request)
                 continue
             num_tokens += len(request.prompt.ids)
-            if request.prefilled is not None or request.samples > free:
+            count = len(request.order) - request.num_admitted
+            if request.prefilled is not None or count > free:
                 if not prompts:
                     self._admit_partly(request, free)
                     return
@@ -341,8 +380,8 @@ class Engine(CompletionBackend):
             if prompts and num_tokens > MAX_PREFILL_TOKENS_PER_STEP:
                 break
             prompts.append((len(self._sequences), request.prompt.ids))
-            samples.append(request.samples)
-            self._allocate_slots(request, request.samples)
+            samples.append(count)
+            self._allocate_slots(request, count)
         if not prompts:
             return
         logits = self.decoder.prefill_batch(prompts)
@@ -359,7 +398,7 @@ class Engine(CompletionBackend):
             request.prefilled = self.decoder.prefill(request.prompt.ids)
             self.prompt_tokens += len(request.prompt.ids)
         prefilled, first_slot = request.prefilled, len(self._sequences)
-        self._allocate_slots(request, min(free, request.samples - request.num_admitted))
+        self._allocate_slots(request, min(free, len(request.order) - request.num_admitted))
         slots = range(first_slot, len(self._sequences))
         for slot in slots:
             self.decoder.load_prefill(slot, prefilled)
@@ -369,11 +408,13 @@ class Engine(CompletionBackend):
         """Put the next samples of the request at the head of the queue into the next slots."""
         if request.words is None:
             request.words = self._vocabulary_words.of_request(request)
-        for sample in range(request.num_admitted, request.num_admitted + count):
-            code = None
+        first_of_round = len(request.order) - request.num_in_round
+        for place in range(request.num_admitted, request.num_admitted + count):
+            sample, code = request.order[place], None
             if request.must_differ:
-                bits = request_bits(request.seed)
-                code = first_code(bits, sample, request.samples), request.samples * UNIT
+                # In a later round a unit is left for the texts that are taken.
+                bits, codes = request_bits(request.seed + request.round), request.num_in_round + bool(request.round)
+                code = first_code(bits, place - first_of_round, codes), codes * UNIT
             self.sampler.assign(
                 len(self._sequences),
                 request.sampling_params,
@@ -387,8 +428,8 @@ class Engine(CompletionBackend):
             self._sequences.append(self._new_sequence(request, sample))
         with self._changed:
             request.num_admitted += count
-            self.num_dequeued += count
-            if request.num_admitted == request.samples:
+            self.num_dequeued += count if not request.round else 0
+            if request.num_admitted == len(request.order):
                 self._waiting.popleft()
                 request.prefilled = None
 
@@ -465,6 +506,9 @@ class Engine(CompletionBackend):
             scored_logits = logits[scored]  # a copy, too
             raw_scored = scored_logits, torch.logsumexp(scored_logits, dim=-1)
         where = slice(slots.start, slots.stop)
+        for slot, sequence in zip(slots, sequences, strict=True):
+            if sequence.request.must_differ and not self._is_settled(slot, sequence):
+                sequence.masses.append(self.sampler.mass(slot))
         tokens = self.sampler.sample(where, logits, self.decoder.compiled_sampler)
         if any(one.request.checks_tokens for one in sequences):
             self._redraw_unwanted(slots, sequences, tokens, logits)
@@ -481,7 +525,8 @@ class Engine(CompletionBackend):
             request = sequence.request
             request.first_token_at = request.first_token_at or now
             if token == STUCK:
-                self._release(slot, self._why_stuck(slot, sequence))
+                reason = self._why_stuck(slot, sequence)
+                self._release(slot, reason, begins_again=reason == MISSING and not self._is_settled(slot, sequence))
                 continue
             if token == self.tokenizer.marks.end or token in request.sampling_params.stop_token_ids:
                 self._release(slot, "stop")
@@ -494,7 +539,7 @@ class Engine(CompletionBackend):
             if request.stop or request.until_sentence or request.on_delta is not None or slot in logprobs:
                 sequence.detokenize()
                 # What another sample may still end as is not sent.
-                if not request.must_differ or self.sampler.is_settled(slot):
+                if not request.must_differ or self._is_settled(slot, sequence):
                     sequence.send_delta(None)
             if sequence.detokenizer.stopped:
                 self._release(slot, "stop")
@@ -509,20 +554,27 @@ class Engine(CompletionBackend):
             request = sequence.request
             if not request.checks_tokens:
                 continue
+            if request.dead_ends and (dead := request.dead_ends.get(tuple(sequence.ids))):
+                drawn = tokens[row] = self._redraw(slot, logits[row : row + 1], dead, within_filters=True)
             # Most tokens need no look: they end nothing.
             is_end = drawn == self.tokenizer.marks.end or len(sequence.ids) + 1 == request.length
             if not (is_end or request.checks_all_tokens):
                 continue
             for _ in range(MAX_REDRAWS):
                 token = int(tokens[row])
-                if token == STUCK or not self._is_unwanted(sequence, token):
+                if token == STUCK or not (unwanted := self._why_unwanted(sequence, token)):
                     break
-                tokens[row] = self.sampler.redraw(slot, logits[row : row + 1], token, self.decoder.compiled_sampler)
+                sequence.is_taken = unwanted == TAKEN
+                tokens[row] = self._redraw(slot, logits[row : row + 1], [token], within_filters=sequence.is_taken)
             else:
                 tokens[row] = STUCK
 
-    def _is_unwanted(self, sequence: _Sequence, token: int) -> bool:
-        """Whether a token would end the text as another sample's has ended, or complete a bad word.
+    def _redraw(self, slot: int, logits: Tensor, without: Iterable[int], *, within_filters: bool) -> int:
+        compiled = self.decoder.compiled_sampler
+        return self.sampler.redraw(slot, logits, without, compiled, within_filters=within_filters)
+
+    def _why_unwanted(self, sequence: _Sequence, token: int) -> str | None:
+        """TAKEN if a token would end the text as another sample's has ended, BAD if it would complete a bad word.
 
         The text of a wanted token is detokenized by this.
         """
@@ -536,8 +588,9 @@ class Engine(CompletionBackend):
         sequence.detokenize()
         text = sequence.detokenizer.text
         ends = is_last or sequence.detokenizer.stopped
-        unwanted = request.must_differ and ends and text in request.texts
-        unwanted = unwanted or words.has_bad_text(request.prompt.context, text, before)
+        unwanted = TAKEN if request.must_differ and ends and text in request.texts else None
+        if words.has_bad_text(request.prompt.context, text, before):
+            unwanted = BAD
         if not is_end:
             sequence.ids.pop()  # whoever has asked appends it
         if unwanted and not is_end:
@@ -546,7 +599,11 @@ class Engine(CompletionBackend):
             sequence.num_detokenized, sequence.unsent = len(sequence.ids), unsent
         elif not unwanted and ends:
             request.texts.add(text)
-        return bool(unwanted)
+        return unwanted
+
+    def _is_settled(self, slot: int, sequence: _Sequence) -> bool:
+        """Whether the text so far is this sample's own and may be sent: it will not begin again."""
+        return not sequence.request.round and self.sampler.is_settled(slot)
 
     def _why_stuck(self, slot: int, sequence: _Sequence) -> str:
         """The finish_reason of a sequence that has no token left: its text ends, unless another sample has it."""
@@ -554,7 +611,7 @@ class Engine(CompletionBackend):
             return "stop"
         sequence.detokenize()
         text = sequence.detokenizer.text
-        if not self.sampler.is_settled(slot) or text in sequence.request.texts:
+        if sequence.is_taken or not self._is_settled(slot, sequence) or text in sequence.request.texts:
             return MISSING
         sequence.request.texts.add(text)
         return "stop"
@@ -588,8 +645,11 @@ class Engine(CompletionBackend):
             results.append((top[token], names))
         return results
 
-    def _release(self, slot: int, finish_reason: str) -> None:
-        """End the sequence of a slot; the last sequence moves there, so that the batch stays dense."""
+    def _release(self, slot: int, finish_reason: str, *, begins_again: bool = False) -> None:
+        """End the sequence of a slot; the last sequence moves there, so that the batch stays dense.
+
+        With `begins_again` its sample has found no text of its own, and may begin again when the others have ended.
+        """
         sequence = self._sequences[slot]
         last = len(self._sequences) - 1
         if slot != last:
@@ -597,7 +657,34 @@ class Engine(CompletionBackend):
             self.decoder.copy_slot(last, slot, moved.cache_length)
             self.sampler.move(last, slot)
         self._sequences.pop()
-        self._finish(sequence, finish_reason)
+        if begins_again:
+            self._set_aside(sequence)
+        else:
+            self._finish(sequence, finish_reason)
+
+    def _set_aside(self, sequence: _Sequence) -> None:
+        """Keep the sample of a sequence that is stuck for another round, and note where it should not go again."""
+        request = sequence.request
+        request.stuck.append(sequence.sample)
+        if (place := sequence.dead_end()) is not None:
+            dead = request.dead_ends.setdefault(tuple(sequence.ids[:place]), set())
+            request.has_new_dead_end |= sequence.ids[place] not in dead
+            dead.add(sequence.ids[place])
+        self._end_round(request)
+
+    def _end_round(self, request: _EngineRequest) -> None:
+        """If all other samples of a request have ended: let those that are stuck begin again, or end without a text."""
+        if not request.stuck or request.num_finished + len(request.stuck) < request.samples:
+            return
+        stuck, request.stuck = sorted(request.stuck), []
+        if request.has_new_dead_end and request.round < MAX_ROUNDS and not request.cancelled:
+            request.round, request.num_in_round, request.has_new_dead_end = request.round + 1, len(stuck), False
+            request.order += stuck
+            with self._changed:
+                self._waiting.appendleft(request)
+        else:
+            for sample in stuck:
+                self._finish(self._new_sequence(request, sample), MISSING)
 
     def _finish(self, sequence: _Sequence, finish_reason: str) -> None:
         """Complete a sequence, and its request if it was the last one."""
@@ -622,6 +709,8 @@ class Engine(CompletionBackend):
         request.num_finished += 1
         if request.num_finished == request.samples:
             request.future.set_result([request.completions[sample] for sample in sorted(request.completions)])
+        else:
+            self._end_round(request)
 
 
 def _gather_rows(logits: Tensor, rows: list[int]) -> Tensor:

@@ -255,6 +255,19 @@ def test_where_the_model_has_fewer_texts_fewer_come(engine, params, length, stop
     assert len(texts) + reasons.count("missing") == request.samples
 
 
+def test_as_many_texts_come_as_narrow_filters_leave(engine):
+    """Most steps have one candidate, so that samples meet at ends that are taken; they begin again."""
+    params = SamplingParams(temperature=0.12, top_p=0.7)
+    few = 0
+    for number in range(8):
+        context = chr(0x4E00 + number)
+        plain = texts_of(engine, context, samples=60, length=6, sampling_params=params, distinct=False)
+        texts = texts_of(engine, context, samples=6, length=6, sampling_params=params)
+        assert min(6, len(set(plain))) <= len(texts) == len(set(texts))
+        few += len(texts) < 6
+    assert few
+
+
 @pytest.mark.parametrize("precision", [None, "fp32"])
 def test_texts_that_different_tokens_spell_alike_come_once(precision):
     words = ["一", "一一", "一一一", "##一", "二", "二一"]
