@@ -68,7 +68,7 @@ class Server:
         """The server's process and its children (Linux)."""
         found = [self.process.pid]
         for one in found:
-            found += map(int, Path(f"/proc/{one}/task/{one}/children").read_text().split())
+            found += map(int, Path(f"/proc/{one}/task/{one}/children").read_text(encoding="utf-8").split())
         return found
 
     def resources(self) -> dict[str, int]:
