@@ -27,7 +27,7 @@ from aiohttp import web
 from gpt2_chinese.command_line import print_settings, run_script
 from gpt2_chinese.decoding.process import EngineOptions, EngineProcess
 from gpt2_chinese.model_folder import note_of_a_better_model
-from gpt2_chinese.serving.api import MAX_TOKENS, parse_generate, parse_v1
+from gpt2_chinese.serving.api import MAX_TOKENS, parse_detokenize, parse_generate, parse_tokenize, parse_v1
 from gpt2_chinese.serving.connections import open_socket, url_of
 from gpt2_chinese.serving.devices import run_for_each_device
 from gpt2_chinese.serving.errors import ApiError
@@ -59,6 +59,8 @@ CUT_HEADER = "X-Context-Cut"
 """The number of tokens of the context that did not fit into the model's window."""
 TOKENS_HEADER = "X-Tokens"
 """The number of tokens generated for the answer."""
+MISSING_HEADER = "X-Samples-Missing"
+"""The number of samples that were asked for and are not there, since the model has no more different texts."""
 SWITCH_SECONDS = 0.0005
 """Longest time that one Python thread keeps the others waiting: tokenizing a long text must not delay short answers."""
 
@@ -79,6 +81,8 @@ def build_app(service: Service, cors_origins: Sequence[str] = ("*",)) -> web.App
     app.router.add_post("/", handle_generate, expect_handler=expect_continue)
     app.router.add_post("/generate", handle_generate, expect_handler=expect_continue)
     app.router.add_post("/v1/completions", handle_v1_completions, expect_handler=expect_continue)
+    app.router.add_post("/tokenize", handle_tokenize, expect_handler=expect_continue)
+    app.router.add_post("/detokenize", handle_detokenize, expect_handler=expect_continue)
     app.router.add_get("/v1/models", handle_v1_models, allow_head=False)
     app.router.add_get("/v1/models/{model}", handle_v1_model, allow_head=False)
     app.router.add_get("/health", handle_health, allow_head=False)
@@ -100,7 +104,7 @@ def allow_cors(app: web.Application, origins: Sequence[str]) -> None:
         allow_credentials=False,
         allow_headers="*",
         allow_methods="*",
-        expose_headers=(CUT_HEADER, TOKENS_HEADER, "Retry-After"),
+        expose_headers=(CUT_HEADER, TOKENS_HEADER, MISSING_HEADER, "Retry-After"),
     )
     cors = aiohttp_cors.setup(app, defaults=dict.fromkeys(origins, options))
     for route in list(app.router.routes()):
@@ -113,13 +117,21 @@ def allow_cors(app: web.Application, origins: Sequence[str]) -> None:
 async def handle_generate(request: web.Request) -> web.StreamResponse:
     """POST /generate and POST /: a JSON array of texts, or server-sent events."""
     service = request.app[SERVICE]
-    completion_request = parse_generate(await read_body(request), service.limits)
+    completion_request = parse_generate(
+        await read_body(request), service.limits, lambda name: service.model(name).vocab_size
+    )
     async with submit(service, completion_request) as running:
         if completion_request.stream:
             return await stream_sse(request, running, GenerateEvents(running), cut_header(running))
         completions = await running.completions()
-    headers = {**cut_header(running), TOKENS_HEADER: str(count_tokens(completions))}
-    return json_response([completion.text for completion in completions[0]], headers=headers)
+    headers = {**cut_header(running), **missing_header(running), TOKENS_HEADER: str(count_tokens(completions))}
+    if not completion_request.with_scores:
+        return json_response([completion.text for completion in completions[0]], headers=headers)
+    scored = [
+        {"text": one.text, "score": round(one.score or 0.0, 4), "finish_reason": one.finish_reason}
+        for one in completions[0]
+    ]
+    return json_response(scored, headers=headers)
 
 
 async def handle_v1_completions(request: web.Request) -> web.StreamResponse:
@@ -132,7 +144,30 @@ async def handle_v1_completions(request: web.Request) -> web.StreamResponse:
         if completion_request.stream:
             return await stream_sse(request, running, response, cut_header(running))
         completions = await running.completions()
-    return json_response(response.body(completions), headers=cut_header(running))
+    return json_response(response.body(completions), headers=cut_header(running) | missing_header(running))
+
+
+async def handle_tokenize(request: web.Request) -> web.Response:
+    """POST /tokenize: the ids of a text, with vLLM's names."""
+    service = request.app[SERVICE]
+    fields = parse_tokenize(await read_body(request))
+    model = service.model(fields["model"])
+    engine = service.ready_engine(model)
+    tokenizer, text = engine.tokenizer, fields["prompt"]
+    ids = await model.with_tokenizer(lambda: tokenizer.encode(text), len(text))
+    if fields["add_special_tokens"]:
+        ids = [tokenizer.marks.begin, *ids]
+    names = [tokenizer.vocabulary[id_] for id_ in ids] if fields["return_token_strs"] else None
+    return json_response({"count": len(ids), "max_model_len": engine.n_ctx, "tokens": ids, "token_strs": names})
+
+
+async def handle_detokenize(request: web.Request) -> web.Response:
+    """POST /detokenize: the text of ids, with vLLM's names."""
+    service = request.app[SERVICE]
+    fields = parse_detokenize(await read_body(request), service.limits, lambda name: service.model(name).vocab_size)
+    model = service.model(fields["model"])
+    tokenizer, ids = service.ready_engine(model).tokenizer, fields["tokens"]
+    return json_response({"prompt": await model.with_tokenizer(lambda: tokenizer.decode(ids), len(ids))})
 
 
 async def read_body(request: web.Request) -> bytes:
@@ -165,6 +200,10 @@ async def read_body(request: web.Request) -> bytes:
 
 def cut_header(running: RunningRequest) -> dict[str, str]:
     return {CUT_HEADER: str(running.cut_tokens)} if running.cut_tokens else {}
+
+
+def missing_header(running: RunningRequest) -> dict[str, str]:
+    return {MISSING_HEADER: str(running.num_missing)} if running.num_missing else {}
 
 
 # The models and the server's state.

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from gpt2_chinese.decoding.backend import CompletionBackend
 from gpt2_chinese.decoding.completion import Prompt
@@ -18,6 +19,7 @@ from gpt2_chinese.serving.api import Limits
 from gpt2_chinese.serving.errors import ApiError, engine_stopped_error
 from gpt2_chinese.serving.timings import Timings
 
+Result = TypeVar("Result")
 WARM_UP_CONTEXT = "你好"
 MAX_INLINE_LENGTH = 200
 """Characters or ids of contexts that are tokenized in the event loop; longer ones go to a thread."""
@@ -84,17 +86,22 @@ class ServedModel:
                 for context in contexts
             ]
 
-        def tokenize_locked() -> list[Prompt]:
+        return await self.with_tokenizer(tokenize_all, sum(map(len, contexts)))
+
+    async def with_tokenizer(self, work: Callable[[], Result], size: int) -> Result:
+        """Call a function that uses the tokenizer on so many characters or ids, in a thread if they are many."""
+
+        def work_locked() -> Result:
             with self.tokenizer_lock:
-                return tokenize_all()
+                return work()
 
         # Handing a short text to another thread would take longer than tokenizing it.
-        if sum(map(len, contexts)) <= MAX_INLINE_LENGTH and self.tokenizer_lock.acquire(blocking=False):
+        if size <= MAX_INLINE_LENGTH and self.tokenizer_lock.acquire(blocking=False):
             try:
-                return tokenize_all()
+                return work()
             finally:
                 self.tokenizer_lock.release()
-        return await asyncio.get_running_loop().run_in_executor(self.tokenizer_thread, tokenize_locked)
+        return await asyncio.get_running_loop().run_in_executor(self.tokenizer_thread, work_locked)
 
 
 @dataclass
