@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import logging
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import aiohttp_cors
 from aiohttp import web
@@ -45,7 +47,7 @@ from gpt2_chinese.serving.metrics import CONTENT_TYPE, metrics_page
 from gpt2_chinese.serving.middlewares import count_responses, errors_as_json, expect_continue, vary_by_origin
 from gpt2_chinese.serving.openai_completions import OpenAICompletion, openai_model
 from gpt2_chinese.serving.openapi import openapi
-from gpt2_chinese.serving.responses import json_response
+from gpt2_chinese.serving.responses import encoded_response, json_pieces, json_response
 from gpt2_chinese.serving.running_request import RunningRequest, count_tokens, submit
 from gpt2_chinese.serving.service import ServedModel, Service, run_models
 
@@ -58,6 +60,8 @@ CUT_HEADER = "X-Context-Cut"
 """The number of tokens of the context that did not fit into the model's window."""
 TOKENS_HEADER = "X-Tokens"
 """The number of tokens generated for the answer."""
+MAX_INLINE_ANSWER = 1 << 16
+"""Bytes of an answer that is turned into JSON in the event loop."""
 SWITCH_SECONDS = 0.0005
 """Longest time that one Python thread keeps the others waiting: tokenizing a long text must not delay short answers."""
 
@@ -117,8 +121,9 @@ async def handle_generate(request: web.Request) -> web.StreamResponse:
         if completion_request.stream:
             return await stream_sse(request, running, GenerateEvents(running), cut_header(running))
         completions = await running.completions()
-    headers = {**cut_header(running), TOKENS_HEADER: str(count_tokens(completions))}
-    return json_response([completion.text for completion in completions[0]], headers=headers)
+        headers = {**cut_header(running), TOKENS_HEADER: str(count_tokens(completions))}
+        body = await encode(service, running, lambda: [completion.text for completion in completions[0]])
+        return encoded_response(body, headers=headers)
 
 
 async def handle_v1_completions(request: web.Request) -> web.StreamResponse:
@@ -131,7 +136,19 @@ async def handle_v1_completions(request: web.Request) -> web.StreamResponse:
         if completion_request.stream:
             return await stream_sse(request, running, response, cut_header(running))
         completions = await running.completions()
-    return json_response(response.body(completions), headers=cut_header(running))
+        body = await encode(service, running, lambda: response.body(completions))
+        return encoded_response(body, headers=cut_header(running))
+
+
+async def encode(service: Service, running: RunningRequest, value: Callable[[], Any]) -> bytes:
+    """The JSON of an answer; if it may be large, by another thread in pieces, so that others are answered meanwhile."""
+
+    def in_pieces() -> bytes:
+        return "".join(json_pieces(value())).encode("utf-8")
+
+    if running.answer_bytes <= MAX_INLINE_ANSWER:
+        return json.dumps(value(), ensure_ascii=False).encode("utf-8")
+    return await asyncio.get_running_loop().run_in_executor(service.encoder_thread, in_pieces)
 
 
 async def read_body(request: web.Request) -> bytes:

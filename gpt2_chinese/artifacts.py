@@ -60,6 +60,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
                 os.replace(temporary, path)  # while the lock is held, so that no other run takes the file up
         if fcntl is None:
             os.replace(temporary, path)
+        flush_folder(path.parent)
     except BaseException as error:
         if locked:
             temporary.unlink(missing_ok=True)
@@ -114,6 +115,26 @@ def exclusive_lock(folder: str | Path) -> Iterator[None]:
             _locked_descriptors.discard(file.fileno())
 
 
+def flush_file(path: str | Path) -> None:
+    """Write a file's contents to the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def flush_folder(folder: str | Path) -> None:
+    """Write a folder's names to the disk, so that a rename outlives a power cut (POSIX only)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some network file systems flush no folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def sha256_of(path: str | Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
@@ -149,3 +170,7 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path} is not UTF-8: byte {error.start}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from error
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply; it is damaged, copy it again") from None
+    except ValueError:  # Python converts no numbers of thousands of digits
+        raise ValueError(f"{path} has a number of too many digits; it is damaged, copy it again") from None

@@ -6,8 +6,9 @@ length and a pickle, through the child's stdin and stdout:
 
     to the child    first EngineOptions; then ("submit", number, fields) and ("cancel", number, sample or None)
     from the child  first Ready, or the exception that prevents it; then (EngineState, messages), where a message is
-                    ("prompt_logprobs", number, logprobs), ("delta", number, delta),
-                    ("done", number, completions, prompt logprobs, first_token_at) or ("stopped", number)
+                    ("prompt_logprobs", number, logprobs), ("delta", number, delta), ("logprobs", number, sample, part),
+                    ("done", number, completions without logprobs, prompt logprobs, first_token_at) or
+                    ("stopped", number)
 
 `number` is that of a request. The child exits when its stdin ends, since its parent is gone then.
 """
@@ -29,12 +30,12 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from gpt2_chinese.decoding.backend import CompletionBackend, Request
-from gpt2_chinese.decoding.completion import EngineStopped, TextDelta
+from gpt2_chinese.decoding.completion import EngineStopped, TextDelta, TokenLogprob
 from gpt2_chinese.text.tokenizers import TokenizerSpec, spec_of
 
 if TYPE_CHECKING:  # needs torch
@@ -42,7 +43,12 @@ if TYPE_CHECKING:  # needs torch
 
 LOGGER = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[2]
+CHILD = Path(__file__).resolve().with_name("child.py")
 FRAME_LENGTH = struct.Struct("<I")
+FRAME_LOGPROBS = 256
+"""Logprobs of a frame: while it is read, the other threads of the server's process wait."""
+DONE_WEIGHT = 64
+"""What a completed request counts in a frame, in logprobs."""
 SHUTDOWN_SECONDS = 10.0
 """After which a child that was told to exit is killed."""
 
@@ -107,6 +113,7 @@ class _ChildRequest(Request):
     """A request that the child decodes."""
 
     on_cancel: Callable[[int | None], None] = lambda _: None
+    logprobs_of: dict[int, list[TokenLogprob]] = field(default_factory=dict)
 
     def cancel(self, sample: int | None = None) -> None:
         if not self.future.done():
@@ -136,14 +143,9 @@ class EngineProcess(CompletionBackend):
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        # The child ignores Ctrl-C, and a SIGTERM that is sent to all processes of a server: the parent handles them.
-        code = (
-            "import signal, sys\n"
-            "for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)\n"
-            f"sys.path[0] = {str(ROOT)!r}; from {__name__} import run_child; run_child()"
-        )
+        command = [sys.executable, str(CHILD), str(ROOT)]
         # Not in a session of its own, since Linux divides the CPUs among sessions first.
-        self._process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdin is not None and self._process.stdout is not None
         self._send_queue = SendQueue(self._process.stdin)
         self._send_queue.send(encode_frame(self.options))
@@ -243,11 +245,16 @@ class EngineProcess(CompletionBackend):
             request.on_delta(arguments[0])
         elif kind == "prompt_logprobs":
             request.prompt_logprobs = arguments[0]
+        elif kind == "logprobs":
+            request.logprobs_of.setdefault(arguments[0], []).extend(arguments[1])
         else:
             with self._lock:
                 del self._requests[number]
             if kind == "done":
                 completions, request.prompt_logprobs, request.first_token_at = arguments
+                for sample, logprobs in request.logprobs_of.items():
+                    completions[sample] = replace(completions[sample], logprobs=tuple(logprobs))
+                request.logprobs_of.clear()
                 request.future.set_result(completions)
             else:
                 request.future.set_exception(EngineStopped(self._why_stopped()))
@@ -361,8 +368,13 @@ class RequestHandler:
 
     def _queue_result(self, number: int, request: Request) -> None:
         if request.future.exception() is None:
-            result = (request.future.result(), request.prompt_logprobs, request.first_token_at)
-            self._messages.append(("done", number, *result))
+            completions = list(request.future.result())
+            for sample, completion in enumerate(completions):
+                for begin in range(0, len(completion.logprobs), FRAME_LOGPROBS):
+                    part = completion.logprobs[begin : begin + FRAME_LOGPROBS]
+                    self._messages.append(("logprobs", number, sample, part))
+                completions[sample] = replace(completion, logprobs=())
+            self._messages.append(("done", number, completions, request.prompt_logprobs, request.first_token_at))
         else:
             self._messages.append(("stopped", number))
 
@@ -378,14 +390,30 @@ class RequestHandler:
                 if number in self._unsent_prompt_logprobs:
                     self._unsent_prompt_logprobs.remove(number)
                     messages.append(("prompt_logprobs", number, self._requests[number].prompt_logprobs))
-                if kind != "delta":
+                if kind not in ("delta", "logprobs"):
                     self._requests.pop(number, None)
                 messages.append(message)
             state, sent = engine_state(self.engine), self._sent_state
             # New token counts alone are sent with the next message.
             if messages or sent is None or sent.without_token_counts != state.without_token_counts:
                 self._sent_state = state
-                self._write(encode_frame((state, messages)))
+                for part in in_frames(messages):
+                    self._write(encode_frame((state, part)))
+
+
+def in_frames(messages: list[tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...]]]:
+    """The messages of a step in parts that the parent reads in milliseconds; one of none, if there are none."""
+    part: list[tuple[Any, ...]] = []
+    weight = 0
+    for message in messages:
+        if part and weight >= FRAME_LOGPROBS:
+            yield part
+            part, weight = [], 0
+        part.append(message)
+        weight += {"logprobs": FRAME_LOGPROBS, "prompt_logprobs": FRAME_LOGPROBS, "done": DONE_WEIGHT}.get(
+            message[0], 1
+        )
+    yield part
 
 
 def engine_state(engine: Engine) -> EngineState:

@@ -119,6 +119,20 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         help="maximum size of a request body in bytes (default: %(default)s)",
     )
     parser.add_argument(
+        "--max_answer",
+        type=int,
+        default=limits.answer_bytes,
+        help="maximum bytes that the answer to a request could have; it is computed before the request is accepted "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max_pending",
+        type=int,
+        default=limits.pending_bytes,
+        help="maximum bytes that the answers to all accepted requests could have together; beyond it requests are "
+        "answered with 429 (default: %(default)s)",
+    )
+    parser.add_argument(
         "--body_timeout",
         type=float,
         default=limits.body_seconds,
@@ -167,6 +181,8 @@ def check_flags(args: argparse.Namespace) -> None:
         "max_length",
         "max_prompts",
         "max_body",
+        "max_answer",
+        "max_pending",
         "max_connections",
         "batch_size",
         "max_waiting",
@@ -186,6 +202,8 @@ def limits_of(args: argparse.Namespace) -> Limits:
         length=args.max_length,
         prompts=args.max_prompts,
         body_bytes=args.max_body,
+        answer_bytes=args.max_answer,
+        pending_bytes=max(args.max_pending, args.max_answer),
         body_seconds=args.body_timeout,
         request_seconds=args.request_timeout,
         idle_seconds=args.idle_timeout,

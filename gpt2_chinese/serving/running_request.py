@@ -13,6 +13,7 @@ from functools import partial
 
 from gpt2_chinese.decoding.backend import Request
 from gpt2_chinese.decoding.completion import Completion, EngineFull, Prompt, TextDelta
+from gpt2_chinese.serving.answer_size import check_answer_size, largest_answer
 from gpt2_chinese.serving.api import CompletionRequest, Limits
 from gpt2_chinese.serving.errors import ApiError, timeout_error
 from gpt2_chinese.serving.service import ServedModel, Service
@@ -56,6 +57,7 @@ class RunningRequest:
         delta_queue: what the model generates, None if it is not streamed.
         arrived: seconds of `time.monotonic()`.
         unfinished: streamed requests whose end has not come through the queue.
+        answer_bytes: the most that the answer can have.
     """
 
     model: ServedModel
@@ -66,6 +68,7 @@ class RunningRequest:
     prompts: list[Prompt] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
     unfinished: int = 0
+    answer_bytes: int = 0
 
     @property
     def cut_tokens(self) -> int:
@@ -139,7 +142,11 @@ async def submit(service: Service, completion_request: CompletionRequest) -> Asy
         ApiError: the model accepts no requests, or its queue is full.
     """
     model = service.model(completion_request.model)
-    service.ready_engine(model)
+    engine = service.ready_engine(model)
+    size = largest_answer(completion_request, model.token_bytes, engine.n_ctx)
+    check_answer_size(completion_request, size, service.limits)
+    if service.pending_bytes + size > service.limits.pending_bytes:
+        raise ApiError(429, "full", "the answers to the requests under way could be too large; try again later")
     running = RunningRequest(
         model,
         service.limits,
@@ -147,7 +154,9 @@ async def submit(service: Service, completion_request: CompletionRequest) -> Asy
         DeltaQueue() if completion_request.stream else None,
         arrived=time.monotonic(),
     )
+    running.answer_bytes = size
     service.admitted += 1
+    service.pending_bytes += size
     try:
         await _queue(running)
         yield running
@@ -155,6 +164,7 @@ async def submit(service: Service, completion_request: CompletionRequest) -> Asy
         for request in running.requests:
             request.cancel()  # frees its slots if the client has disconnected or the request has timed out
         service.admitted -= 1
+        service.pending_bytes -= size
 
 
 async def _queue(running: RunningRequest) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from gpt2_chinese.decoding.backend import CompletionBackend
 from gpt2_chinese.decoding.completion import Prompt
+from gpt2_chinese.serving.answer_size import longest_token_bytes
 from gpt2_chinese.serving.api import Limits
 from gpt2_chinese.serving.errors import ApiError, engine_stopped_error
 from gpt2_chinese.serving.timings import Timings
@@ -21,6 +22,8 @@ from gpt2_chinese.serving.timings import Timings
 WARM_UP_CONTEXT = "你好"
 MAX_INLINE_LENGTH = 200
 """Characters or ids of contexts that are tokenized in the event loop; longer ones go to a thread."""
+MAX_SHORT_LENGTH = 4096
+"""Characters or ids of contexts that are tokenized apart from longer ones."""
 
 
 @dataclass(eq=False)
@@ -31,6 +34,7 @@ class ServedModel:
         load: gives the backend, not started yet; called in the thread that loads.
         engine: None until the model has been loaded.
         error: why loading has failed.
+        token_bytes: the most bytes of JSON that a token's text has.
         tokenizing_sequences: sequences of requests that are being tokenized and not in the engine's queue yet.
         last_sequences: sequences of the latest request, an estimate for the next one.
         was_full: whether the queue had no room at the last look.
@@ -40,12 +44,14 @@ class ServedModel:
     load: Callable[[], CompletionBackend]
     engine: CompletionBackend | None = None
     error: BaseException | None = None
+    token_bytes: int = 0
     tokenizing_sequences: int = 0
     last_sequences: int = 1
     was_full: bool = False
     timings: Timings = field(default_factory=Timings)
-    tokenizer_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizing"))
-    tokenizer_lock: threading.Lock = field(default_factory=threading.Lock)
+    tokenizer_threads: tuple[ThreadPoolExecutor, ThreadPoolExecutor] = field(
+        default_factory=lambda: (ThreadPoolExecutor(1, "tokenizing"), ThreadPoolExecutor(1, "tokenizing-long"))
+    )
 
     @property
     def status(self) -> str:
@@ -84,17 +90,13 @@ class ServedModel:
                 for context in contexts
             ]
 
-        def tokenize_locked() -> list[Prompt]:
-            with self.tokenizer_lock:
-                return tokenize_all()
-
-        # Handing a short text to another thread would take longer than tokenizing it.
-        if sum(map(len, contexts)) <= MAX_INLINE_LENGTH and self.tokenizer_lock.acquire(blocking=False):
-            try:
-                return tokenize_all()
-            finally:
-                self.tokenizer_lock.release()
-        return await asyncio.get_running_loop().run_in_executor(self.tokenizer_thread, tokenize_locked)
+        # Tokenizers may be used by several threads at once, under Python's lock.
+        size = sum(map(len, contexts))
+        if size <= MAX_INLINE_LENGTH:  # handing it to another thread would take longer
+            return tokenize_all()
+        # Short contexts do not wait behind long ones: each kind has its own thread, which Python gives its turn.
+        thread = self.tokenizer_threads[size > MAX_SHORT_LENGTH]
+        return await asyncio.get_running_loop().run_in_executor(thread, tokenize_all)
 
 
 @dataclass
@@ -110,6 +112,8 @@ class Service:
         admitted: requests that will be finished before the server stops.
         response_counts: answers by route and status.
         started: when the server started, in seconds since 1970.
+        pending_bytes: the most bytes that the answers to the admitted requests can have together.
+        encoder_thread: turns large answers into JSON.
     """
 
     models: Sequence[ServedModel]
@@ -121,6 +125,8 @@ class Service:
     admitted: int = 0
     response_counts: Counter[tuple[str, int]] = field(default_factory=Counter)
     started: int = field(default_factory=lambda: int(time.time()))
+    pending_bytes: int = 0
+    encoder_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "encoding"))
 
     def __post_init__(self) -> None:
         self.by_name = {model.name: model for model in self.models}
@@ -205,7 +211,10 @@ async def run_models(service: Service) -> AsyncIterator[None]:
             backend.start()
             engine = backend
             # The first completion loads the segmenter's dictionary and compiled code: before the first client's.
-            prompt = model.tokenizer_thread.submit(engine.prompt, WARM_UP_CONTEXT, 1).result()
+            for thread in model.tokenizer_threads:
+                prompt = thread.submit(engine.prompt, WARM_UP_CONTEXT, 1).result()
+            model.token_bytes = longest_token_bytes(engine.tokenizer.vocabulary)
+            service.encoder_thread.submit(list).result()
             engine.submit(prompt, samples=1, length=2, seed=0).future.result()
         except BaseException as caught:
             error = caught
@@ -229,7 +238,9 @@ async def run_models(service: Service) -> AsyncIterator[None]:
     # A daemon thread, so that a server that is stopped while it loads does not wait for the end of loading.
     threading.Thread(target=load_all, name="loading", daemon=True).start()
     yield
+    service.encoder_thread.shutdown(wait=False, cancel_futures=True)
     for model in service.models:
-        model.tokenizer_thread.shutdown(wait=False, cancel_futures=True)
+        for thread in model.tokenizer_threads:
+            thread.shutdown(wait=False, cancel_futures=True)
         if model.engine is not None:
             await asyncio.to_thread(model.engine.close)

@@ -30,9 +30,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     """
     path = Path(folder) / MANIFEST
     if path.with_name(PROGRESS).exists():
-        raise ValueError(
-            f"{folder}: make-tokenized.py is still running or was interrupted; {HOW_TO_FIX} (it resumes)"
-        )
+        raise ValueError(f"{folder}: make-tokenized.py is still running or was interrupted; {HOW_TO_FIX} (it resumes)")
     if not path.is_file():
         return None
     manifest = read_json(path)

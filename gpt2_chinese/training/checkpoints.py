@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpt2_chinese.artifacts import read_json, sha256_of, write_json
+from gpt2_chinese.artifacts import flush_folder, read_json, sha256_of, write_json
 
 STATE, MANIFEST = "state.pt", "manifest.json"
 _FOLDER = re.compile(r"step_(0|[1-9]\d*)")
@@ -65,13 +65,15 @@ def write_checkpoint(folder: Path, step: int, state: Mapping[str, Any], settings
         files = {STATE: {"bytes": (new / STATE).stat().st_size, "sha256": sha256_of(new / STATE)}}
         manifest = {"format": _FORMAT, "step": step, "files": files, "settings": dict(settings)}
         write_json(new / MANIFEST, manifest | {"sha256": _digest(manifest)})
+        flush_folder(new)
         if path.exists():
             _delete(path)  # the same step of the same run, so nothing is lost if it ends here
         os.replace(new, path)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    _flush_folder(folder)
+    flush_folder(folder)
+    flush_folder(folder.parent)
     return path
 
 
@@ -196,13 +198,3 @@ def _delete(path: Path) -> None:
 
 def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _flush_folder(folder: Path) -> None:
-    """Write a folder's names to the disk, so that a rename outlives a power cut (POSIX only)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
