@@ -27,6 +27,7 @@ import aiohttp_cors
 from aiohttp import web
 
 from gpt2_chinese.command_line import print_settings, run_script
+from gpt2_chinese.decoding.completion import EngineStopped
 from gpt2_chinese.decoding.process import EngineOptions, EngineProcess
 from gpt2_chinese.serving.api import MAX_TOKENS, parse_generate, parse_v1
 from gpt2_chinese.serving.connections import open_socket, url_of
@@ -49,7 +50,8 @@ from gpt2_chinese.serving.openai_completions import OpenAICompletion, openai_mod
 from gpt2_chinese.serving.openapi import openapi
 from gpt2_chinese.serving.responses import encoded_response, json_pieces, json_response
 from gpt2_chinese.serving.running_request import RunningRequest, count_tokens, submit
-from gpt2_chinese.serving.service import ServedModel, Service, run_models
+from gpt2_chinese.serving.service import ServedModel, Service
+from gpt2_chinese.serving.supervision import newest_model, run_models
 
 SERVICE = web.AppKey("service", Service)
 PAGE = Path(__file__).resolve().parent / "gpt2_chinese" / "serving" / "web" / "index.html"
@@ -225,6 +227,7 @@ def model_health(model: ServedModel) -> dict[str, str | int | bool | None]:
         "waiting": model.waiting,
         "full_speed": model.at_full_speed,
         "n_ctx": model.engine.n_ctx if model.engine else None,
+        "restarts": model.restarts,
     }
 
 
@@ -267,9 +270,12 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         service = Service(served_models(args), limits_of(args), keys)
         app = build_app(service, parse_origins(args.cors_origins))
         asyncio.run(serve(app, service, sock, ready_fd=args.ready_fd))
+    if isinstance(service.error, EngineStopped):
+        raise OSError(f"{service.error}; was it killed, or is the memory too small for it?")
     if service.error is not None:
         raise service.error
-    if is_child and any(model.engine and model.engine.error for model in service.models):
+    if service.has_failed:
+        print("error: a model has stopped, and it is not to be started again (--no-restart)", file=sys.stderr)
         return 1
     print("stopped", flush=True)
     if not service.loading_done.is_set():
@@ -289,10 +295,31 @@ def served_models(args: argparse.Namespace) -> list[ServedModel]:
     def load(folder: str) -> EngineProcess:
         marks = tuple(args.document_marks) if args.document_marks else None
         options = EngineOptions(folder, args.vocab_file, args.device, args.batch_size, args.precision, marks)
-        return EngineProcess(options, max_waiting=args.max_waiting)
+        return EngineProcess(options, max_waiting=args.max_waiting, hang_timeout=args.hang_timeout)
 
-    names = model_names(args)
-    return [ServedModel(name, partial(load, folder)) for name, folder in zip(names, args.model_path, strict=True)]
+    models = []
+    for name, path in zip(model_names(args), args.model_path, strict=True):
+        folder, watched = watched_folder(path) if args.watch else (path, None)
+        models.append(
+            ServedModel(
+                name, partial(load, folder), Path(folder), load_from=load, restart=args.restart, watched=watched
+            )
+        )
+    return models
+
+
+def watched_folder(path: str) -> tuple[str, Path]:
+    """The model folder to begin with, and the folder of train.py in which new ones are looked for.
+
+    Raises:
+        FileNotFoundError: there is no model folder yet.
+    """
+    if (Path(path) / "config.json").is_file():
+        return path, Path(path).resolve().parent
+    newest = newest_model(Path(path))
+    if newest is None:
+        raise FileNotFoundError(f"--watch: there is no model folder in {path} yet; train.py writes one after an epoch")
+    return str(newest), Path(path)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def _in_order(submit: Callable[[Any], Future[Any]], items: Iterable[Any], window
 
 
 def _begin_worker(parent: int, run_folder: str) -> None:
-    """Go to the folder of the run, drop the parent's locks, and end when the parent is gone: after kill -9 nobody else would."""
+    """Go to the run's folder, drop the parent's locks, and end when it is gone: after kill -9 nobody else would."""
     os.chdir(run_folder)
     drop_inherited_locks()
 

@@ -5,7 +5,8 @@ when memory runs out, so that a server can still report that. `run_child` is the
 length and a pickle, through the child's stdin and stdout:
 
     to the child    first EngineOptions; then ("submit", number, fields) and ("cancel", number, sample or None)
-    from the child  first Ready, or the exception that prevents it; then (EngineState, messages), where a message is
+    from the child  first None now and then while it loads, then Ready, or the exception that prevents it; then
+                    (EngineState, messages), where a message is
                     ("prompt_logprobs", number, logprobs), ("delta", number, delta), ("logprobs", number, sample, part),
                     ("done", number, completions without logprobs, prompt logprobs, first_token_at) or
                     ("stopped", number)
@@ -45,6 +46,9 @@ LOGGER = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[2]
 CHILD = Path(__file__).resolve().with_name("child.py")
 FRAME_LENGTH = struct.Struct("<I")
+HEARTBEAT_SECONDS = 1.0
+"""A child that loads or decodes sends something at least so often, so that its parent can tell that it lives."""
+WATCH_SECONDS = 0.5
 FRAME_LOGPROBS = 256
 """Logprobs of a frame: while it is read, the other threads of the server's process wait."""
 DONE_WEIGHT = 64
@@ -126,14 +130,18 @@ class EngineProcess(CompletionBackend):
     Args:
         options: what the child loads.
         max_waiting: sequences that may wait in the queue.
+        hang_timeout: seconds after which a child is killed that loads or has requests and sends nothing.
 
     Raises (by `start`):
         ValueError, OSError: as model_folder.load_weights and Engine do.
         EngineStopped: the child has died while it loaded.
     """
 
-    def __init__(self, options: EngineOptions, *, max_waiting: int = 1024) -> None:
+    def __init__(self, options: EngineOptions, *, max_waiting: int = 1024, hang_timeout: float | None = None) -> None:
         self.options = options
+        self._hang_timeout = hang_timeout
+        self._num_frames = 0
+        self._ended = threading.Event()
         self.max_waiting = max_waiting
         self._numbers = itertools.count()
         self._requests: dict[int, _ChildRequest] = {}
@@ -149,19 +157,47 @@ class EngineProcess(CompletionBackend):
         assert self._process.stdin is not None and self._process.stdout is not None
         self._send_queue = SendQueue(self._process.stdin)
         self._send_queue.send(encode_frame(self.options))
-        frames = read_frames(self._process.stdout)
-        first = next(frames, None)
+        self._loading = True
+        if self._hang_timeout is not None:
+            threading.Thread(target=self._watch, args=(self._hang_timeout,), name="watchdog", daemon=True).start()
+        frames = self._count(read_frames(self._process.stdout))
+        first = next((frame for frame in frames if frame is not None), None)
+        self._loading = False
         if not isinstance(first, Ready):
+            self._ended.set()
             self._stop_child()
             self._process.stdout.close()
-            raise first or EngineStopped(f"the model's process has ended with status {self._process.returncode}")
+            raise first or self.error or EngineStopped(_ended(self._process.returncode) + " while it loaded")
         self.tokenizer = first.tokenizer.build()
         self.n_ctx, self.device = first.n_ctx, first.device
         self._state = self._state._replace(alive=True, at_full_speed=first.at_full_speed)
         self._thread = threading.Thread(target=self._listen, args=(frames,), name="engine-process", daemon=True)
         self._thread.start()
 
+    def _count(self, frames: Iterator[Any]) -> Iterator[Any]:
+        for frame in frames:
+            self._num_frames += 1
+            yield frame
+
+    def _watch(self, timeout: float) -> None:
+        """Kill the child when it has made no step for so long while there was work."""
+        silent, frames, last = 0.0, -1, time.monotonic()
+        while not self._ended.wait(WATCH_SECONDS):
+            # A server that was suspended itself (Ctrl-Z) has not waited all that time.
+            now = time.monotonic()
+            passed, last = min(now - last, 2 * WATCH_SECONDS), now
+            if self._num_frames != frames or not (self._loading or self._requests):
+                silent, frames = 0.0, self._num_frames
+                continue
+            silent += passed
+            if silent >= timeout:
+                self.error = EngineStopped(f"the model's process has made no step for {timeout:g} seconds")
+                LOGGER.error("%s: it is killed", self.error)
+                self._process.kill()
+                return
+
     def close(self) -> None:
+        self._ended.set()
         with self._lock:
             self._closing = True
         self._stop_child()
@@ -215,7 +251,10 @@ class EngineProcess(CompletionBackend):
     def _listen(self, frames: Iterator[tuple[EngineState, list[tuple[Any, ...]]]]) -> None:
         """Handle the messages of the child until it ends."""
         try:
-            for state, messages in frames:
+            for frame in frames:
+                if frame is None:  # the child was still loading
+                    continue
+                state, messages = frame
                 self._update_state(state)
                 for kind, number, *arguments in messages:
                     self._handle_message(kind, number, arguments)
@@ -223,9 +262,10 @@ class EngineProcess(CompletionBackend):
             LOGGER.exception("a message of the model's process cannot be handled")
             self._process.kill()
         status = self._process.wait()
+        self._ended.set()
         with self._lock:
             if not self._closing and self.error is None:
-                self.error = EngineStopped(f"the model's process has ended with status {status}")
+                self.error = EngineStopped(_ended(status))
                 LOGGER.error("%s", self.error)
             self._state = self._state._replace(alive=False, running=0, num_dequeued=self._num_enqueued)
             unfinished = list(self._requests)
@@ -258,6 +298,10 @@ class EngineProcess(CompletionBackend):
                 request.future.set_result(completions)
             else:
                 request.future.set_exception(EngineStopped(self._why_stopped()))
+
+
+def _ended(status: int) -> str:
+    return f"the model's process has ended with status {status}"
 
 
 class SendQueue:
@@ -331,6 +375,7 @@ class RequestHandler:
         self._messages: deque[tuple[Any, ...]] = deque()
         self._is_ready = False
         self._sent_state: EngineState | None = None
+        self._sent_at = 0.0
 
     def send_ready(self) -> None:
         """Tell the parent that the engine has started. No messages are sent before, even if a step ends."""
@@ -394,9 +439,11 @@ class RequestHandler:
                     self._requests.pop(number, None)
                 messages.append(message)
             state, sent = engine_state(self.engine), self._sent_state
-            # New token counts alone are sent with the next message.
-            if messages or sent is None or sent.without_token_counts != state.without_token_counts:
-                self._sent_state = state
+            # New token counts alone are sent with the next message, or when the parent has heard nothing for a while.
+            now = time.monotonic()
+            is_new = sent is None or sent.without_token_counts != state.without_token_counts
+            if messages or is_new or now - self._sent_at > HEARTBEAT_SECONDS:
+                self._sent_state, self._sent_at = state, now
                 for part in in_frames(messages):
                     self._write(encode_frame((state, part)))
 
@@ -453,6 +500,8 @@ def run_child() -> None:
     """The child's main function."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     to_parent = os.fdopen(os.dup(1), "wb")
+    write_lock = threading.Lock()
+    loaded = threading.Event()
     os.dup2(2, 1)  # what any library prints goes to stderr: stdout is for frames
     frames = read_frames(sys.stdin.buffer)
     options = next(frames, None)
@@ -461,12 +510,19 @@ def run_child() -> None:
 
     def write(data: bytes) -> None:
         try:
-            to_parent.write(data)
-            to_parent.flush()
+            with write_lock:
+                to_parent.write(data)
+                to_parent.flush()
         except OSError:
             os._exit(0)  # the parent is gone
 
     handler = RequestHandler(write)
+
+    def send_heartbeats() -> None:
+        while not loaded.wait(HEARTBEAT_SECONDS):
+            write(encode_frame(None))
+
+    threading.Thread(target=send_heartbeats, name="heartbeat", daemon=True).start()
 
     def listen() -> None:
         try:
@@ -482,12 +538,18 @@ def run_child() -> None:
     try:
         handler.engine = load_engine(options, handler.send_messages)
         handler.engine.start()
+    except MemoryError:
+        size = options.max_num_seqs
+        loaded.set()
+        write(encode_frame(ValueError(f"the memory does not suffice for {options.folder} and --batch_size {size}")))
     except Exception as error:
+        loaded.set()
         if not isinstance(error, (ValueError, OSError)):
             traceback.print_exc()
         write(encode_frame(picklable(error)))
     else:
         gc.collect()
+        loaded.set()
         gc.freeze()  # these objects stay; a collection that scans them all would interrupt every sequence
         handler.send_ready()
     listener.join()

@@ -19,6 +19,7 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
         prog="server.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     _add_model(parser)
+    _add_healing(parser)
     _add_network(parser)
     _add_limits(parser)
     # For the processes that devices.py starts: the socket they share, and where they say that they are ready.
@@ -65,6 +66,28 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="precision of the weights. On a CPU: fp32; bf16, half the memory; int8, a quarter of the memory and the "
         "fastest, but less exact; auto is bf16. On a GPU: fp32 or bf16; auto is fp32 (default: %(default)s)",
+    )
+
+
+def _add_healing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--restart",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="start a model again whose process has died or hangs; with --no-restart the server exits with status 1",
+    )
+    parser.add_argument(
+        "--hang_timeout",
+        type=float,
+        default=30.0,
+        help="seconds without a decode step, while there are requests, after which the model's process is killed "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="follow a training run: serve each new model_epoch{n} or best_model that appears beside the model folder, "
+        "or in it if --model_path is the --output_dir of train.py",
     )
 
 
@@ -189,7 +212,7 @@ def check_flags(args: argparse.Namespace) -> None:
     ):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag} must be 1 or more, it is {getattr(args, flag)}")
-    for flag in ("body_timeout", "request_timeout", "idle_timeout"):
+    for flag in ("body_timeout", "request_timeout", "idle_timeout", "hang_timeout"):
         if not getattr(args, flag) > 0:
             raise ValueError(f"--{flag} must be above 0 seconds, it is {getattr(args, flag)}")
     parse_origins(args.cors_origins)

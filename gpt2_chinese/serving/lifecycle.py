@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import time
 from functools import partial
 
@@ -18,7 +19,7 @@ from gpt2_chinese.serving.fast_path import refuse_overload
 from gpt2_chinese.serving.service import WARM_UP_CONTEXT, Service
 
 POLL_SECONDS = 0.5
-"""How often one of several processes looks whether its model and its parent are alive."""
+"""How often a process looks whether its models are alive, and one of several processes whether its parent is."""
 FULL_SPEED_POLL_SECONDS = 0.2
 DRAIN_POLL_SECONDS = 0.02
 
@@ -45,16 +46,17 @@ async def serve(app: web.Application, service: Service, sock: socket.socket, *, 
     ):
         await _wait_for_any(service.loading_done, stop)
         if service.status == "ready":
+            reload_on_hangup(service, stop)
             _print_ready(service, begin)
             full_speed = asyncio.create_task(_print_full_speed(service, begin))
             if ready_fd is None:
                 print(startup_message(url_of(sock)), flush=True)
-                await stop.wait()
             else:
                 os.write(ready_fd, b"r")
-                # One that could only answer 503 would take connections from the other processes.
-                while service.status == "ready" and os.getppid() == parent and not stop.is_set():
-                    await _wait_for_any(stop, timeout=POLL_SECONDS)
+            # A server that can only answer 503 ends, for a supervisor, or for the processes of other devices.
+            while service.status != "dead" and not stop.is_set() and (ready_fd is None or os.getppid() == parent):
+                await _wait_for_any(stop, timeout=POLL_SECONDS)
+            service.has_failed = service.status == "dead"
             full_speed.cancel()
         # New connections are still accepted, and told that the server is shutting down.
         service.draining = True
@@ -78,6 +80,21 @@ def stop_on_signals() -> asyncio.Event:
         except NotImplementedError:  # Windows
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(handle))
     return stop
+
+
+def reload_on_hangup(service: Service, stop: asyncio.Event) -> None:
+    """Let SIGHUP reload the models; that of a terminal which is closed stops the server."""
+    if not hasattr(signal, "SIGHUP"):
+        return
+    from_terminal = sys.stdin is not None and sys.stdin.isatty()
+
+    def handle() -> None:
+        if from_terminal:
+            stop.set()
+        elif service.supervisor is not None and not service.draining:
+            service.supervisor.reload_all()
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, handle)
 
 
 async def _wait_for_any(*events: asyncio.Event, timeout: float | None = None) -> None:

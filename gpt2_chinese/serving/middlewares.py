@@ -19,7 +19,7 @@ LOGGER = logging.getLogger("server")
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that disconnects before the response; it is counted only."""
 LOADING_RETRY_SECONDS = "3"
-"""The Retry-After while a model is loading or the server is shutting down."""
+"""The Retry-After while a model is loading or being started again, or the server is shutting down."""
 
 
 def count_responses(service: Service) -> Middleware:
@@ -72,7 +72,7 @@ def _api_error_response(error: ApiError) -> web.Response:
     headers = {}
     if error.status == 429:
         headers["Retry-After"] = RETRY_SECONDS
-    elif error.code in ("loading", "draining"):
+    elif error.status == 503:
         headers["Retry-After"] = LOADING_RETRY_SECONDS
     elif error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"

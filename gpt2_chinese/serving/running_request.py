@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
-from gpt2_chinese.decoding.backend import Request
+from gpt2_chinese.decoding.backend import CompletionBackend, Request
 from gpt2_chinese.decoding.completion import Completion, EngineFull, Prompt, TextDelta
 from gpt2_chinese.serving.answer_size import check_answer_size, largest_answer
 from gpt2_chinese.serving.api import CompletionRequest, Limits
@@ -61,6 +61,7 @@ class RunningRequest:
     """
 
     model: ServedModel
+    engine: CompletionBackend
     limits: Limits
     completion_request: CompletionRequest
     delta_queue: DeltaQueue | None
@@ -149,6 +150,7 @@ async def submit(service: Service, completion_request: CompletionRequest) -> Asy
         raise ApiError(429, "full", "the answers to the requests under way could be too large; try again later")
     running = RunningRequest(
         model,
+        engine,
         service.limits,
         completion_request,
         DeltaQueue() if completion_request.stream else None,
@@ -157,6 +159,7 @@ async def submit(service: Service, completion_request: CompletionRequest) -> Asy
     running.answer_bytes = size
     service.admitted += 1
     service.pending_bytes += size
+    service.engine_users[engine] += 1
     try:
         await _queue(running)
         yield running
@@ -165,19 +168,21 @@ async def submit(service: Service, completion_request: CompletionRequest) -> Asy
             request.cancel()  # frees its slots if the client has disconnected or the request has timed out
         service.admitted -= 1
         service.pending_bytes -= size
+        service.engine_users[engine] -= 1
+        if not service.engine_users[engine]:
+            del service.engine_users[engine]
 
 
 async def _queue(running: RunningRequest) -> None:
     model, completion_request, queue = running.model, running.completion_request, running.delta_queue
-    engine = model.engine
-    assert engine is not None
+    engine = running.engine  # the model may get another one meanwhile
     sequences = model.last_sequences = completion_request.samples * len(completion_request.contexts)
     try:
         # Checked before tokenizing too, which a refused request need not pay for.
         engine.check_room(sequences + model.tokenizing_sequences)
         model.tokenizing_sequences += sequences
         try:
-            running.prompts = await model.tokenize(completion_request.contexts, completion_request.length)
+            running.prompts = await model.tokenize(engine, completion_request.contexts, completion_request.length)
         finally:
             model.tokenizing_sequences -= sequences
         for index, prompt in enumerate(running.prompts):

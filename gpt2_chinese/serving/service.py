@@ -1,20 +1,19 @@
-"""What the handlers of server.py share: the models with their states, the admission of requests, loading."""
+"""What the handlers of server.py share: the models with their states, and the admission of requests."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
 
 from gpt2_chinese.decoding.backend import CompletionBackend
 from gpt2_chinese.decoding.completion import Prompt
-from gpt2_chinese.serving.answer_size import longest_token_bytes
 from gpt2_chinese.serving.api import Limits
 from gpt2_chinese.serving.errors import ApiError, engine_stopped_error
 from gpt2_chinese.serving.timings import Timings
@@ -26,12 +25,28 @@ MAX_SHORT_LENGTH = 4096
 """Characters or ids of contexts that are tokenized apart from longer ones."""
 
 
+class CanReload(Protocol):
+    """What supervision.py does for handlers and signals."""
+
+    def reload(self, model: ServedModel, folder: Path | None = None) -> None: ...
+    def reload_all(self) -> None: ...
+
+
 @dataclass(eq=False)
 class ServedModel:
-    """One model: loading, ready or dead.
+    """One model: loading, ready, restarting or dead.
 
     Attributes:
         load: gives the backend, not started yet; called in the thread that loads.
+        folder: where the model is.
+        load_from: as `load`, from another folder.
+        restart: start the model again when its process has died.
+        watched: the folder in which --watch looks for new models.
+        restarts, reloads: how often the model was started again, and exchanged.
+        deaths_in_a_row: those before it has lived for a minute.
+        taken_at: when the engine began to serve, in seconds of `time.monotonic()`.
+        past_prompt_tokens, past_generated_tokens: those of earlier engines.
+        change_lock: held while the engine is being exchanged.
         engine: None until the model has been loaded.
         error: why loading has failed.
         token_bytes: the most bytes of JSON that a token's text has.
@@ -42,6 +57,17 @@ class ServedModel:
 
     name: str
     load: Callable[[], CompletionBackend]
+    folder: Path = Path()
+    load_from: Callable[[str], CompletionBackend] | None = None
+    restart: bool = False
+    watched: Path | None = None
+    restarts: int = 0
+    reloads: int = 0
+    deaths_in_a_row: int = 0
+    taken_at: float = 0.0
+    past_prompt_tokens: int = 0
+    past_generated_tokens: int = 0
+    change_lock: threading.Lock = field(default_factory=threading.Lock)
     engine: CompletionBackend | None = None
     error: BaseException | None = None
     token_bytes: int = 0
@@ -55,8 +81,10 @@ class ServedModel:
 
     @property
     def status(self) -> str:
-        if self.error is not None or (self.engine is not None and not self.engine.alive):
+        if self.error is not None:
             return "dead"
+        if self.engine is not None and not self.engine.alive:
+            return "restarting" if self.restart else "dead"
         return "loading" if self.engine is None else "ready"
 
     @property
@@ -79,10 +107,20 @@ class ServedModel:
         """Tokens of its vocabulary; None while it is loading."""
         return len(self.engine.tokenizer) if self.engine else None
 
-    async def tokenize(self, contexts: Sequence[str | tuple[int, ...]], length: int) -> list[Prompt]:
-        """The prompts of contexts, each cut to leave room for `length` tokens."""
-        engine = self.engine
-        assert engine is not None
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens prefilled since the server started."""
+        return self.past_prompt_tokens + (self.engine.prompt_tokens if self.engine else 0)
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens generated since the server started."""
+        return self.past_generated_tokens + (self.engine.generated_tokens if self.engine else 0)
+
+    async def tokenize(
+        self, engine: CompletionBackend, contexts: Sequence[str | tuple[int, ...]], length: int
+    ) -> list[Prompt]:
+        """The prompts of contexts for an engine, each cut to leave room for `length` tokens."""
 
         def tokenize_all() -> list[Prompt]:
             return [
@@ -113,6 +151,9 @@ class Service:
         response_counts: answers by route and status.
         started: when the server started, in seconds since 1970.
         pending_bytes: the most bytes that the answers to the admitted requests can have together.
+        engine_users: how many requests use each engine.
+        supervisor: while the models run.
+        has_failed: a model has died and is not started again.
         encoder_thread: turns large answers into JSON.
     """
 
@@ -126,6 +167,9 @@ class Service:
     response_counts: Counter[tuple[str, int]] = field(default_factory=Counter)
     started: int = field(default_factory=lambda: int(time.time()))
     pending_bytes: int = 0
+    engine_users: Counter[CompletionBackend] = field(default_factory=Counter)
+    supervisor: CanReload | None = None
+    has_failed: bool = False
     encoder_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "encoding"))
 
     def __post_init__(self) -> None:
@@ -133,11 +177,13 @@ class Service:
 
     @property
     def status(self) -> str:
-        """The worst status of the models: "dead", then "draining", "loading", "ready"."""
+        """The worst status of the models: "dead", then "draining", "restarting", "loading", "ready"."""
         statuses = {model.status for model in self.models}
         if "dead" in statuses:
             return "dead"
-        return "draining" if self.draining else "loading" if "loading" in statuses else "ready"
+        if self.draining:
+            return "draining"
+        return next((status for status in ("restarting", "loading") if status in statuses), "ready")
 
     @property
     def error(self) -> BaseException | None:
@@ -194,53 +240,6 @@ class Service:
         messages = {
             "loading": "the model is loading; try again in a few seconds",
             "draining": "the server is shutting down",
+            "restarting": "the model is being started again; try again in a few seconds",
         }
         raise ApiError(503, status, messages[status])
-
-
-@asynccontextmanager
-async def run_models(service: Service) -> AsyncIterator[None]:
-    """Load the models in a thread; close them at the end. Requests are answered meanwhile."""
-    loop = asyncio.get_running_loop()
-
-    def load(model: ServedModel) -> None:
-        engine: CompletionBackend | None = None
-        error: BaseException | None = None
-        try:
-            backend = model.load()
-            backend.start()
-            engine = backend
-            # The first completion loads the segmenter's dictionary and compiled code: before the first client's.
-            for thread in model.tokenizer_threads:
-                prompt = thread.submit(engine.prompt, WARM_UP_CONTEXT, 1).result()
-            model.token_bytes = longest_token_bytes(engine.tokenizer.vocabulary)
-            service.encoder_thread.submit(list).result()
-            engine.submit(prompt, samples=1, length=2, seed=0).future.result()
-        except BaseException as caught:
-            error = caught
-        with suppress(RuntimeError):  # the server has stopped meanwhile
-            loop.call_soon_threadsafe(finish_loading, model, engine, error)
-
-    def finish_loading(model: ServedModel, engine: CompletionBackend | None, error: BaseException | None) -> None:
-        model.engine, model.error = engine, error
-        if engine is not None:
-            service.device = engine.device
-        # What exists now lives as long as the process: garbage collections that visit it would delay all answers.
-        gc.collect()
-        gc.freeze()
-        if error is not None or all(model.status != "loading" for model in service.models):
-            service.loading_done.set()
-
-    def load_all() -> None:
-        for model in service.models:
-            load(model)
-
-    # A daemon thread, so that a server that is stopped while it loads does not wait for the end of loading.
-    threading.Thread(target=load_all, name="loading", daemon=True).start()
-    yield
-    service.encoder_thread.shutdown(wait=False, cancel_futures=True)
-    for model in service.models:
-        for thread in model.tokenizer_threads:
-            thread.shutdown(wait=False, cancel_futures=True)
-        if model.engine is not None:
-            await asyncio.to_thread(model.engine.close)
