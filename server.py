@@ -26,14 +26,15 @@ from typing import Any
 import aiohttp_cors
 from aiohttp import web
 
-from gpt2_chinese.command_line import print_settings, run_script
+from gpt2_chinese.command_line import print_settings, run_script, say
 from gpt2_chinese.decoding.completion import EngineStopped
 from gpt2_chinese.decoding.process import EngineOptions, EngineProcess
-from gpt2_chinese.serving.api import MAX_TOKENS, parse_generate, parse_v1
+from gpt2_chinese.serving.api import MAX_TOKENS, parse_generate, parse_json_object, parse_v1
 from gpt2_chinese.serving.connections import open_socket, url_of
 from gpt2_chinese.serving.devices import run_for_each_device
 from gpt2_chinese.serving.errors import ApiError
 from gpt2_chinese.serving.events import GenerateEvents, stream_sse
+from gpt2_chinese.serving.fast_path import COMPLETION_PATHS
 from gpt2_chinese.serving.flags import (
     check_flags,
     limits_of,
@@ -42,10 +43,17 @@ from gpt2_chinese.serving.flags import (
     parse_devices,
     parse_origins,
 )
-from gpt2_chinese.serving.keys import read_keys, require_key
+from gpt2_chinese.serving.hosts import allowed_hosts
+from gpt2_chinese.serving.keys import ADMIN_PATH, read_admin_keys, read_keys, require_key, restart_without_keys
 from gpt2_chinese.serving.lifecycle import serve
 from gpt2_chinese.serving.metrics import CONTENT_TYPE, metrics_page
-from gpt2_chinese.serving.middlewares import count_responses, errors_as_json, expect_continue, vary_by_origin
+from gpt2_chinese.serving.middlewares import (
+    check_host,
+    count_responses,
+    errors_as_json,
+    expect_continue,
+    set_headers,
+)
 from gpt2_chinese.serving.openai_completions import OpenAICompletion, openai_model
 from gpt2_chinese.serving.openapi import openapi
 from gpt2_chinese.serving.responses import encoded_response, json_pieces, json_response
@@ -56,7 +64,8 @@ from gpt2_chinese.serving.supervision import newest_model, run_models
 SERVICE = web.AppKey("service", Service)
 PAGE = Path(__file__).resolve().parent / "gpt2_chinese" / "serving" / "web" / "index.html"
 PAGE_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 )
 CUT_HEADER = "X-Context-Cut"
 """The number of tokens of the context that did not fit into the model's window."""
@@ -74,12 +83,17 @@ SWITCH_SECONDS = 0.0005
 def build_app(service: Service, cors_origins: Sequence[str] = ("*",)) -> web.Application:
     """Make the application; its models are loaded when it starts, and closed with it."""
     app = web.Application(
-        middlewares=[count_responses(service), errors_as_json, require_key(service.keys)],
+        middlewares=[
+            count_responses(service),
+            errors_as_json,
+            check_host(service),
+            require_key(service.keys, service.admin_keys),
+        ],
         client_max_size=service.limits.body_bytes,
     )
     app[SERVICE] = service
     app.cleanup_ctx.append(models_context)
-    app.on_response_prepare.append(vary_by_origin)
+    app.on_response_prepare.append(set_headers)
     app.router.add_get("/", handle_page, allow_head=False)
     app.router.add_post("/", handle_generate, expect_handler=expect_continue)
     app.router.add_post("/generate", handle_generate, expect_handler=expect_continue)
@@ -89,6 +103,8 @@ def build_app(service: Service, cors_origins: Sequence[str] = ("*",)) -> web.App
     app.router.add_get("/health", handle_health, allow_head=False)
     app.router.add_get("/metrics", handle_metrics, allow_head=False)
     app.router.add_get("/openapi.json", handle_openapi, allow_head=False)
+    if service.admin_keys:
+        app.router.add_post(ADMIN_PATH + "reload", handle_reload, expect_handler=expect_continue)
     if cors_origins:
         allow_cors(app, cors_origins)
     return app
@@ -100,7 +116,7 @@ async def models_context(app: web.Application) -> AsyncIterator[None]:
 
 
 def allow_cors(app: web.Application, origins: Sequence[str]) -> None:
-    """Let the pages of these sites use every route from a browser."""
+    """Let the pages of these sites complete texts from a browser; of the other routes they can read nothing."""
     options = aiohttp_cors.ResourceOptions(
         allow_credentials=False,
         allow_headers="*",
@@ -109,7 +125,8 @@ def allow_cors(app: web.Application, origins: Sequence[str]) -> None:
     )
     cors = aiohttp_cors.setup(app, defaults=dict.fromkeys(origins, options))
     for route in list(app.router.routes()):
-        cors.add(route)
+        if route.method == "POST" and route.resource is not None and route.resource.canonical in COMPLETION_PATHS:
+            cors.add(route)
 
 
 # Completions.
@@ -153,14 +170,14 @@ async def encode(service: Service, running: RunningRequest, value: Callable[[], 
     return await asyncio.get_running_loop().run_in_executor(service.encoder_thread, in_pieces)
 
 
-async def read_body(request: web.Request) -> bytes:
-    """Read a body of limited size in limited time, if requests are accepted at all.
+async def read_body(request: web.Request, *, admitted: bool = True) -> bytes:
+    """Read a body of limited size in limited time; one that is `admitted` only if requests are accepted at all.
 
     Raises:
         ApiError: the server accepts no requests, or the body is not as it must be.
     """
     service = request.app[SERVICE]
-    if error := service.admission_error():
+    if admitted and (error := service.admission_error()):
         raise error
     limits = service.limits
     if "Content-Encoding" in request.headers:
@@ -231,6 +248,29 @@ def model_health(model: ServedModel) -> dict[str, str | int | bool | None]:
     }
 
 
+async def handle_reload(request: web.Request) -> web.Response:
+    """POST /admin/reload: load every model's folder again, or that of {"model": name}, and serve what is there now.
+
+    A folder that cannot be loaded leaves the old model serving, and is answered with 409 and the reason.
+    """
+    service = request.app[SERVICE]
+    body = await read_body(request, admitted=False)
+    fields = parse_json_object(body, '{"model": "final_model"}') if body.strip() else {}
+    name = fields.get("model")
+    if set(fields) - {"model"} or not isinstance(name, (str, type(None))):
+        raise ApiError(400, "unknown_field", 'the only field is model, a name: {"model": "final_model"}', "model")
+    models = list(service.models) if name is None else [service.model(name)]
+    if service.draining or service.supervisor is None or any(model.status == "loading" for model in models):
+        raise ApiError(503, service.status, "models are being loaded or the server is shutting down; try again later")
+    for model in models:
+        try:
+            await asyncio.to_thread(service.supervisor.reload, model)
+        except (ValueError, OSError, EngineStopped) as error:
+            message = f"{model.name} is served as before, its folder cannot be loaded: {error}"
+            raise ApiError(409, "not_reloaded", message, "model") from None
+    return json_response({"reloaded": [model.name for model in models]})
+
+
 async def handle_metrics(request: web.Request) -> web.Response:
     """GET /metrics: Prometheus' text format."""
     return web.Response(body=metrics_page(request.app[SERVICE]), headers={"Content-Type": CONTENT_TYPE})
@@ -255,19 +295,20 @@ async def handle_page(_: web.Request) -> web.Response:
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = parse_args(argv, "Serve completions of a trained model over HTTP.")
     check_flags(args)
-    keys = read_keys(args)
+    keys, admin_keys = read_keys(args), read_admin_keys(args)
     sys.setswitchinterval(SWITCH_SECONDS)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     devices = parse_devices(args.device)
     is_child = args.listen_fd is not None
     if not is_child:
-        print_settings(printable(args, len(keys)))
+        print_settings(printable(args, len(keys), len(admin_keys)))
     with socket.socket(fileno=args.listen_fd) if is_child else open_socket(args.host, args.port) as sock:
         if not is_child:
-            print(f"listening on {url_of(sock)}, loading {', '.join(args.model_path)}", flush=True)
+            say(f"listening on {url_of(sock)}, loading {', '.join(args.model_path)}")
         if len(devices) > 1:
             return run_for_each_device(Path(__file__).resolve(), sys.argv[1:] if argv is None else argv, devices, sock)
-        service = Service(served_models(args), limits_of(args), keys)
+        hosts = allowed_hosts(args.host, args.allowed_hosts)
+        service = Service(served_models(args), limits_of(args), keys, admin_keys=admin_keys, hosts=hosts)
         app = build_app(service, parse_origins(args.cors_origins))
         asyncio.run(serve(app, service, sock, ready_fd=args.ready_fd))
     if isinstance(service.error, EngineStopped):
@@ -277,16 +318,16 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if service.has_failed:
         print("error: a model has stopped, and it is not to be started again (--no-restart)", file=sys.stderr)
         return 1
-    print("stopped", flush=True)
+    say("stopped")
     if not service.loading_done.is_set():
         os._exit(0)  # the thread that loads would fail in the middle of an import
     return None
 
 
-def printable(args: argparse.Namespace, keys: int) -> argparse.Namespace:
+def printable(args: argparse.Namespace, keys: int, admin_keys: int = 0) -> argparse.Namespace:
     """The flags for the log: how many API keys there are instead of the keys, and no internal flags."""
     flags = {name: value for name, value in vars(args).items() if name not in ("listen_fd", "ready_fd")}
-    return argparse.Namespace(**flags | {"api_key": f"<{keys} keys>"})
+    return argparse.Namespace(**flags | {"api_key": f"<{keys} keys>", "admin_key": f"<{admin_keys} keys>"})
 
 
 def served_models(args: argparse.Namespace) -> list[ServedModel]:
@@ -323,4 +364,5 @@ def watched_folder(path: str) -> tuple[str, Path]:
 
 
 if __name__ == "__main__":
+    restart_without_keys()
     run_script(main)

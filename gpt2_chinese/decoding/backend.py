@@ -26,6 +26,8 @@ from gpt2_chinese.decoding.completion import (
 from gpt2_chinese.text.tail import encode_tail
 from gpt2_chinese.text.tokenizers import Tokenizer
 
+MIN_TOP_P = 1e-30
+"""The smallest top-p that keeps its meaning in float32."""
 TAIL_CHARACTERS = 8
 """Characters of a context for each token of n_ctx, beyond which only its end is tokenized."""
 
@@ -202,11 +204,14 @@ class CompletionBackend(ABC):
             raise ValueError(f"logprobs must be from 0 to {MAX_LOGPROBS}, it is {logprobs}")
         if not 1 <= len(prompt.ids) <= self.n_ctx:
             raise ValueError(f"a prompt must have 1 to {self.n_ctx} ids, this one has {len(prompt.ids)}")
+        sampling_params = sampling_params or SamplingParams()
+        if 0 < sampling_params.top_p < MIN_TOP_P:  # as a float32 it could be 0, which is off
+            sampling_params = replace(sampling_params, top_p=MIN_TOP_P)
         return self._enqueue(
             prompt=prompt,
             samples=samples,
             length=length,
-            sampling_params=sampling_params or SamplingParams(),
+            sampling_params=sampling_params,
             seed=secrets.randbits(63) if seed is None else seed,
             stop=tuple(stop),
             logprobs=logprobs,

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from gpt2_chinese.serving.errors import INTERNAL_ERROR, ApiError
 from gpt2_chinese.serving.fast_path import FastPath, simple_post
-from gpt2_chinese.serving.responses import error_response
+from gpt2_chinese.serving.responses import SECURITY_HEADERS, SERVER_NAME, error_response
 
 LOGGER = logging.getLogger("server")
 MAX_ACCEPTS = 16
@@ -104,7 +104,7 @@ class Connection(web.RequestHandler):
             error = ApiError(status, "bad_http", f"the request is not valid HTTP: {problem}")
         if request.writer.output_size > 0:
             raise ConnectionError("the response has begun")
-        response = error_response(error)
+        response = error_response(error, {"Server": SERVER_NAME, **SECURITY_HEADERS})
         response.force_close()
         return response
 
@@ -117,7 +117,9 @@ class OverloadedProtocol(asyncio.Protocol):
         body = ApiError(503, "too_many_connections", message).body()
         head = (
             "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json; charset=utf-8\r\n"
-            f"Content-Length: {len(body)}\r\nRetry-After: 1\r\nConnection: close\r\n\r\n"
+            f"Content-Length: {len(body)}\r\nRetry-After: 1\r\nConnection: close\r\n"
+            + "".join(f"{name}: {value}\r\n" for name, value in SECURITY_HEADERS.items())
+            + "\r\n"
         )
         self.response = head.encode("ascii") + body
 

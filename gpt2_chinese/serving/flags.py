@@ -9,9 +9,11 @@ from pathlib import Path
 
 from gpt2_chinese.decoding.completion import PRECISIONS
 from gpt2_chinese.serving.api import Limits
-from gpt2_chinese.serving.keys import KEY_VARIABLE
+from gpt2_chinese.serving.keys import ADMIN_KEY_VARIABLE, KEY_VARIABLE
 
 DEFAULT_MODEL_PATH = "model/final_model"
+MAX_BATCH_SIZE = 4096
+"""A place in the batch of GPT-2 small takes 75 MB."""
 
 
 def parse_args(argv: Sequence[str] | None = None, description: str | None = None) -> argparse.Namespace:
@@ -108,9 +110,24 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         help=f"file with one API key per line; the environment variable {KEY_VARIABLE} may hold one more key",
     )
     parser.add_argument(
+        "--admin_key",
+        action="append",
+        help="a key for POST /admin/reload, which exists only if there is one (default: none)",
+    )
+    parser.add_argument(
+        "--admin_key_file",
+        help=f"file with one such key per line; the environment variable {ADMIN_KEY_VARIABLE} may hold one too",
+    )
+    parser.add_argument(
+        "--allowed_hosts",
+        default="",
+        help="names under which the server is reached, separated by commas; others are answered with 421. * is any. "
+        "(default: if --host is an address of this machine alone, its own names; otherwise any)",
+    )
+    parser.add_argument(
         "--cors_origins",
         default="*",
-        help="sites whose pages may use the server from a browser: *, none, or a list such as "
+        help="sites whose pages may complete texts from a browser: *, none, or a list such as "
         "https://a.example,https://b.example (default: %(default)s)",
     )
 
@@ -215,6 +232,8 @@ def check_flags(args: argparse.Namespace) -> None:
     for flag in ("body_timeout", "request_timeout", "idle_timeout", "hang_timeout"):
         if not getattr(args, flag) > 0:
             raise ValueError(f"--{flag} must be above 0 seconds, it is {getattr(args, flag)}")
+    if args.batch_size > MAX_BATCH_SIZE:
+        raise ValueError(f"--batch_size must be at most {MAX_BATCH_SIZE}, it is {args.batch_size}")
     parse_origins(args.cors_origins)
     model_names(args)
 

@@ -13,6 +13,7 @@ from functools import partial
 
 from aiohttp import web
 
+from gpt2_chinese.command_line import say
 from gpt2_chinese.serving.api import DEFAULT_LENGTH, DEFAULT_SAMPLES
 from gpt2_chinese.serving.connections import start_listening, url_of
 from gpt2_chinese.serving.fast_path import refuse_overload
@@ -50,7 +51,7 @@ async def serve(app: web.Application, service: Service, sock: socket.socket, *, 
             _print_ready(service, begin)
             full_speed = asyncio.create_task(_print_full_speed(service, begin))
             if ready_fd is None:
-                print(startup_message(url_of(sock)), flush=True)
+                say(startup_message(url_of(sock)))
             else:
                 os.write(ready_fd, b"r")
             # A server that can only answer 503 ends, for a supervisor, or for the processes of other devices.
@@ -119,7 +120,7 @@ def _print_ready(service: Service, begin: float) -> None:
     seconds = time.monotonic() - begin
     for model in service.models:
         ready = "ready at full speed" if model.at_full_speed else "ready"
-        print(f"{model.name} is {ready} on {service.device}, {seconds:.1f} s after the start", flush=True)
+        say(f"{model.name} is {ready} on {service.device}, {seconds:.1f} s after the start")
 
 
 async def _print_full_speed(service: Service, begin: float) -> None:
@@ -127,4 +128,4 @@ async def _print_full_speed(service: Service, begin: float) -> None:
     for model in [model for model in service.models if not model.at_full_speed]:
         while not model.at_full_speed:
             await asyncio.sleep(FULL_SPEED_POLL_SECONDS)
-        print(f"{model.name} is at full speed, {time.monotonic() - begin:.1f} s after the start", flush=True)
+        say(f"{model.name} is at full speed, {time.monotonic() - begin:.1f} s after the start")

@@ -12,7 +12,8 @@ from gpt2_chinese.decoding.completion import EngineStopped
 from gpt2_chinese.serving.connections import abort_after
 from gpt2_chinese.serving.errors import INTERNAL_ERROR, ApiError, engine_stopped_error
 from gpt2_chinese.serving.fast_path import RETRY_SECONDS
-from gpt2_chinese.serving.responses import error_response
+from gpt2_chinese.serving.hosts import name_of
+from gpt2_chinese.serving.responses import SECURITY_HEADERS, SERVER_NAME, error_response
 from gpt2_chinese.serving.service import Service
 
 LOGGER = logging.getLogger("server")
@@ -94,9 +95,28 @@ def _http_error_response(error: web.HTTPException, request: web.Request) -> web.
     return error_response(ApiError(error.status, code, message), {"Allow": allowed} if allowed else None)
 
 
-async def vary_by_origin(_: web.Request, response: web.StreamResponse) -> None:
-    """A signal handler: tell caches that the CORS headers depend on the site that asks."""
+async def set_headers(_: web.Request, response: web.StreamResponse) -> None:
+    """A signal handler: what every response has, as OWASP recommends; and no versions.
+
+    Caches are told that the CORS headers depend on the site that asks.
+    """
     response.headers["Vary"] = "Origin"
+    response.headers["Server"] = SERVER_NAME
+    for name, value in SECURITY_HEADERS.items():
+        response.headers.setdefault(name, value)
+
+
+def check_host(service: Service) -> Middleware:
+    """A middleware that answers 421 to a Host that is none of the server's names."""
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if service.hosts is not None and name_of(request.headers.get("Host", "")) not in service.hosts:
+            message = "this server does not answer to the name in Host; --allowed_hosts allows further names"
+            raise ApiError(421, "wrong_host", message)
+        return await handler(request)
+
+    return check
 
 
 async def expect_continue(request: web.Request) -> web.StreamResponse | None:

@@ -16,6 +16,15 @@ def json_response(value: Any, *, status: int = 200, headers: Mapping[str, str] |
     return _response(json.dumps(value, ensure_ascii=False).encode("utf-8"), status, headers)
 
 
+SERVER_NAME = "gpt2-chinese"
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-store",
+}
+"""What OWASP recommends for every response of an API."""
 PIECE_ITEMS = 256
 """Items of an array that are turned into JSON at a time: no other thread runs meanwhile."""
 

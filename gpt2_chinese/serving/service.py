@@ -153,6 +153,8 @@ class Service:
         pending_bytes: the most bytes that the answers to the admitted requests can have together.
         engine_users: how many requests use each engine.
         supervisor: while the models run.
+        admin_keys: the keys of /admin/; none means that it does not exist.
+        hosts: the names that the server answers to; None is any.
         has_failed: a model has died and is not started again.
         encoder_thread: turns large answers into JSON.
     """
@@ -170,6 +172,8 @@ class Service:
     engine_users: Counter[CompletionBackend] = field(default_factory=Counter)
     supervisor: CanReload | None = None
     has_failed: bool = False
+    admin_keys: tuple[bytes, ...] = ()
+    hosts: frozenset[str] | None = None
     encoder_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "encoding"))
 
     def __post_init__(self) -> None:

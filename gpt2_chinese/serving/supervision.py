@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+from gpt2_chinese.command_line import say
 from gpt2_chinese.decoding.backend import CompletionBackend
 from gpt2_chinese.serving.answer_size import longest_token_bytes
 from gpt2_chinese.serving.service import WARM_UP_CONTEXT, ServedModel, Service
@@ -198,7 +199,7 @@ class Supervisor:
             LOGGER.error("%s is served as before, the folder cannot be loaded: %s", model.name, error)
         else:
             where = "" if folder is None else f" from {folder}"
-            print(f"{model.name} is reloaded{where}, {time.monotonic() - begin:.1f} s", flush=True)
+            say(f"{model.name} is reloaded{where}, {time.monotonic() - begin:.1f} s")
 
     def _watch(self, models: list[ServedModel]) -> None:
         taken = {model.name: stamp_of(model.folder) for model in models}
