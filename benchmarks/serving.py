@@ -68,7 +68,9 @@ class Server:
         """The server's process and its children (Linux)."""
         found = [self.process.pid]
         for one in found:
-            found += map(int, Path(f"/proc/{one}/task/{one}/children").read_text().split())
+            for thread in Path(f"/proc/{one}/task").iterdir():  # a process belongs to the thread that started it
+                with contextlib.suppress(FileNotFoundError):
+                    found += map(int, (thread / "children").read_text().split())
         return found
 
     def resources(self) -> dict[str, int]:

@@ -70,10 +70,17 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         raise
 
 
+def _no_links(path: str, flags: int) -> int:
+    """Open a file, but not where a link leads: in a folder that others may write, it could lead to any file of ours."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 @contextmanager
 def _locked(temporary: Path, mode: str, text: dict[str, str]) -> Iterator[IO[Any]]:
     """Open a temporary file, empty, for this run alone; the lock ends with the process, however that ends."""
-    with open(temporary, mode.replace("w", "a"), **text) as file:  # type: ignore[call-overload]
+    with open(temporary, mode.replace("w", "a"), opener=_no_links, **text) as file:  # type: ignore[call-overload]
+        if os.fstat(file.fileno()).st_nlink > 1:
+            raise OSError(errno.EEXIST, f"{temporary.name} is another name of a file; delete it")
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -100,7 +107,7 @@ def exclusive_lock(folder: str | Path) -> Iterator[None]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as file:
+    with open(folder / ".lock", "a", opener=_no_links) as file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -113,6 +120,28 @@ def exclusive_lock(folder: str | Path) -> Iterator[None]:
             yield
         finally:
             _locked_descriptors.discard(file.fileno())
+
+
+@contextmanager
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """Let a full disk be an OSError that names `path`, in whatever way a library tells it.
+
+    torch ends with "unexpected pos …" when what it writes does not arrive, and safetensors with a text of the system.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(path)) from error
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if isinstance(cause, OSError):
+            raise type(cause)(cause.errno, cause.strerror, str(path)) from error
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            if f"os error {number}" in str(error):
+                raise OSError(number, os.strerror(number), str(path)) from error
+        raise
 
 
 def flush_file(path: str | Path) -> None:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from gpt2_chinese.artifacts import flush_file, flush_folder, read_json, sha256_of, write_json, write_lines
+from gpt2_chinese.artifacts import disk_errors, flush_file, flush_folder, read_json, sha256_of, write_json, write_lines
 from gpt2_chinese.text.char_tokenizer import CharTokenizer
 from gpt2_chinese.text.tokenizers import (
     TOKENIZER_CONFIG,
@@ -229,7 +229,8 @@ def save_model(
         **ids,
     }
     with atomic_write_folder(folder) as new:
-        save_file(state, str(new / WEIGHTS), metadata={"format": "pt"})
+        with disk_errors(folder):
+            save_file(state, str(new / WEIGHTS), metadata={"format": "pt"})
         write_json(new / CONFIG, dict(sorted(saved.items())))
         generation = {"suppress_tokens": list(marks.never_produced)}
         generation["transformers_version"] = saved["transformers_version"]

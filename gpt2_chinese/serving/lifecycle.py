@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import logging
+import math
 import os
 import signal
 import socket
 import sys
 import time
 from functools import partial
+from typing import Any
 
 from aiohttp import web
 
@@ -21,6 +25,8 @@ from gpt2_chinese.serving.service import WARM_UP_CONTEXT, Service
 
 POLL_SECONDS = 0.5
 """How often a process looks whether its models are alive, and one of several processes whether its parent is."""
+LOGGER = logging.getLogger("server")
+FILES_LOG_SECONDS = 60.0
 FULL_SPEED_POLL_SECONDS = 0.2
 DRAIN_POLL_SECONDS = 0.02
 
@@ -35,6 +41,7 @@ async def serve(app: web.Application, service: Service, sock: socket.socket, *, 
             them or its parent has died.
     """
     parent = os.getppid()
+    asyncio.get_running_loop().set_exception_handler(LoopErrors())
     begin = time.monotonic()
     stop = stop_on_signals()
     limits = service.limits
@@ -63,6 +70,24 @@ async def serve(app: web.Application, service: Service, sock: socket.socket, *, 
         service.draining = True
         while service.admitted and service.status == "draining":
             await asyncio.sleep(DRAIN_POLL_SECONDS)
+
+
+class LoopErrors:
+    """Logs what goes wrong in the event loop; once a minute that no file may be opened, which is tried every second."""
+
+    def __init__(self) -> None:
+        self._said_at = -math.inf
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif loop.time() - self._said_at > FILES_LOG_SECONDS:
+            self._said_at = loop.time()
+            LOGGER.error(
+                "no connection can be accepted: %s; raise the limit (ulimit -n) or lower --max_connections",
+                error.strerror,
+            )
 
 
 def stop_on_signals() -> asyncio.Event:

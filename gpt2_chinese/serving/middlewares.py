@@ -39,7 +39,7 @@ def count_responses(service: Service) -> Middleware:
         if service.draining:
             response.force_close()
         try:
-            with abort_after(service.limits.body_seconds, request):
+            with abort_after(service.limits.body_seconds, request, most=service.limits.request_seconds):
                 await response.prepare(request)
                 await response.write_eof()
         except ConnectionError:
@@ -123,6 +123,8 @@ async def expect_continue(request: web.Request) -> web.StreamResponse | None:
     """Answer an Expect header, which aiohttp does before the middlewares."""
     if request.headers["Expect"].lower() != "100-continue":
         return error_response(ApiError(417, "expectation_failed", "Expect may only be 100-continue"))
+    if request.method == "GET":
+        return None
     await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     request.writer.output_size = 0  # so that the response counts as not begun
     return None

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 from gpt2_chinese.artifacts import read_json
 from gpt2_chinese.text.char_tokenizer import CharTokenizer
 from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS, Marks, check_tokens, read_vocabulary
-from gpt2_chinese.text.word_tokenizer import RULES_VERSION, CutsWords, WordTokenizer
+from gpt2_chinese.text.word_tokenizer import RULES, RULES_VERSION, CutsWords, WordTokenizer
 
 KINDS = ("word", "char", "bpe")
 VOCABULARY, TOKENIZER_JSON, TOKENIZER_CONFIG = "vocab.txt", "tokenizer.json", "tokenizer_config.json"
@@ -229,7 +229,12 @@ def read_folder_tokenizer(folder: Path, *, kind: str | None = None, compat: bool
     tokens = read_vocabulary(path, strict=False)
     if name == "GPT2ChineseTokenizer":  # ours, of words
         manifest = _read_object(folder / "manifest.json")
-        was_compat, rules = bool(config.get("compat", manifest.get("compat", False))), int(config.get("rules", 1))
+        was_compat, rules = bool(config.get("compat", manifest.get("compat", False))), config.get("rules", 1)
+        if rules not in RULES or type(rules) is not int:
+            raise ValueError(
+                f"{folder / TOKENIZER_CONFIG}: rules is {json.dumps(rules)[:40]}, this version has {sorted(RULES)}; "
+                "copy the file again, or update this program"
+            )
         return _checked(path, TokenizerSpec("word", tuple(tokens), compat=was_compat, rules=rules))
     if "Bert" in name and kind in (None, "char"):
         lowercase = bool(config.get("do_lower_case", True))
