@@ -150,6 +150,7 @@ def abort_after(seconds: float, request: web.Request, *, most: float | None = No
     loop = asyncio.get_running_loop()
     deadline = loop.time() + (most or seconds)
     unread, progress_at = transport.get_write_buffer_size(), loop.time()
+    timer = loop.call_later(seconds / PROGRESS_CHECKS, lambda: check())
 
     def check() -> None:
         nonlocal timer, unread, progress_at
@@ -161,7 +162,6 @@ def abort_after(seconds: float, request: web.Request, *, most: float | None = No
         else:
             transport.abort()
 
-    timer = loop.call_later(seconds / PROGRESS_CHECKS, check)
     try:
         yield
     finally:

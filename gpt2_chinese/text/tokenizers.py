@@ -230,7 +230,7 @@ def read_folder_tokenizer(folder: Path, *, kind: str | None = None, compat: bool
     if name == "GPT2ChineseTokenizer":  # ours, of words
         manifest = _read_object(folder / "manifest.json")
         was_compat, rules = bool(config.get("compat", manifest.get("compat", False))), config.get("rules", 1)
-        if rules not in RULES or type(rules) is not int:
+        if type(rules) is not int or rules not in RULES:
             raise ValueError(
                 f"{folder / TOKENIZER_CONFIG}: rules is {json.dumps(rules)[:40]}, this version has {sorted(RULES)}; "
                 "copy the file again, or update this program"
