@@ -888,7 +888,7 @@ def test_the_process_cancels_for_clients_that_left_and_finishes_admitted_request
             assert '\\"context\\": \\"\\u4f60\\u597d\\"' in line
             host, port = url.removeprefix("http://").split(":")
             body = json.dumps({"context": "一", "maxlength": 1000, "samples": 32}).encode()
-            head = f"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+            head = f"POST / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
 
             def running() -> int:
                 with urllib.request.urlopen(f"{url}/health", timeout=60) as response:
