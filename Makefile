@@ -5,7 +5,7 @@ TRAIN := .venv-train
 PIP_INSTALL := -m pip install --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve envs format lint test-fast test test-pythons clean
+.PHONY: help demo model serve envs format lint test-fast test test-pythons clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,24 @@ demo: $(VOCAB)/.built $(TRAIN)/.built ## the six stages on the shipped corpus, f
 	$(TRAIN)/bin/python generate.py --model_path $(DEMO)/model/final_model --prefix $(DEMO_CONTEXT) --nsamples 5 \
 		$(DEMO_SAMPLING) --device cpu
 	$(TRAIN)/bin/python examples/ask_server.py --model_path $(DEMO)/model/final_model --context $(DEMO_CONTEXT)
+
+# What you see with `make model DATA=folder MINUTES=30 [OUT=folder] [RESUME=1]`; the minutes are those of all stages.
+MINUTES ?= 30
+OUT ?= model_$(notdir $(patsubst %/,%,$(DATA)))
+
+model: $(VOCAB)/.built $(TRAIN)/.built ## DATA=folder MINUTES=30: the best model of your texts that so many minutes allow
+	@[ -n "$(DATA)" ] || { echo 'error: name your texts: make model DATA=~/texts MINUTES=30' >&2; exit 2; }
+	@began=$$(date +%s) && set -x && \
+	$(VOCAB)/bin/python build_trainfile.py --data_path "$(DATA)" --output_path "$(OUT)/train.json" --encoding auto && \
+	$(VOCAB)/bin/python make-vocab.py --raw_data_path "$(OUT)/train.json" --vocab_file "$(OUT)/vocab.txt" \
+		--vocab_size auto --model_config config/model_config_mini.json && \
+	$(TRAIN)/bin/python make-tokenized.py --raw_data_path "$(OUT)/train.json" --vocab_filename "$(OUT)/vocab.txt" \
+		--tokenized_data_path "$(OUT)/tokenized" --min_length 1 && \
+	$(TRAIN)/bin/python train.py --minutes $(MINUTES) --minutes_from $$began --tokenized_data_path "$(OUT)/tokenized" \
+		--vocab_file "$(OUT)/vocab.txt" --output_dir "$(OUT)/model" --writer_dir "$(OUT)/tensorboard_summary" \
+		$(if $(RESUME),--resume)
+	@echo 'complete texts:  $(TRAIN)/bin/python generate.py --model_path "$(OUT)/model/best_model" --prefix 你好'
+	@echo 'serve:           make serve MODEL="$(OUT)/model/best_model"'
 
 serve: $(TRAIN)/.built ## serve your model, or else the demo's, on http://127.0.0.1:5005
 	$(TRAIN)/bin/python server.py --model_path $(MODEL)

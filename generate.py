@@ -20,7 +20,7 @@ from gpt2_chinese.artifacts import atomic_write
 from gpt2_chinese.command_line import print_settings, run_script
 from gpt2_chinese.decoding.completion import PRECISIONS, SAMPLING_LIMITS, SamplingParams, TextDelta
 from gpt2_chinese.decoding.engine import Engine, choose_device
-from gpt2_chinese.model_folder import load_weights
+from gpt2_chinese.model_folder import load_weights, note_of_a_better_model
 
 SAMPLES_FILE = "samples.txt"
 IGNORED_FLAGS = {
@@ -200,6 +200,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     for flag, reason in IGNORED_FLAGS.items():
         if getattr(args, flag.removeprefix("--")) is not None:
             print(f"note: {flag} changes nothing: {reason}", file=sys.stderr)
+    better = note_of_a_better_model(args.model_path)
+    if better:
+        print(f"note: {better}", file=sys.stderr)
     titles = read_titles(args)
     params = SamplingParams(args.temperature, args.topk, args.topp, args.repetition_penalty)
     model, tokenizer = load_weights(

@@ -48,12 +48,14 @@ from gpt2_chinese.text.vocabulary_choice import (
     choose_tokens,
     coverage_rows,
     recommend,
+    size_for_a_small_model,
     word_part_counts,
 )
 
 DESCRIPTIONS = {"word": "words", "char": "characters and runs of letters or digits", "bpe": "byte-level BPE"}
 DEFAULT_FILES = {"word": "vocab/vocab_user.txt", "char": "vocab/vocab_user.txt", "bpe": "vocab/tokenizer.json"}
 END_OF_TEXT = "<|endoftext|>"
+AUTO = "auto"  # --vocab_size
 BPE_SAMPLE = 1_000_000  # characters of the corpus that sizes of BPE are compared on
 
 
@@ -76,9 +78,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--vocab_size",
-        type=int,
+        type=size_or_auto,
         default=50000,
-        help="tokens at most; for words and characters the five special tokens are not counted",
+        help="tokens at most; for words and characters the five special tokens are not counted; auto grows with the "
+        "square root of the corpus, which suits a small model",
     )
     parser.add_argument(
         "--compat", action="store_true", help="write GPT2-Chinese's vocabulary byte for byte, with its gaps"
@@ -95,7 +98,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--report", metavar="FILE", help="write the coverage of several sizes as JSON, too")
     args = parser.parse_args(argv)
     for flag in ("vocab_size", "workers"):
-        if getattr(args, flag) < 1:
+        if getattr(args, flag) != AUTO and getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: give at least 1")
     if args.compat and args.tokenizer != "word":
         parser.error("--compat writes GPT2-Chinese's vocabulary of words; leave out --compat or --tokenizer")
@@ -103,6 +106,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.compat and args.report:
         parser.error("--report is about the default vocabulary; leave out --compat or --report")
     return args
+
+
+def size_or_auto(text: str) -> int | str:
+    return text if text == AUTO else int(text)
 
 
 def read_config(path: str) -> dict[str, int]:
@@ -336,6 +343,9 @@ def main(argv: list[str] | None = None) -> None:
     print_settings(args)
     path = Path(args.raw_data_path)
     size = path.stat().st_size if path.is_file() else 0
+    if args.vocab_size == AUTO:
+        args.vocab_size = size_for_a_small_model(size)
+        print(f"--vocab_size auto: {args.vocab_size:,} for {size / 1e6:.1f} MB")
     config = None if args.compat else read_config(args.model_config)
     if args.tokenizer == "bpe":
         assert config is not None

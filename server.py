@@ -26,6 +26,7 @@ from typing import Any
 import aiohttp_cors
 from aiohttp import web
 
+from gpt2_chinese.best_model import note_of_a_better_model
 from gpt2_chinese.command_line import print_settings, run_script, say
 from gpt2_chinese.decoding.completion import EngineStopped
 from gpt2_chinese.decoding.process import EngineOptions, EngineProcess
@@ -305,6 +306,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     with socket.socket(fileno=args.listen_fd) if is_child else open_socket(args.host, args.port) as sock:
         if not is_child:
             say(f"listening on {url_of(sock)}, loading {', '.join(args.model_path)}")
+            for better in filter(None, map(note_of_a_better_model, args.model_path)):
+                say(f"note: {better}")
         if len(devices) > 1:
             return run_for_each_device(Path(__file__).resolve(), sys.argv[1:] if argv is None else argv, devices, sock)
         hosts = allowed_hosts(args.host, args.allowed_hosts)

@@ -3,12 +3,13 @@
 
 Reads   tokenized/tokenized_train_{i}.txt (with tokenized/manifest.json), vocab/vocab_user.txt,
         config/model_config*.json or a model folder to go on from
-Writes  model/model_epoch{n}/ after each epoch, model/final_model/, model/checkpoints/step_{n}/ to go on from,
-        model/metrics.jsonl, tensorboard_summary/
+Writes  model/model_epoch{n}/ after each epoch, model/final_model/, model/best_model/ (of the validation set),
+        model/checkpoints/step_{n}/ to resume from, model/metrics.jsonl, tensorboard_summary/
 
     python train.py --model_config config/model_config_mini.json --epochs 10 --lr 1e-3
-    python train.py --device 0,1 --batch_size 16 --pretrained_model model/final_model
+    python train.py --device 0,1 --batch_size 16 --pretrained_model model/final_model --output_dir model2/
     python train.py --model_config config/model_config_mini.json --epochs 10 --lr 1e-3 --resume
+    python train.py --minutes 30
     python train.py --eval_only --pretrained_model model/final_model --tokenized_data_path other/
 """
 
@@ -29,17 +30,20 @@ from transformers import GPT2LMHeadModel
 
 from gpt2_chinese.artifacts import exclusive_lock
 from gpt2_chinese.command_line import print_settings, run_script
+from gpt2_chinese.model_folder import BEST_MODEL
 from gpt2_chinese.precision import Precision
 from gpt2_chinese.training.estimates import memory_advice
 from gpt2_chinese.training.evaluation import Documents
-from gpt2_chinese.training.flags import parse_args
+from gpt2_chinese.training.flags import given_flags, parse_args
 from gpt2_chinese.training.optimizers import set_learning_rate
+from gpt2_chinese.training.plan import PLAN, plan_run
 from gpt2_chinese.training.ranks import Rank, Torchrun, process_group, run_on_all
 from gpt2_chinese.training.report import Reporter, describe
 from gpt2_chinese.training.run import DEFAULT_VOCABULARY, FINAL_MODEL, Run, build_model, epoch_name, prepare
 from gpt2_chinese.training.saving import find_checkpoint, restore, save_checkpoint, save_model_folder
-from gpt2_chinese.training.stopping import Interrupted, stop_signal
-from gpt2_chinese.training.trainable import build
+from gpt2_chinese.training.state import TrainingState
+from gpt2_chinese.training.stopping import Interrupted, StopSignal, stop_signal
+from gpt2_chinese.training.trainable import Trainable, build
 from gpt2_chinese.training.validation import evaluate_folder, validate
 from gpt2_chinese.training.windows import share_of_rank, to_device, window_batch
 
@@ -56,17 +60,18 @@ def train(rank: Rank, run: Run, model: GPT2LMHeadModel, resume: Path | None) -> 
     args, n_ctx = run.args, run.config.n_ctx
     trainable = build(run, rank, model, is_new=resume is None)
     state = restore(run, rank, trainable, resume)
-    documents = Documents(run.corpus.held_out, n_ctx, run.tokenizer)
-    with Reporter(run, rank, state, trainable.flops_per_token) as report, stop_signal() as stop:
-        # A run that ended between its checkpoint and the measurement behind it is measured first.
-        if resume is not None and run.validates(state.step) and not rank.broadcast(report.has_validation(state.step)):
+    run.limit_updates(rank.broadcast(run.args.max_steps))  # rank 0 knows what a checkpoint had planned
+    documents = Documents(run.corpus.held_out, n_ctx, run.tokenizer, run.corpus.held_out_lengths)
+    with Reporter(run, rank, state, trainable) as report, stop_signal() as stop:
+        # A checkpoint is written before its update is measured; the measurement decides which model is the best.
+        if resume is not None and run.validates(state.step) and not run.is_out_of_patience(state):
             try:
-                report.validation(state, validate(run, rank, trainable, documents, stop))
+                measure(run, rank, trainable, documents, state, report, stop)
             except Interrupted:
                 report.stopped(state)
                 return stop.exit_status
 
-        while state.step < run.total_steps:
+        while not run.is_over(state):
             # 1) this rank's windows, and the learning rate; a rank without a window of its own has a weight of 0
             windows = run.windows(state.step)
             shares = share_of_rank(windows, rank.number, rank.world_size, args.batch_size)
@@ -96,13 +101,19 @@ def train(rank: Rank, run: Run, model: GPT2LMHeadModel, resume: Path | None) -> 
             flags = [stop.requested, run.saves_checkpoint(state.step + 1, report.seconds_since_checkpoint)]
             loss, (stopping, saving) = rank.reduce(loss, flags)
             may_skip = trainable.precision.may_skip
-            state.advance(loss, grad_norm, windows=len(windows), may_skip=may_skip)
+            limit = run.divergence_limit(state.step + 1)
+            state.advance(loss, grad_norm, windows=len(windows), may_skip=may_skip, limit=limit)
+            if run.plan is not None and state.step == args.warmup_steps:
+                run.limit_updates(rank.broadcast(report.updates_in_time(state, loss)))
+                report.planned(state)
             epoch_ends = run.epoch_ends(state.step)
 
             # 4) figures; reading them waits for a GPU: a larger --log_step is faster
             reads_figures = run.logs(state.step) or stopping or saving or rank.device.type == "cpu"
             if reads_figures and not may_skip:  # at an epoch's end no lost model takes the place of a good one
                 state.check_finite(loss, grad_norm, max_bad_updates=1 if epoch_ends else args.max_bad_updates)
+            if reads_figures:
+                state.check_converging(limit, max_bad_updates=args.max_bad_updates)
             report.update(state, loss, grad_norm, lr_factor=lr_factor, windows=len(windows))
             state.epoch_seconds = report.epoch_seconds
 
@@ -121,7 +132,7 @@ def train(rank: Rank, run: Run, model: GPT2LMHeadModel, resume: Path | None) -> 
                     report.checkpoint()
                 if run.validates(state.step) and not stopping:
                     try:
-                        report.validation(state, validate(run, rank, trainable, documents, stop))
+                        measure(run, rank, trainable, documents, state, report, stop)
                     except Interrupted:  # on every rank
                         stopping = True
                         if not saving:
@@ -134,9 +145,31 @@ def train(rank: Rank, run: Run, model: GPT2LMHeadModel, resume: Path | None) -> 
                 report.epoch_begins()
 
         # 6) the end
+        if state.step < run.total_steps:
+            save_checkpoint(run, rank, trainable, state, is_last=True)
         if rank.is_main:
-            report.finished(state, save_model_folder(run, trainable, state, FINAL_MODEL, epoch=args.epochs))
+            report.finished(state, save_model_folder(run, trainable, state, FINAL_MODEL, epoch=run.epoch(state.step)))
     return 0
+
+
+def measure(
+    run: Run,
+    rank: Rank,
+    trainable: Trainable,
+    documents: Documents,
+    state: TrainingState,
+    report: Reporter,
+    stop: StopSignal,
+) -> None:
+    """Measure the validation set, and keep the model if it is the best so far.
+
+    Raises:
+        Interrupted: on every rank, if one of them has had a signal. No state has changed.
+    """
+    validation = validate(run, rank, trainable, documents, stop)
+    if validation.evaluation is not None and state.measured(validation.evaluation.bits_per_character) and rank.is_main:
+        save_model_folder(run, trainable, state, BEST_MODEL, epoch=run.epoch(state.step))
+    report.validation(state, validation)
 
 
 class Update(NamedTuple):
@@ -206,22 +239,28 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv, description=__doc__)
     torchrun = Torchrun.from_environment()
     is_main = torchrun is None or torchrun.rank == 0
+    for flag in ("raw", "minutes"):
+        if getattr(args, flag) and torchrun is not None and torchrun.world_size > 1:
+            raise ValueError(f"--{flag} is for a run without torchrun; run the same without it, once, for what it does")
+    if args.raw:
+        tokenize(args)
+    plan = plan_run(args, given_flags(argv)) if args.minutes and not args.eval_only else None
+    if args.plan:
+        return 0
     if is_main:
         print_settings(args)
-    if args.raw:
-        if torchrun is not None and torchrun.world_size > 1:
-            raise ValueError("--raw is for a run without torchrun; run make-tokenized.py first, once")
-        tokenize(args)
     if args.eval_only:
         return evaluate_folder(args)
 
-    run, model = prepare(args, torchrun.world_size if torchrun else 0, say=print if is_main else lambda _: None)
+    run, model = prepare(args, torchrun.world_size if torchrun else 0, print if is_main else lambda _: None, plan)
     if is_main:
         for line in describe(run, model):
             print(line)
     with exclusive_lock(args.output_dir) if is_main else nullcontext():
         ranks = torchrun.world_size if torchrun else len(run.devices)
         resume = find_checkpoint(run, ranks) if is_main else None
+        if plan is not None:
+            plan.write(run.output / PLAN)
         if torchrun is not None:
             rank = Rank(torchrun.rank, torchrun.world_size, torchrun.device(run.devices, args.device))
             with process_group(rank):

@@ -8,7 +8,7 @@
 #   DEVICE=cpu benchmarks/on_gpu.sh run KIT OUT      a rehearsal without a GPU: tiny sizes
 #
 # prepare: NANOGPT is a checkout of nanoGPT, PYTHON_VERSION that of the GPU machine's Python (default 3.12).
-# run: STEPS chooses among "tests bf16 fp16 throughput decoding", SECONDS_IN_ALL is the limit (default 540).
+# run: STEPS chooses among "tests bf16 fp16 throughput decoding divergence", SECONDS_IN_ALL is the limit (default 540).
 set -u
 cd "$(dirname "$0")/.."
 
@@ -50,7 +50,7 @@ step() {
     return $status
 }
 
-wanted() { [[ " ${STEPS:-tests bf16 fp16 throughput decoding} " == *" $1 "* ]]; }
+wanted() { [[ " ${STEPS:-tests bf16 fp16 throughput decoding divergence} " == *" $1 "* ]]; }
 
 tests() {
     local parallel=()
@@ -79,7 +79,7 @@ training() {
     local rate
     rate=$(tr '\r' '\n' <"$out/$name.log" | grep -o 'epoch [0-9]* of.*tokens/s' | tail -n 1)
     echo "| train.py in $name, stopped and resumed, beside the other steps | ${rate:-no epoch} | $(tr '\r' '\n' \
-        <"$out/$name.log" | grep -o 'held-out loss.*' | tail -n 1) |" >>"$out/table.md"
+        <"$out/$name.log" | grep -o 'validation loss.*' | tail -n 1) |" >>"$out/table.md"
     step "$name.generate" 60 python3 generate.py --model_path "$folder/final_model" --device "$device" --prefix 孩子 \
         --nsamples 3 --length 40 --seed 1
     [ "$name" = bf16 ] || return 0
@@ -99,6 +99,20 @@ decoding() {
     grep -E '^(5 samples|latency|32 requests|(transformers generate|CTranslate2|ours|loop without).*s$|.*[0-9]s +[0-9.]+s +[0-9]+$|ours.*times)' \
         "$out/decoding.log" | sed -E 's/ +[0-9.]+s +([0-9.]+s) +([0-9]+)$/ | \1 | \2 tokens\/s/; s/: ([0-9.]+ times)/ | \1/; s/^/| /; s/$/ |/' \
         >>"$out/table.md"
+}
+
+# On 2026-11-27 GPT-2 small in bf16, compiled, with dropout diverged at this learning rate; not compiled it did not.
+divergence() {
+    local compile folder
+    for compile in off on; do
+        folder=$scratch/divergence_$compile
+        step "divergence.compile_$compile" 150 python3 train.py --tokenized_data_path "$kit/tokenized" \
+            --vocab_file "$kit/vocab.txt" --model_config "$shape" --precision bf16 --compile "$compile" --dropout 0.1 \
+            --device "$device" --output_dir "$folder" --writer_dir "$folder/tb" --epochs 100 --max_steps $((updates / 2)) \
+            --val_steps 25 --batch_size 16 --lr 6e-4 --log_step 10
+        echo "| bf16 with dropout, compile $compile | $(tr '\r' '\n' <"$out/divergence.compile_$compile.log" |
+            grep -o 'update [0-9,]*: validation loss [0-9.]*' | tail -n 3 | tr '\n' ';') | |" >>"$out/table.md"
+    done
 }
 
 run() {
@@ -127,7 +141,7 @@ PYTHON
         fi
     done
     wait
-    for name in throughput decoding; do
+    for name in throughput decoding divergence; do
         if wanted $name; then $name; fi
     done
     rm -rf "$scratch"

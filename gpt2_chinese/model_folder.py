@@ -30,6 +30,7 @@ import torch
 from safetensors.torch import save_file
 
 from gpt2_chinese.artifacts import disk_errors, flush_file, flush_folder, read_json, sha256_of, write_json, write_lines
+from gpt2_chinese.best_model import BEST_MODEL, MANIFEST, note_of_a_better_model
 from gpt2_chinese.text.char_tokenizer import CharTokenizer
 from gpt2_chinese.text.tokenizers import (
     TOKENIZER_CONFIG,
@@ -49,8 +50,9 @@ if TYPE_CHECKING:
 
 # transformers is imported where a model is built from it: that takes seconds, and to decode a model it is not needed.
 
+__all__ = ["BEST_MODEL", "MANIFEST", "note_of_a_better_model"]  # for those who know them from here
 FORMAT = 1
-CONFIG, MANIFEST = "config.json", "manifest.json"
+CONFIG = "config.json"
 WEIGHTS, OLD_WEIGHTS = "model.safetensors", "pytorch_model.bin"
 
 # transformers before 4.3x stored the causal mask of every layer beside the weights.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,15 @@ REPORT_SIZES = (1000, 2000, 5000, 10000, 20000, 50000)
 MIN_COUNT = 5  # a token that is seen less often is hardly learnt
 MAX_WORD = 100  # characters; longer "words" (links, encoded data) are spelled, as the reference gives them up
 LETTERS = string.digits + string.ascii_letters + string.punctuation
+
+
+def size_for_a_small_model(corpus_bytes: int) -> int:
+    """How many tokens suit a model that is trained on so much text for minutes or hours: 4 times the square root of its
+    characters, of three bytes each, from 2,000 to 30,000.
+
+    A larger vocabulary has tokens that are seen too seldom to be learnt, and a larger head, which costs time.
+    """
+    return min(30_000, max(2_000, int(round(4 * math.sqrt(corpus_bytes / 3), -2))))
 
 
 @dataclass(frozen=True)

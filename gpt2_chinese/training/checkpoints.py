@@ -34,7 +34,14 @@ _CONTENTS = {"model", "optimizer", "scaler", "random", "progress"}
 _MEND = "resume from another checkpoint, or start over with --resume none"
 
 
-ADDED_SETTINGS: dict[str, Any] = {"--weight_decay": 0.0, "--muon_weight_decay": None}
+ADDED_SETTINGS: dict[str, Any] = {
+    "--weight_decay": 0.0,
+    "--muon_weight_decay": None,
+    "--shift_windows": False,
+    "--teacher": "",
+    "--teacher_share": 0.6,
+    "--val_bytes": None,
+}
 """What checkpoints of earlier versions, which did not have these flags, were made with."""
 
 
@@ -46,12 +53,15 @@ def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
-def write_checkpoint(folder: Path, step: int, state: Mapping[str, Any], settings: Mapping[str, Any]) -> Path:
+def write_checkpoint(
+    folder: Path, step: int, state: Mapping[str, Any], settings: Mapping[str, Any], *, is_last: bool = False
+) -> Path:
     """Write `folder/step_{step}` whole or not at all, in the place of one of that name; gives its path.
 
     Args:
         state: what `torch.load(weights_only=True)` reads back: tensors, numbers, strings and containers of them.
         settings: JSON values, checked by `check_settings` before a run goes on.
+        is_last: the run ends here.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written.
@@ -65,7 +75,7 @@ def write_checkpoint(folder: Path, step: int, state: Mapping[str, Any], settings
             file.flush()
             os.fsync(file.fileno())
         files = {STATE: {"bytes": (new / STATE).stat().st_size, "sha256": sha256_of(new / STATE)}}
-        manifest = {"format": _FORMAT, "step": step, "files": files, "settings": dict(settings)}
+        manifest = {"format": _FORMAT, "step": step, "is_last": is_last, "files": files, "settings": dict(settings)}
         write_json(new / MANIFEST, manifest | {"sha256": _digest(manifest)})
         flush_folder(new)
         if path.exists():

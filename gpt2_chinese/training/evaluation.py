@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 from transformers import GPT2LMHeadModel
 
 from gpt2_chinese.decoding.sampling import sample_tokens, uniform_random
@@ -29,9 +31,17 @@ _LOGITS_AT_ONCE = 1 << 25  # 128 MB in float32; a signal is heard between two pr
 
 @dataclass(frozen=True)
 class Evaluation:
-    loss: float  # nats for a token
+    """
+    Attributes:
+        loss: nats for a token.
+        error: the standard error of `bits_per_character`, as documents like these vary; nan for fewer than two.
+        tokens: predicted.
+    """
+
+    loss: float
     bits_per_character: float
-    tokens: int  # predicted
+    error: float
+    tokens: int
 
     @property
     def perplexity(self) -> float:
@@ -39,7 +49,17 @@ class Evaluation:
 
     def figures(self) -> dict[str, float]:
         """What TensorBoard and metrics.jsonl get."""
-        return {"loss": self.loss, "perplexity": self.perplexity, "bits_per_character": self.bits_per_character}
+        figures = {"loss": self.loss, "perplexity": self.perplexity, "bits_per_character": self.bits_per_character}
+        return figures | ({"bits_per_character_error": self.error} if math.isfinite(self.error) else {})
+
+
+class Window(NamedTuple):
+    """Tokens `begin` to `end` of which those from `first` are counted, of one of the documents."""
+
+    begin: int
+    end: int
+    first: int
+    document: int
 
 
 class Documents:
@@ -50,45 +70,61 @@ class Documents:
 
     Args:
         tokens: documents one after the other, each with its marks.
+        lengths: of the documents, or of slices of them; None to begin one at every mark.
     """
 
-    def __init__(self, tokens: npt.NDArray[Any], n_ctx: int, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, tokens: npt.NDArray[Any], n_ctx: int, tokenizer: Tokenizer, lengths: Sequence[int] | None = None
+    ) -> None:
         self.tokens = tokens
         self._padding = tokenizer.marks.padding if tokenizer.marks.padding is not None else tokenizer.marks.end
-        found = document_begins(tokens, tokenizer.marks)
-        begins = np.union1d([0], found).astype(np.int64) if len(tokens) else np.empty(0, np.int64)
-        ends = np.append(begins[1:], len(tokens))
+        if lengths is None:
+            found = document_begins(tokens, tokenizer.marks)
+            ends = np.append(found[found > 0], len(tokens)) if len(tokens) else np.empty(0, np.int64)
+        else:
+            ends = np.cumsum(lengths, dtype=np.int64)
+        self.bounds = list(zip([0, *ends.tolist()], ends.tolist(), strict=False))
         windows = [
-            window
-            for begin, end in zip(begins.tolist(), ends.tolist(), strict=False)
+            Window(*window, document)
+            for document, (begin, end) in enumerate(self.bounds)
             for window in document_windows(begin, end, n_ctx)
         ]
         # The longest first: windows of a batch are of about one length, and memory is at its peak at once.
-        self.windows = sorted(windows, key=lambda window: window[0] - window[1])
-        self.characters, self.unknown = 0, 0
-        for begin, end in zip(begins.tolist(), ends.tolist(), strict=False):
-            characters, unknown = count_characters(tokens[begin:end], tokenizer)
-            self.characters += characters
-            self.unknown += unknown
+        self.windows = sorted(windows, key=lambda window: window.begin - window.end)
+        counts = [count_characters(tokens[begin:end], tokenizer) for begin, end in self.bounds]
+        self._characters = np.array([characters for characters, _ in counts], np.float64)
+        self._unknown = np.array([unknown for _, unknown in counts], np.float64)
+        self.characters, self.unknown = int(self._characters.sum()), int(self._unknown.sum())
 
-    def batch(self, windows: Iterable[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, windows: Iterable[Window]) -> tuple[torch.Tensor, torch.Tensor]:
         """The ids and targets of windows, int64 [windows, length]; what pads shorter ones is not counted."""
         windows = list(windows)
-        length = max(end - begin for begin, end, _ in windows)
+        length = max(window.end - window.begin for window in windows)
         input_ids = np.full((len(windows), length), self._padding, np.int64)
         targets = np.full((len(windows), length - 1), _UNCOUNTED, np.int64)
-        for row, (begin, end, first) in enumerate(windows):
+        for row, (begin, end, first, _) in enumerate(windows):
             input_ids[row, : end - begin] = self.tokens[begin:end]
             targets[row, first - begin - 1 : end - begin - 1] = self.tokens[first:end]
         return torch.from_numpy(input_ids), torch.from_numpy(targets)
 
-    def evaluation(self, nats: float, tokens: float) -> Evaluation:
-        """The figures of a model, given the sum of its losses over so many predicted tokens."""
+    def evaluation(self, nats: npt.NDArray[np.float64], tokens: float) -> Evaluation:
+        """The figures of a model, given the sum of its losses for each document, and how many tokens it predicted."""
+        total = float(nats.sum())
+        bits = bits_per_character(total, self.characters, self.unknown)
         return Evaluation(
-            loss=nats / max(1.0, tokens),
-            bits_per_character=bits_per_character(nats, self.characters, self.unknown),
+            loss=total / max(1.0, tokens),
+            bits_per_character=bits,
+            error=self._standard_error(nats, bits),
             tokens=int(tokens),
         )
+
+    def _standard_error(self, nats: npt.NDArray[np.float64], mean: float) -> float:
+        """Of bits per character, a ratio of two sums over documents: Cochran (1977), Sampling Techniques, 6.4."""
+        count = len(self.bounds)
+        if count < 2:
+            return math.nan
+        deviations = nats / math.log(2) + self._unknown * UNKNOWN_BITS - mean * self._characters
+        return math.sqrt(count / (count - 1) * float(np.square(deviations).sum())) / max(1, self.characters)
 
 
 def document_windows(begin: int, end: int, n_ctx: int) -> list[tuple[int, int, int]]:
@@ -146,8 +182,8 @@ def evaluate(
         rows: of the embedding, those that are tokens; the model may have more.
         batch_size: windows at once.
     """
-    sums = sum_of_losses(model, documents, rows=rows, batch_size=batch_size, autocast=autocast)
-    return documents.evaluation(*sums.tolist())
+    nats, tokens = sum_of_losses(model, documents, rows=rows, batch_size=batch_size, autocast=autocast)
+    return documents.evaluation(nats.cpu().numpy(), float(tokens))
 
 
 @torch.no_grad()
@@ -160,27 +196,40 @@ def sum_of_losses(
     autocast: Callable[[], AbstractContextManager[Any]],
     rank: int = 0,
     world_size: int = 1,
-) -> torch.Tensor:
-    """The loss of one rank's share of the documents, in nats, and its predicted tokens: float64 [2], to be summed.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of one rank's share of the documents, and its predicted tokens; the ranks' add up.
 
     `evaluate` describes the arguments.
+
+    Returns:
+        The nats of each document, float64 [documents], and the tokens, float64 [].
     """
     device = next(model.parameters()).device
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    losses = torch.zeros(len(documents.bounds), dtype=torch.float64, device=device)
+    tokens = torch.zeros((), dtype=torch.float64, device=device)
+    starts = range(rank * batch_size, len(documents.windows), world_size * batch_size)
     with evaluating(model):
-        for begin in range(rank * batch_size, len(documents.windows), world_size * batch_size):
-            input_ids, targets = documents.batch(documents.windows[begin : begin + batch_size])
+        interval = 0.1 if sys.stderr.isatty() else 10  # in a log file every refresh is a line
+        for begin in tqdm(
+            starts, desc="measuring", unit="batch", leave=False, delay=5, mininterval=interval, disable=rank > 0
+        ):
+            windows = documents.windows[begin : begin + batch_size]
+            input_ids, targets = documents.batch(windows)
+            of_document = torch.tensor([window.document for window in windows])
+            of_document = of_document.repeat_interleave(targets.shape[1]).to(device)
             targets = targets.to(device)
             with autocast():
                 hidden = model.transformer(input_ids.to(device), use_cache=False).last_hidden_state
             hidden, targets = hidden[:, :-1].flatten(0, 1), targets.flatten()
             size = max(1, _LOGITS_AT_ONCE // rows)
-            for some, their_targets in zip(hidden.split(size), targets.split(size), strict=True):
+            parts = zip(hidden.split(size), targets.split(size), of_document.split(size), strict=True)
+            for some, their_targets, their_documents in parts:
                 with autocast():
                     logits = model.lm_head(some)[:, :rows]
-                nats = F.cross_entropy(logits.float(), their_targets, reduction="sum", ignore_index=_UNCOUNTED)
-                sums += torch.stack([nats.double(), (their_targets != _UNCOUNTED).sum().double()])
-    return sums
+                nats = F.cross_entropy(logits.float(), their_targets, reduction="none", ignore_index=_UNCOUNTED)
+                losses.index_add_(0, their_documents, nats.double())
+                tokens += (their_targets != _UNCOUNTED).sum()
+    return losses, tokens
 
 
 @contextmanager

@@ -5,19 +5,51 @@ from __future__ import annotations
 import argparse
 import math
 
+from gpt2_chinese.training.hold_out import MAX_BYTES, MIN_BYTES
 from gpt2_chinese.training.run import DEFAULT_VOCABULARY, MAX_DEFAULT_WARMUP, SAVE_SECONDS
+
+NEW_MODEL_LR, PRETRAINED_LR = 1.5e-4, 5e-5
 
 
 def parse_args(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
+    parser = _parser(description)
+    args = parser.parse_args(argv)
+    if args.lr is None:
+        args.lr = PRETRAINED_LR if args.pretrained_model else NEW_MODEL_LR
+    if args.plan and not args.minutes:
+        parser.error("--plan needs --minutes, the time to plan for")
+    return args
+
+
+def given_flags(argv: list[str] | None = None) -> set[str]:
+    """The flags that a command line has, as attributes of `parse_args`; no default is among them."""
+    unset = argparse.Namespace(**dict.fromkeys(vars(parse_args([]))))
+    parser = _parser(None)
+    return {name for name, value in vars(parser.parse_args(argv, unset)).items() if value is not None}
+
+
+def _parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    _add_plan(parser)
     _add_input(parser)
     _add_output(parser)
     _add_validation(parser)
     _add_run(parser)
     _add_hardware(parser)
-    return parser.parse_args(argv)
+    return parser
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--minutes",
+        type=_positive_number,
+        help="train for so long: the shape, the epochs and the settings that no flag says are planned, from the corpus "
+        "and the speed of this machine (default: no plan)",
+    )
+    parser.add_argument("--plan", action="store_true", help="with --minutes: print the plan and train nothing")
+    parser.add_argument("--minutes_from", type=float, help=argparse.SUPPRESS)  # Unix time at which they began
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
@@ -71,6 +103,11 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         "--output_dir", default="model/", help="folder of the model folders and checkpoints (default: %(default)s)"
     )
     parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="delete an earlier run in --output_dir: its models, checkpoints, metrics and TensorBoard events",
+    )
+    parser.add_argument(
         "--writer_dir", default="tensorboard_summary/", help="TensorBoard folder (default: %(default)s)"
     )
     parser.add_argument(
@@ -101,7 +138,22 @@ def _add_validation(parser: argparse.ArgumentParser) -> None:
         "--val_fraction",
         type=_fraction,
         default=0.01,
-        help="share of the documents held out as validation set, at least one; 0 trains on all of them "
+        help="share of the text held out as validation set: whole documents, and slices of long ones; 0 trains on all "
+        "of it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--val_bytes",
+        nargs=2,
+        type=_not_negative,
+        metavar=("MIN", "MAX"),
+        help="bounds of the validation set, in bytes of UTF-8, three a Chinese character; the lower one is at most a "
+        f"fifth of the text (default: {MIN_BYTES} {MAX_BYTES})",
+    )
+    parser.add_argument(
+        "--patience",
+        type=_not_negative,
+        default=0,
+        help="stop after so many measurements in a row without fewer bits per character; 0 never stops "
         "(default: %(default)s)",
     )
     parser.add_argument(
@@ -113,8 +165,8 @@ def _add_validation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sample_prompts",
         default="",
-        help="prompts to complete at every measurement: a file with one a line, or a list separated by commas "
-        "(default: none)",
+        help="prompts to complete at every measurement: a file with one a line, or a list separated by commas or "
+        "semicolons, also the Chinese ones (default: none)",
     )
     parser.add_argument(
         "--eval_only",
@@ -150,7 +202,16 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help="tokens from one window to the next, at most n_ctx - 1; a quarter of n_ctx shows a small corpus at other "
         "positions too, which delays overfitting (default: %(default)s)",
     )
-    parser.add_argument("--lr", type=_positive_number, default=1.5e-4, help="peak learning rate (default: %(default)s)")
+    parser.add_argument(
+        "--shift_windows",
+        action="store_true",
+        help="cut the windows at other places in each epoch, which delays overfitting",
+    )
+    parser.add_argument(
+        "--lr",
+        type=_positive_number,
+        help=f"peak learning rate (default: {NEW_MODEL_LR}; {PRETRAINED_LR} with --pretrained_model)",
+    )
     parser.add_argument(
         "--warmup_steps",
         type=_not_negative,
@@ -189,6 +250,19 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--dropout",
         type=_fraction,
         help="of the embedding, the attention and the residual branches (default: what --model_config says)",
+    )
+    parser.add_argument(
+        "--teacher",
+        default="",
+        metavar="FOLDER[,FOLDER...]",
+        help="model folders of the same vocabulary: learn the mean of their predictions beside the text "
+        "(default: none)",
+    )
+    parser.add_argument(
+        "--teacher_share",
+        type=_share,
+        default=0.6,
+        help="of the teachers in what is learnt; the rest is the text's (default: %(default)s)",
     )
     parser.add_argument(
         "--max_bad_updates",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,13 +25,27 @@ class HeadLoss(torch.autograd.Function):
 
     The gradient is made in the forward pass, from some rows of logits at a time: softmax less the one-hot target, times
     the head, and times the hidden states. The logits as a whole, most of the memory of a large vocabulary, never exist.
+
+    With teachers the gradient is that of `(1 - share) * (loss of the text) + share * (cross-entropy with the mean of
+    the teachers' distributions)` (Hinton et al. 2015, at temperature 1); the value stays the loss of the text.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        targets: torch.Tensor,
+        share: float = 0.0,
+        *taught: torch.Tensor,
+    ) -> torch.Tensor:
         """Sum of the losses, in nats, of hidden states [N, n_embd] under a head [V, n_embd] for targets [N].
 
         The products are computed in the type of autocast where that is on, everything else in float32.
+
+        Args:
+            share: of the teachers in the gradient.
+            taught: the hidden states [N, its n_embd] and the head [V, its n_embd] of each teacher, one after the other.
         """
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else head.dtype
         weights = head.to(dtype)
@@ -48,7 +62,9 @@ class HeadLoss(torch.autograd.Function):
                 # The greatest logit and its probability say what the sum of all was; that of a target may be 0.
                 greatest = logits.amax(1, keepdim=True).float() - probabilities.amax(1, keepdim=True).log_()
                 loss += (greatest - logits.gather(1, target)).sum()
-                gradient = probabilities.scatter_add_(1, target, minus_one[: len(rows)]).to(dtype)
+                if taught:
+                    probabilities -= _mean_distribution(taught, slice(first, first + HEAD_ROWS), dtype).mul_(share)
+                gradient = probabilities.scatter_add_(1, target, minus_one[: len(rows)] * (1 - share)).to(dtype)
                 hidden_gradient[first : first + HEAD_ROWS] = gradient @ weights
                 if dtype == torch.float32:
                     head_gradient.addmm_(gradient.T, rows)
@@ -56,6 +72,7 @@ class HeadLoss(torch.autograd.Function):
                     head_gradient += gradient.T @ rows
         ctx.save_for_backward(hidden_gradient, head_gradient)
         ctx.dtypes = hidden.dtype, head.dtype
+        ctx.others = 2 + len(taught)
         return loss
 
     @staticmethod
@@ -63,7 +80,16 @@ class HeadLoss(torch.autograd.Function):
         """Gradients of hidden states and head; in place, so a second pass over the same loss is an error."""
         hidden_gradient, head_gradient = (gradient.mul_(outer[0]) for gradient in ctx.saved_tensors)
         hidden_type, head_type = ctx.dtypes
-        return hidden_gradient.to(hidden_type), head_gradient.to(head_type), None
+        return hidden_gradient.to(hidden_type), head_gradient.to(head_type), *[None] * ctx.others
+
+
+def _mean_distribution(taught: Sequence[torch.Tensor], rows: slice, dtype: torch.dtype) -> torch.Tensor:
+    """The mean of the teachers' distributions over the vocabulary, float32 [rows, V]."""
+    distributions = [
+        torch.softmax(hidden[rows].to(dtype) @ head.to(dtype).T, 1, dtype=torch.float32)
+        for hidden, head in zip(taught[::2], taught[1::2], strict=True)
+    ]
+    return torch.stack(distributions).mean(0)
 
 
 class WindowLoss(nn.Module):
@@ -74,9 +100,19 @@ class WindowLoss(nn.Module):
     Args:
         rows: of the embedding, those that are tokens (see `pad_vocabulary`); None for all.
         recompute: compute activations and logits again in the backward pass instead of keeping them.
+        teachers: models of the same vocabulary whose mean distribution is learnt too, on the device.
+        teacher_share: of the teachers in the gradient, from 0 to 1 (see `HeadLoss`).
     """
 
-    def __init__(self, model: GPT2LMHeadModel, *, rows: int | None = None, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        model: GPT2LMHeadModel,
+        *,
+        rows: int | None = None,
+        recompute: bool = False,
+        teachers: Sequence[GPT2LMHeadModel] = (),
+        teacher_share: float = 0.0,
+    ) -> None:
         super().__init__()
         # Registered without a mask function, so transformers passes no mask, compiled or not.
         AttentionInterface.register(CAUSAL_ATTENTION, causal_attention)
@@ -92,6 +128,9 @@ class WindowLoss(nn.Module):
         self._recompute = recompute
         self._compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._compiled_shape: tuple[int, ...] = ()
+        self._teachers, self._teacher_share = tuple(teachers), teacher_share  # a tuple: no parameters of this module
+        for teacher in teachers:
+            teacher.set_attn_implementation(CAUSAL_ATTENTION)
 
     def compile_for(self, shape: tuple[int, ...]) -> None:
         """Compile for windows of this shape; others, as the last ones of an epoch, are not worth another minute."""
@@ -105,7 +144,17 @@ class WindowLoss(nn.Module):
             return (compiled or self._loss)(input_ids)
         hidden = (compiled or self._hidden)(input_ids)[:, :-1]
         head = self.model.lm_head.weight[: self._rows]
-        return HeadLoss.apply(hidden.flatten(0, 1), head, input_ids[:, 1:].flatten())
+        taught = self._taught(input_ids)
+        return HeadLoss.apply(hidden.flatten(0, 1), head, input_ids[:, 1:].flatten(), self._teacher_share, *taught)
+
+    @torch.no_grad()
+    def _taught(self, input_ids: torch.Tensor) -> list[torch.Tensor]:
+        """The hidden states [windows * (n_ctx - 1), n_embd] and the head of each teacher."""
+        taught = []
+        for teacher in self._teachers:
+            hidden = teacher.transformer(input_ids, use_cache=False).last_hidden_state
+            taught += [hidden[:, :-1].flatten(0, 1), teacher.lm_head.weight[: self._rows]]
+        return taught
 
     def _hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.transformer(input_ids, use_cache=False).last_hidden_state
@@ -122,8 +171,15 @@ class WindowLoss(nn.Module):
 
     def _head_loss(self, hidden: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         # Sliced before the head: the logits are most of the memory.
-        logits = self.model.lm_head(hidden[:, :-1])[..., : self._rows]
-        return F.cross_entropy(logits.float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="sum")
+        logits = self.model.lm_head(hidden[:, :-1])[..., : self._rows].float().flatten(0, 1)
+        loss = F.cross_entropy(logits, input_ids[:, 1:].flatten(), reduction="sum")
+        if not self._teachers:
+            return loss
+        taught = self._taught(input_ids)
+        with torch.no_grad():
+            distribution = _mean_distribution(taught, slice(None), taught[0].dtype)
+        mixed = loss + self._teacher_share * (F.cross_entropy(logits, distribution, reduction="sum") - loss)
+        return loss.detach() + mixed - mixed.detach()
 
 
 def pad_vocabulary(model: GPT2LMHeadModel, multiple: int = 64) -> int:

@@ -18,14 +18,18 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GPT2LMHeadModel
 
-from gpt2_chinese.model_folder import read_config
+from gpt2_chinese.model_folder import BEST_MODEL, read_config
 from gpt2_chinese.training.estimates import memory_estimate, peak_flops, will_overfit
 from gpt2_chinese.training.metrics import Metrics
+from gpt2_chinese.training.plan import updates_until
 from gpt2_chinese.training.ranks import Rank
 from gpt2_chinese.training.run import CHECKPOINTS, METRICS, Run, epoch_name
 from gpt2_chinese.training.state import TrainingState
+from gpt2_chinese.training.token_cache import Corpus
+from gpt2_chinese.training.trainable import Trainable
 from gpt2_chinese.training.validation import Validation
 
+SAVING_SECONDS, SAVED_BYTES = 0.5, 200e6  # of a model and a checkpoint: in any case, and written in a second
 TIMED_UPDATES = 10  # before the remaining time is estimated; the first half of them compiles and allocates
 
 _SCHEDULES = {
@@ -40,12 +44,7 @@ def describe(run: Run, model: GPT2LMHeadModel) -> Iterator[str]:
     args, config, corpus = run.args, run.config, run.corpus
     parameters = sum(parameter.numel() for parameter in model.parameters())
     tokens = len(corpus.tokens)
-    held_out = (
-        f"; {corpus.held_out_documents:,} of {corpus.documents:,} documents held out, {corpus.held_out_tokens:,} tokens"
-        if corpus.held_out_documents
-        else ""
-    )
-    yield f"corpus     {args.tokenized_data_path}: {tokens:,} tokens{held_out}"
+    yield f"corpus     {args.tokenized_data_path}: {tokens:,} tokens{_held_out(corpus)}"
     stated = read_config(run.config_file).vocab_size
     instead = f" (instead of the {stated:,} of {run.config_file})" if stated != len(run.tokenizer) else ""
     yield f"vocabulary {run.vocab_file}: {len(run.tokenizer):,} tokens{instead}"
@@ -81,12 +80,34 @@ def describe(run: Run, model: GPT2LMHeadModel) -> Iterator[str]:
         on_cpu=run.devices[0].type == "cpu",
     )
     yield f"memory     about {memory / 2**30:,.1f} GiB on each device"
+    if run.warmup_steps >= run.total_steps:
+        yield f"note: the warm-up of {run.warmup_steps:,} updates is longer than the run: --lr is never reached"
+    if args.log_step > run.total_steps:
+        yield f"note: --log_step {args.log_step} is longer than the run: only its last update is logged"
     yield f"writes     {args.output_dir}, TensorBoard in {args.writer_dir} every {args.log_step} updates"
     if will_overfit(tokens, parameters, args.epochs):
         yield (
             f"note: {parameters:,} parameters for {tokens:,} tokens in {args.epochs} epochs: the model will overfit "
             "and memorise the texts. More text, a smaller --model_config or at most 4 epochs help"
         )
+
+
+def _held_out(corpus: Corpus) -> str:
+    """What is held out, if anything is."""
+    if not corpus.held_out_tokens:
+        return ""
+    if not corpus.held_out_slices:
+        documents = f"{corpus.held_out_documents:,} of {corpus.documents:,} documents"
+        return f"; {documents} held out, {corpus.held_out_tokens:,} tokens"
+    documents = f"{corpus.held_out_documents:,} documents and " if corpus.held_out_documents else ""
+    return (
+        f"; {documents}{corpus.held_out_slices:,} slices of long documents held out, {corpus.held_out_tokens:,} "
+        f"tokens; {corpus.gap_tokens:,} tokens beside the slices left out"
+    )
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.2f}" if value < 1e6 else f"{value:.2e}"
 
 
 def _decay(args: argparse.Namespace) -> str:
@@ -104,8 +125,9 @@ class Reporter:
         state: where the run begins, or goes on; points of metrics behind it are taken back.
     """
 
-    def __init__(self, run: Run, rank: Rank, state: TrainingState, flops_per_token: float) -> None:
-        self._run, self._rank, self._flops = run, rank, flops_per_token
+    def __init__(self, run: Run, rank: Rank, state: TrainingState, trainable: Trainable) -> None:
+        self._run, self._rank, self._flops = run, rank, trainable.flops_per_token
+        self._parameters = sum(parameter.numel() for parameter in trainable.model.parameters())
         self._metrics: Metrics | None = None
         if rank.is_main:
             self._metrics = Metrics(run.args.writer_dir, run.output / METRICS, resumed_from=state.step)
@@ -123,6 +145,7 @@ class Reporter:
         self._first_step = state.step
         self._tokens_per_second = 0.0  # of the last updates
         self._windows = 0  # since the last point
+        self._has_warned = False
         now = time.perf_counter()
         self._last_point = self._last_checkpoint = self._timing_began = now
         self._epoch_began = now - state.epoch_seconds
@@ -144,10 +167,6 @@ class Reporter:
     @property
     def seconds_since_checkpoint(self) -> float:
         return time.perf_counter() - self._last_checkpoint
-
-    def has_validation(self, step: int) -> bool:
-        """Whether the run that goes on was measured here before it was killed; False on other ranks."""
-        return self._metrics is not None and self._metrics.has_validation(step)
 
     def flush(self) -> None:
         """Before a checkpoint, so that no point of the run is missing if this is where it goes on."""
@@ -189,7 +208,36 @@ class Reporter:
             self._metrics.train(state.step, state.step / self._run.updates_per_epoch, **figures)
         self._bar.set_postfix_str(f"loss {loss:.3f}, {self._tokens_per_second:,.0f} tokens/s", refresh=False)
 
+    def updates_in_time(self, state: TrainingState, loss: Tensor) -> int:
+        """How many updates a planned run shall have, as fast as the last ones were; reading `loss` waits for them."""
+        run, plan = self._run, self._run.plan
+        assert plan is not None
+        loss.item()
+        now = time.perf_counter()
+        timed = max(1, state.step - self._first_step - TIMED_UPDATES // 2)
+        per_update = (now - self._timing_began) / timed
+        windows = len(run.starts) * run.config.n_ctx
+        measuring = per_update * run.updates_per_epoch * run.corpus.held_out_tokens / windows / 3  # forward passes only
+        saving = SAVING_SECONDS + self._parameters * 32 / SAVED_BYTES
+        return state.step + updates_until(
+            plan.deadline,
+            time.time(),
+            per_update=per_update,
+            per_epoch=measuring + saving,
+            updates_per_epoch=run.updates_per_epoch,
+        )
+
+    def planned(self, state: TrainingState) -> None:
+        """The number of updates has been decided."""
+        self._bar.total = self._run.total_steps
+        epochs = self._run.total_steps / self._run.updates_per_epoch
+        self._say(f"plan       {self._run.total_steps:,} updates, {epochs:.1f} epochs, fit into the time")
+
     def _estimate_time(self, step: int) -> None:
+        if self._run.plan is not None and step <= self._run.warmup_steps:
+            if step == self._first_step + TIMED_UPDATES // 2:
+                self._timing_began = time.perf_counter()
+            return
         remaining = self._run.total_steps - step
         if step == self._first_step + TIMED_UPDATES // 2:
             self._timing_began = time.perf_counter()
@@ -222,14 +270,23 @@ class Reporter:
         measured, completions = validation
         if self._metrics is None or (measured is None and not completions):
             return
+        if self._metrics.has_validation(state.step):
+            return  # measured again by a run that resumes from this update
         epoch = state.step / self._run.updates_per_epoch
         figures: dict[str, Any] = measured.figures() if measured is not None else {}
         self._metrics.validation(state.step, epoch, completions=completions, **figures)
         if measured is not None:
+            error = f" ± {measured.error:.4f}" if math.isfinite(measured.error) else ""
             self._say(
-                f"update {state.step:,}: validation loss {measured.loss:.4f}, perplexity {measured.perplexity:,.2f}, "
-                f"{measured.bits_per_character:.4f} bits per character"
+                f"update {state.step:,}: validation loss {measured.loss:.4f}, perplexity "
+                f"{_figure(measured.perplexity)}, {measured.bits_per_character:.4f}{error} bits per character"
             )
+            if state.overfits and not self._has_warned:
+                self._has_warned = True
+                self._say(
+                    f"overfitting since update {state.best_step:,}: the training loss falls, the validation loss does "
+                    "not"
+                )
         for text, completion in completions.items():
             self._say(f"    {text}|{completion}")
 
@@ -241,9 +298,22 @@ class Reporter:
         )
 
     def finished(self, state: TrainingState, path: Path) -> None:
-        if self._rank.is_main:
-            self._bar.close()
-            print(f"trained {state.step:,} updates; the model is in {path}: python generate.py --model_path {path}")
+        """The last model is saved at `path`; the best one may be another."""
+        if not self._rank.is_main:
+            return
+        self._bar.close()
+        print(f"trained {state.step:,} updates{self._early(state)}; the last model is in {path}")
+        if state.best_step:
+            best = self._run.output / BEST_MODEL
+            when = "the same" if state.best_step == state.step else f"of update {state.best_step:,}"
+            print(f"the best model, {when}, has {state.best_bits:.4f} bits per character and is in {best}")
+            path = best
+        print(f"python generate.py --model_path {path}")
+
+    def _early(self, state: TrainingState) -> str:
+        if state.step == self._run.total_steps:
+            return ""
+        return f" of {self._run.total_steps:,}, {state.since_best} measurements without gain"
 
     def _say(self, line: str) -> None:
         if self._rank.is_main:

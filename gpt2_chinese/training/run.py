@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,7 +19,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2_chinese.artifacts import sha256_of
-from gpt2_chinese.model_folder import check_replaceable, find_config, load_model, read_config
+from gpt2_chinese.model_folder import BEST_MODEL, check_replaceable, find_config, load_model, read_config
 from gpt2_chinese.precision import choose_devices, choose_precision, load_apex
 from gpt2_chinese.text.pieces import (
     check_vocabulary,
@@ -28,14 +29,19 @@ from gpt2_chinese.text.pieces import (
     text_of_tokens,
 )
 from gpt2_chinese.text.tokenizers import Tokenizer, vocabulary_of_folder
+from gpt2_chinese.training.hold_out import MAX_BYTES, MIN_BYTES, HoldOut
 from gpt2_chinese.training.optimizers import learning_rate_factor
+from gpt2_chinese.training.plan import PLAN, Plan
+from gpt2_chinese.training.state import TrainingState
 from gpt2_chinese.training.token_cache import Corpus, read_pieces
 from gpt2_chinese.training.vocabulary_transfer import transfer_vocabulary
-from gpt2_chinese.training.windows import effective_stride, epoch_order, window_starts
+from gpt2_chinese.training.windows import effective_stride, epoch_order, shifted_starts, window_starts
 
 DEFAULT_VOCABULARY = Path("vocab/vocab_user.txt")
 MAX_DEFAULT_WARMUP = 2000  # updates, unless --warmup_steps says otherwise
 FINAL_MODEL, CHECKPOINTS, METRICS = "final_model", "checkpoints", "metrics.jsonl"
+OTHER_FILES = (PLAN, "report.html", "report.json")
+GUESSING_MARGIN = 0.5  # nats; a new model begins a little above the loss of guessing
 SAVE_SECONDS = 600  # between checkpoints: what a power cut costs, whatever the speed of the machine
 
 # A run that goes on must have the same values of these flags.
@@ -53,7 +59,11 @@ _RESUMED_FLAGS = (
     "muon_weight_decay",
     "max_grad_norm",
     "seed",
+    "teacher",
+    "teacher_share",
     "val_fraction",
+    "val_bytes",
+    "shift_windows",
     "pretrained_model",
 )
 
@@ -64,6 +74,7 @@ class Run:
     Attributes:
         starts: where each window begins in the corpus.
         prompts: texts to complete at every measurement, with their ids.
+        plan: with --minutes.
     """
 
     args: argparse.Namespace
@@ -78,6 +89,7 @@ class Run:
     starts: npt.NDArray[np.int64]
     stride: int
     prompts: dict[str, list[int]] = field(default_factory=dict)
+    plan: Plan | None = None
 
     @property
     def output(self) -> Path:
@@ -109,7 +121,12 @@ class Run:
         epoch, update = divmod(step, self.updates_per_epoch)
         order = _epoch_order(len(self.starts), self.args.seed, epoch)
         begin = update * self.windows_per_update
-        return self.starts[order[begin : begin + self.windows_per_update]]
+        starts = self.starts
+        if self.args.shift_windows:
+            starts = _shifted_starts(
+                self.corpus.piece_lengths, self.config.n_ctx, self.stride, seed=self.args.seed, epoch=epoch
+            )
+        return starts[order[begin : begin + self.windows_per_update]]
 
     def learning_rate_factor(self, step: int) -> float:
         return learning_rate_factor(
@@ -141,6 +158,20 @@ class Run:
     def validates(self, step: int) -> bool:
         return self.epoch_ends(step) or (self.args.val_steps > 0 and step % self.args.val_steps == 0)
 
+    def limit_updates(self, max_steps: int) -> None:
+        """End the run after so many updates, 0 for no limit; what is decided once is decided for all ranks."""
+        self.args.max_steps = max_steps
+
+    def divergence_limit(self, step: int) -> float:
+        """The loss, in nats for a token, above which update `step` (from 1) is clearly worse than guessing."""
+        return math.log(len(self.tokenizer)) + GUESSING_MARGIN if step > self.warmup_steps else math.inf
+
+    def is_over(self, state: TrainingState) -> bool:
+        return state.step >= self.total_steps or self.is_out_of_patience(state)
+
+    def is_out_of_patience(self, state: TrainingState) -> bool:
+        return 0 < self.args.patience <= state.since_best
+
     def settings(self) -> dict[str, Any]:
         """What a run that goes on must share with the one before, named as a user would."""
         shape = {key: value for key, value in vars(self.config).items() if key.startswith("n_") or "pdrop" in key}
@@ -162,6 +193,9 @@ def _epoch_order(count: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     return epoch_order(count, seed=seed, epoch=epoch)
 
 
+_shifted_starts = lru_cache(maxsize=1)(shifted_starts)
+
+
 def epoch_name(epoch: int) -> str:
     """The folder of an epoch (from 1) within --output_dir."""
     return f"model_epoch{epoch}"
@@ -175,10 +209,17 @@ def choose_vocabulary(vocab_file: str | None, manifest: Mapping[str, Any] | None
 
 
 def read_prompts(text: str) -> list[str]:
-    """The texts of --sample_prompts: the lines of a file if there is one of that name, else what commas separate."""
+    """The texts of --sample_prompts: the lines of a file if there is one of that name, else what commas separate.
+
+    Example:
+        >>> read_prompts("孩子,春天；医生")
+        ['孩子', '春天', '医生']
+    """
     if not text:
         return []
-    lines = Path(text).read_text(encoding="utf-8").splitlines() if Path(text).is_file() else text.split(",")
+    lines = (
+        Path(text).read_text(encoding="utf-8").splitlines() if Path(text).is_file() else re.split("[,，、;；]", text)
+    )
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -232,12 +273,15 @@ def _read_pretrained(
     return model
 
 
-def prepare(args: argparse.Namespace, world_size: int, say: Callable[[str], None]) -> tuple[Run, GPT2LMHeadModel]:
+def prepare(
+    args: argparse.Namespace, world_size: int, say: Callable[[str], None], plan: Plan | None = None
+) -> tuple[Run, GPT2LMHeadModel]:
     """Read and check everything, before anything is written, and build the model.
 
     Args:
         world_size: of torchrun, or 0 without it.
         say: is told the notes.
+        plan: that the flags are from, if there is one.
 
     Raises:
         ValueError, FileNotFoundError: a flag or a file is wrong; the message names it and what mends it.
@@ -252,7 +296,7 @@ def prepare(args: argparse.Namespace, world_size: int, say: Callable[[str], None
     precision, precision_note = choose_precision(args, devices[0])
     if args.amp_backend == "apex":
         load_apex()
-    for name in [FINAL_MODEL, *(epoch_name(epoch) for epoch in range(1, args.epochs + 1))]:
+    for name in [FINAL_MODEL, BEST_MODEL, *(epoch_name(epoch) for epoch in range(1, args.epochs + 1))]:
         check_replaceable(Path(args.output_dir) / name)
     if args.pretrained_model and args.embedding_init != "normal":
         raise ValueError(
@@ -272,18 +316,19 @@ def prepare(args: argparse.Namespace, world_size: int, say: Callable[[str], None
     vocab_file = choose_vocabulary(args.vocab_file, manifest)
     check_vocabulary(folder, manifest, vocab_file)
     tokenizer = read_pieces_tokenizer(manifest, vocab_file).build()
+    least, most = args.val_bytes or (MIN_BYTES, MAX_BYTES)
     corpus = read_pieces(
         folder,
         vocab_size=len(tokenizer),
         marks=tokenizer.marks,
         manifest=manifest,
-        val_fraction=args.val_fraction,
+        hold_out=HoldOut(args.val_fraction, least, most, gap=n_ctx),
         token_texts=text_of_tokens(tokenizer),
     )
     if corpus.note:
         say(f"note: {corpus.note}")
-    if args.val_fraction and not corpus.held_out_documents:
-        say("note: the corpus is a single document, so there is no validation set")
+    if args.val_fraction and not corpus.held_out_tokens:
+        say("note: the corpus is a single short document, so there is no validation set")
     stride = effective_stride(args.stride, n_ctx)
     starts = window_starts(corpus.piece_lengths, n_ctx, stride)
     if len(starts) == 0:
@@ -309,5 +354,6 @@ def prepare(args: argparse.Namespace, world_size: int, say: Callable[[str], None
         starts=starts,
         stride=stride,
         prompts={text: [tokenizer.marks.begin, *tokenizer.encode(text)] for text in read_prompts(args.sample_prompts)},
+        plan=plan,
     )
     return run, model

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from gpt2_chinese.model_folder import save_model
+from gpt2_chinese.model_folder import BEST_MODEL, CONFIG, save_model
 from gpt2_chinese.training.checkpoints import (
     check_settings,
     checkpoints_in,
@@ -22,7 +23,7 @@ from gpt2_chinese.training.checkpoints import (
 )
 from gpt2_chinese.training.loss import unpadded
 from gpt2_chinese.training.ranks import Rank
-from gpt2_chinese.training.run import CHECKPOINTS, Run
+from gpt2_chinese.training.run import CHECKPOINTS, FINAL_MODEL, METRICS, OTHER_FILES, Run
 from gpt2_chinese.training.state import RunningLoss, TrainingState
 from gpt2_chinese.training.trainable import Trainable
 
@@ -33,6 +34,9 @@ def save_model_folder(run: Run, trainable: Trainable, state: TrainingState, name
         "epoch": epoch,
         "updates": state.step,
         "loss": state.epoch_loss,
+        "best_validation": {"updates": state.best_step, "bits_per_character": state.best_bits}
+        if state.best_step
+        else None,
         "corpus_tokens": len(run.corpus.tokens),
         "settings": vars(run.args),
     }
@@ -41,8 +45,8 @@ def save_model_folder(run: Run, trainable: Trainable, state: TrainingState, name
     return run.output / name
 
 
-def save_checkpoint(run: Run, rank: Rank, trainable: Trainable, state: TrainingState) -> Path:
-    """Write what the run goes on from; every rank calls this, rank 0 writes."""
+def save_checkpoint(run: Run, rank: Rank, trainable: Trainable, state: TrainingState, *, is_last: bool = False) -> Path:
+    """Write what the run goes on from; every rank calls this, rank 0 writes. `is_last`: it ends before its time."""
     random_states = rank.gather(random_state(rank.device))
     folder = run.output / CHECKPOINTS
     if rank.is_main:
@@ -54,7 +58,8 @@ def save_checkpoint(run: Run, rank: Rank, trainable: Trainable, state: TrainingS
             "progress": state.state_dict(),
             "made_with": _made_with(),
         }
-        write_checkpoint(folder, state.step, contents, run.settings() | {"ranks": rank.world_size})
+        is_last = is_last or state.step == run.total_steps
+        write_checkpoint(folder, state.step, contents, run.settings() | {"ranks": rank.world_size}, is_last=is_last)
         delete_old(folder, keep=run.args.keep_checkpoints)
     return folder / f"step_{state.step}"
 
@@ -98,7 +103,7 @@ def find_checkpoint(run: Run, ranks: int) -> Path | None:
     """
     folder, resume = run.output / CHECKPOINTS, run.args.resume
     if resume in (None, "none"):
-        _make_room(folder, asked=resume == "none")
+        _make_room(run)
         return None
     if resume == "auto":
         path = latest_valid(folder, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
@@ -110,6 +115,8 @@ def find_checkpoint(run: Run, ranks: int) -> Path | None:
         if not path.is_dir():
             raise FileNotFoundError(f"--resume {path}: there is no such checkpoint; they are in {folder}")
     manifest = verify(path)
+    if run.plan is not None:
+        run.limit_updates(manifest["settings"].get("the number of updates", 0))
     check_settings(path, manifest["settings"], run.settings() | {"ranks": ranks})
     # What came after it will come again.
     delete_old(folder, keep=run.args.keep_checkpoints, up_to=manifest["step"])
@@ -117,26 +124,64 @@ def find_checkpoint(run: Run, ranks: int) -> Path | None:
     return path
 
 
-def _make_room(folder: Path, *, asked: bool) -> None:
-    """Delete the checkpoints of an earlier run; those of an interrupted one only if that was asked for."""
-    found = checkpoints_in(folder)
-    if found and not asked:
-        step, path = found[0]
-        total = _settings_of(path).get("the number of updates")
-        if step != total:
+def _make_room(run: Run) -> None:
+    """Delete what an earlier run has written to --output_dir, if that was asked for.
+
+    Raises:
+        ValueError: there is something, and it was not asked for; or it is what this run is to start from.
+    """
+    found = _written_by_a_run(run.output)
+    if not found:
+        return
+    names = ", ".join(path.name for path in found)
+    if not (run.args.overwrite or run.args.resume == "none"):
+        for step, path in checkpoints_in(run.output / CHECKPOINTS)[:1]:
+            total = _interrupted(path, step)
+            if total:
+                raise ValueError(
+                    f"{path} is of a run that was interrupted after update {step:,} of {total}: continue it with "
+                    "--resume, take another --output_dir, or start over with --resume none, which deletes it"
+                )
+        raise ValueError(
+            f"{run.output} holds an earlier run ({names}), and nothing of it is replaced unasked: take another "
+            "--output_dir, or add --overwrite, which deletes it"
+        )
+    deleted = {path.resolve() for path in found}
+    sources = {"pretrained_model": [run.args.pretrained_model], "teacher": run.args.teacher.split(",")}
+    for flag, source in [(flag, Path(folder)) for flag, folders in sources.items() for folder in folders if folder]:
+        if deleted & {source.resolve(), *source.resolve().parents}:
             raise ValueError(
-                f"{path} is of a run that was interrupted after update {step:,} of {total or 'an unknown number'}: "
-                "continue it with --resume, take another --output_dir, or start over with --resume none, which "
-                "deletes it"
+                f"--{flag} {source} is part of the run that --overwrite would delete: take another --output_dir"
             )
-    if found:
-        print(f"note: the checkpoints of an earlier run in {folder} are deleted")
-    delete_old(folder, keep=0)
+    print(f"note: an earlier run in {run.output} is deleted: {names}")
+    for path in [*found, *Path(run.args.writer_dir).glob("events.out.tfevents.*")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
-def _settings_of(path: Path) -> dict[str, Any]:
-    """The settings of a checkpoint, or nothing if it is damaged."""
+def _written_by_a_run(output: Path) -> list[Path]:
+    """What train.py writes to --output_dir and finds there: model folders, checkpoints, figures, the report."""
+    if not output.is_dir():
+        return []
+    models = re.compile(rf"{FINAL_MODEL}|{BEST_MODEL}|model_epoch[1-9]\d*")
+    files = {METRICS, *OTHER_FILES}
+    return sorted(
+        path
+        for path in output.iterdir()
+        if (path.name in files and path.is_file())
+        or (path.name == CHECKPOINTS and checkpoints_in(path))
+        or (models.fullmatch(path.name) and (path / CONFIG).is_file())
+    )
+
+
+def _interrupted(path: Path, step: int) -> str:
+    """How many updates the run of a checkpoint was to have, if it ended before its end; else nothing."""
     try:
-        return dict(verify(path)["settings"])
+        manifest = verify(path)
     except ValueError:
-        return {}
+        return "an unknown number"
+    total = manifest["settings"].get("the number of updates")
+    is_last = manifest.get("is_last", step == total)  # earlier versions did not write it
+    return "" if is_last else f"{total or 'an unknown number'}"

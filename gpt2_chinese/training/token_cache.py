@@ -10,7 +10,7 @@ import hashlib
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,25 +21,38 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from gpt2_chinese.artifacts import atomic_write, exclusive_lock, read_json, write_json
-from gpt2_chinese.text.pieces import HOW_TO_FIX, MANIFEST, document_begins, piece_numbers, read_piece
+from gpt2_chinese.text.pieces import HOW_TO_FIX, MANIFEST, piece_numbers, read_piece
 from gpt2_chinese.text.vocabulary import Marks
+from gpt2_chinese.training.hold_out import HoldOut, split
 
-_CACHE_FORMAT = 2
+_CACHE_FORMAT = 3
+_COPIED = 1 << 20  # tokens at once
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """All ids of all pieces in one file, in the order of the pieces; documents held out are in another one."""
+    """All ids of all pieces in one file, in the order of the pieces; what is held out is in another one.
+
+    Attributes:
+        dtype: of the ids in both files.
+        piece_lengths: without what is held out; a piece counts as several where a slice was cut out of a document.
+        held_out_lengths: of the documents held out, and of the slices of long documents, in the order of the file.
+        gap_tokens: left out on both sides of slices.
+        sha256: of the pieces.
+        note: where the files are, if not beside the pieces.
+    """
 
     path: Path
-    held_out_path: Path
-    dtype: str  # of the ids in both files
-    piece_lengths: tuple[int, ...]  # without the documents held out
+    dtype: str
+    piece_lengths: tuple[int, ...]
     documents: int
-    held_out_documents: int
-    held_out_tokens: int
-    sha256: str  # of the pieces
-    note: str = ""  # where the files are, if not beside the pieces
+    sha256: str
+    held_out_path: Path | None = None
+    held_out_lengths: tuple[int, ...] = ()
+    held_out_documents: int = 0
+    held_out_slices: int = 0
+    gap_tokens: int = 0
+    note: str = ""
 
     @property
     def tokens(self) -> npt.NDArray[Any]:
@@ -48,8 +61,12 @@ class Corpus:
 
     @property
     def held_out(self) -> npt.NDArray[Any]:
-        """The ids of the documents held out, mapped from the disk."""
-        return _mapped(self.held_out_path, self.dtype)
+        """The ids that are held out, mapped from the disk."""
+        return np.empty(0, self.dtype) if self.held_out_path is None else _mapped(self.held_out_path, self.dtype)
+
+    @property
+    def held_out_tokens(self) -> int:
+        return sum(self.held_out_lengths)
 
 
 def read_pieces(
@@ -58,23 +75,22 @@ def read_pieces(
     vocab_size: int,
     marks: Marks,
     manifest: dict[str, Any] | None = None,
-    val_fraction: float = 0.0,
+    hold_out: HoldOut | None = None,
     token_texts: Sequence[bytes] = (),
 ) -> Corpus:
     """Read `tokenized_train_{i}.txt` in numeric order, check them against the manifest and every id against the model.
 
-    Their ids are kept in files beside them, `.tokens-{val_fraction}.bin` and `.held_out-{val_fraction}.bin`, in 16
-    bits where `vocab_size` allows it, else in 32. These are used again as long as names, sizes and times of the pieces
-    are the same (and their SHA-256 in the manifest, where there is one), and made again when they are not; processes
-    that come at once wait for the first. Where the folder cannot be written they are made in a temporary one.
+    Their ids are kept in files beside them, `.tokens.bin` and, with a validation set, `.training-*.bin` and
+    `.held_out-*.bin`, in 16 bits where `vocab_size` allows it, else in 32. These are used again as long as names, sizes
+    and times of the pieces are the same (and their SHA-256 in the manifest, where there is one), and made again when
+    they are not; processes that come at once wait for the first. Where the folder cannot be written they are made in a
+    temporary one.
 
     Args:
         marks: what begins and ends a document.
-        val_fraction: the share of documents to hold out, from 0 to below 1. Which ones is decided by a hash of each,
-            so a document stays held out when others come and go. Above 0 there is at least one, unless the corpus has
-            a single document.
-        token_texts: what each id stands for (`text_of_tokens`). With them the hash is of the text, and the same
-            documents are held out whatever the vocabulary; without, it is of the ids.
+        hold_out: how much to hold out as validation set, if any (`hold_out.split` decides what).
+        token_texts: what each id stands for (`text_of_tokens`). With them the same text is held out whatever the
+            vocabulary.
 
     Raises:
         FileNotFoundError: no piece, or one missing in the numbering or of the manifest.
@@ -104,10 +120,12 @@ def read_pieces(
                 cache = Path(tempfile.mkdtemp(prefix="gpt2-chinese-"))
                 atexit.register(shutil.rmtree, cache, ignore_errors=True)
                 note = f"{folder} cannot be written ({error.strerror}): its ids are kept in {cache} during this run"
-        corpus = _cached_tokens(cache, paths, vocab_size, expected, val_fraction)
-        return replace(
-            corpus or _cache_tokens(cache, paths, vocab_size, marks, expected, val_fraction, token_texts), note=note
+        corpus = _cached_tokens(cache, paths, vocab_size, expected) or _cache_tokens(
+            cache, paths, vocab_size, marks, expected
         )
+        if hold_out is not None and hold_out.fraction:
+            corpus = _cached_split(cache, corpus, hold_out) or _cache_split(cache, corpus, marks, hold_out, token_texts)
+        return replace(corpus, note=note)
 
 
 def _mapped(path: Path, dtype: str) -> npt.NDArray[Any]:
@@ -116,132 +134,145 @@ def _mapped(path: Path, dtype: str) -> npt.NDArray[Any]:
     return np.memmap(path, dtype, mode="r")
 
 
-def _cache_files(cache: Path, val_fraction: float) -> tuple[Path, Path, Path]:
-    """The ids, the ids held out, and what is known about both."""
-    names = (f".tokens-{val_fraction}.bin", f".held_out-{val_fraction}.bin", f".tokens-{val_fraction}.json")
-    return cache / names[0], cache / names[1], cache / names[2]
-
-
 def _file_key(path: Path) -> list[Any]:
     """What changes when a piece is written again."""
     status = path.stat()
     return [path.name, status.st_size, status.st_mtime_ns]
 
 
-def _cached_tokens(
-    cache: Path, paths: list[Path], vocab_size: int, expected: dict[str, str], val_fraction: float
-) -> Corpus | None:
+def _has_tokens(path: Path, dtype: str, count: int) -> bool:
+    """Whether a file of ids is as long as it was written."""
+    return path.stat().st_size == count * np.dtype(dtype).itemsize
+
+
+def _cached_tokens(cache: Path, paths: list[Path], vocab_size: int, expected: dict[str, str]) -> Corpus | None:
     """What an earlier run kept, or None if it is not of these pieces."""
-    tokens, held_out, header = _cache_files(cache, val_fraction)
     try:
-        known = read_json(header)
+        known = read_json(cache / ".tokens.json")
         if known["format"] != _CACHE_FORMAT or known["vocab_size"] != vocab_size:
             return None
         if known["stamps"] != [_file_key(path) for path in paths]:
             return None
         if expected and known["sha256"] != [expected[path.name] for path in paths]:
             return None
-        corpus = _corpus(tokens, held_out, known)
-        whole = [sum(corpus.piece_lengths), corpus.held_out_tokens]
-        size = np.dtype(corpus.dtype).itemsize
-        if [tokens.stat().st_size, held_out.stat().st_size] != [count * size for count in whole]:
-            return None
-        return corpus
+        corpus = _corpus(cache, known)
+        return corpus if _has_tokens(corpus.path, corpus.dtype, sum(corpus.piece_lengths)) else None
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None  # there is none, or it is damaged; it is made again
 
 
-def _corpus(tokens: Path, held_out: Path, known: dict[str, Any]) -> Corpus:
+def _corpus(cache: Path, known: dict[str, Any]) -> Corpus:
     return Corpus(
-        path=tokens,
-        held_out_path=held_out,
+        path=cache / ".tokens.bin",
         dtype=known["dtype"],
         piece_lengths=tuple(known["piece_lengths"]),
         documents=known["documents"],
-        held_out_documents=known["held_out_documents"],
-        held_out_tokens=known["held_out_tokens"],
         sha256=hashlib.sha256("".join(known["sha256"]).encode()).hexdigest(),
     )
 
 
-def _cache_tokens(
-    cache: Path,
-    paths: list[Path],
-    vocab_size: int,
-    marks: Marks,
-    expected: dict[str, str],
-    val_fraction: float,
-    token_texts: Sequence[bytes],
-) -> Corpus:
-    """Read the pieces block by block into the files; the hash of a document decides into which."""
-    tokens, held_out, header = _cache_files(cache, val_fraction)
-    header.unlink(missing_ok=True)  # from here on the files and it may not fit
+def _cache_tokens(cache: Path, paths: list[Path], vocab_size: int, marks: Marks, expected: dict[str, str]) -> Corpus:
+    """Read the pieces block by block into one file."""
+    (cache / ".tokens.json").unlink(missing_ok=True)  # from here on the files may not fit
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
-    limit = int(val_fraction * 2.0**64)
-    while True:
-        known: dict[str, Any] = {
-            "format": _CACHE_FORMAT,
-            "vocab_size": vocab_size,
-            "dtype": dtype,
-            "stamps": [_file_key(path) for path in paths],
-            "sha256": [],
-            "piece_lengths": [],
-            "documents": 0,
-            "held_out_documents": 0,
-            "held_out_tokens": 0,
-        }
-        begins = 0
-        smallest, largest = 1 << 64, 0  # of the documents' hashes
-        with atomic_write(tokens, "wb") as kept_file, atomic_write(held_out, "wb") as held_out_file:
-            for path in tqdm(paths, desc="reading pieces", unit="piece", leave=False, delay=1):
-                digest = hashlib.sha256()
-                length = 0
-                blocks = read_piece(path, vocab_size, digest)
-                for ids in _documents(blocks, marks) if limit else blocks:
-                    begins += int(np.count_nonzero(ids == marks.begin))
-                    number = _document_hash(ids, token_texts) if limit else 0
-                    smallest, largest = min(smallest, number), max(largest, number)
-                    if number < limit:
-                        held_out_file.write(ids.astype(dtype).tobytes())
-                        known["held_out_documents"] += 1
-                        known["held_out_tokens"] += len(ids)
-                    else:
-                        kept_file.write(ids.astype(dtype).tobytes())
-                        length += len(ids)
-                if expected and digest.hexdigest() != expected[path.name]:
-                    raise ValueError(f"{path} is not the file that {path.parent / MANIFEST} describes; {HOW_TO_FIX}")
-                known["sha256"].append(digest.hexdigest())
-                known["piece_lengths"].append(length)
-        known["documents"] = begins // 2 if marks.begin == marks.end else begins
-        if limit and known["held_out_documents"] == 0 and smallest < 1 << 64:
-            limit = smallest + 1  # so few documents that the fraction holds none out: take the one next to it
-        elif known["held_out_documents"] and not any(known["piece_lengths"]):
-            limit = largest if smallest < largest else 0  # one is left to be trained on, and a single one is that
-        else:
-            break
+    stamps = [_file_key(path) for path in paths]
+    digests, piece_lengths, begins = [], [], 0
+    with atomic_write(cache / ".tokens.bin", "wb") as file:
+        for path in tqdm(paths, desc="reading pieces", unit="piece", leave=False, delay=1):
+            digest = hashlib.sha256()
+            length = 0
+            for ids in read_piece(path, vocab_size, digest):
+                begins += int(np.count_nonzero(ids == marks.begin))
+                file.write(ids.astype(dtype).tobytes())
+                length += len(ids)
+            if expected and digest.hexdigest() != expected[path.name]:
+                raise ValueError(f"{path} is not the file that {path.parent / MANIFEST} describes; {HOW_TO_FIX}")
+            digests.append(digest.hexdigest())
+            piece_lengths.append(length)
+    known = {
+        "format": _CACHE_FORMAT,
+        "vocab_size": vocab_size,
+        "dtype": dtype,
+        "stamps": stamps,
+        "sha256": digests,
+        "piece_lengths": piece_lengths,
+        "documents": begins // 2 if marks.begin == marks.end else begins,
+    }
+    write_json(cache / ".tokens.json", known)
+    return _corpus(cache, known)
+
+
+def _split_files(cache: Path, hold_out: HoldOut) -> tuple[Path, Path, Path]:
+    """The ids to train on, those held out, and what is known about both."""
+    name = hold_out.name()
+    return cache / f".training-{name}.bin", cache / f".held_out-{name}.bin", cache / f".training-{name}.json"
+
+
+def _cached_split(cache: Path, corpus: Corpus, hold_out: HoldOut) -> Corpus | None:
+    """What an earlier run kept, or None if it is not of this corpus."""
+    training, held_out, header = _split_files(cache, hold_out)
+    try:
+        known = read_json(header)
+        if known["of"] != [_CACHE_FORMAT, corpus.sha256, corpus.dtype]:
+            return None
+        found = _with_split(corpus, training, held_out, known)
+        is_whole = _has_tokens(training, corpus.dtype, sum(found.piece_lengths)) and _has_tokens(
+            held_out, corpus.dtype, found.held_out_tokens
+        )
+        return found if is_whole else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _with_split(corpus: Corpus, training: Path, held_out: Path, known: dict[str, Any]) -> Corpus:
+    return replace(
+        corpus,
+        path=training,
+        piece_lengths=tuple(known["piece_lengths"]),
+        held_out_path=held_out,
+        held_out_lengths=tuple(known["held_out_lengths"]),
+        held_out_documents=known["held_out_documents"],
+        held_out_slices=known["held_out_slices"],
+        gap_tokens=known["gap_tokens"],
+    )
+
+
+def _cache_split(cache: Path, corpus: Corpus, marks: Marks, hold_out: HoldOut, token_texts: Sequence[bytes]) -> Corpus:
+    """Copy what is trained on into one file and what is held out into another one."""
+    training, held_out, header = _split_files(cache, hold_out)
+    header.unlink(missing_ok=True)
+    tokens = corpus.tokens
+    parts = split(tokens, marks, hold_out, token_texts, corpus.piece_lengths)
+    for path, ranges in ((training, parts.kept), (held_out, parts.held_out)):
+        with atomic_write(path, "wb") as file:
+            for begin, end in ranges:
+                for start in range(begin, end, _COPIED):
+                    file.write(tokens[start : min(end, start + _COPIED)].tobytes())
+    piece_lengths = _lengths_between(parts.kept, [*np.cumsum(corpus.piece_lengths).tolist(), *parts.breaks])
+    held_out_lengths = [end - begin for begin, end in parts.held_out]
+    known = {
+        "of": [_CACHE_FORMAT, corpus.sha256, corpus.dtype],
+        "piece_lengths": piece_lengths,
+        "held_out_lengths": held_out_lengths,
+        "held_out_documents": parts.documents,
+        "held_out_slices": parts.slices,
+        "gap_tokens": len(tokens) - sum(piece_lengths) - sum(held_out_lengths),
+    }
     write_json(header, known)
-    return _corpus(tokens, held_out, known)
+    return _with_split(corpus, training, held_out, known)
 
 
-def _document_hash(ids: npt.NDArray[np.int64], token_texts: Sequence[bytes]) -> int:
-    """A number below 2**64 that the text alone decides, whatever the machine and the vocabulary."""
-    text = b"".join(map(token_texts.__getitem__, ids.tolist())) if token_texts else ids.astype("<u4").tobytes()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+def _lengths_between(kept: list[tuple[int, int]], bounds: list[int]) -> list[int]:
+    """How many of the tokens in ranges `kept` lie between two bounds; both in order but for the bounds.
 
-
-def _documents(blocks: Iterator[npt.NDArray[np.int64]], marks: Marks) -> Iterator[npt.NDArray[np.int64]]:
-    """Cut the ids of a piece before every document."""
-    pending: list[npt.NDArray[np.int64]] = []  # of the document at hand
-    inside = False  # it waits for its end, where that is the same token as its beginning
-    for ids in blocks:
-        begins = document_begins(ids, marks, inside=inside)
-        if marks.begin == marks.end:
-            inside ^= bool(np.count_nonzero(ids == marks.begin) % 2)
-        first, *others = np.split(ids, begins)
-        pending.append(first)
-        for begun in others:
-            if any(map(len, pending)):
-                yield np.concatenate(pending)
-            pending = [begun]
-    if any(map(len, pending)):
-        yield np.concatenate(pending)
+    Example:
+        >>> _lengths_between([(0, 4), (6, 10)], [5, 10])
+        [4, 4]
+    """
+    places = np.array(sorted(bounds), np.int64)
+    begins, ends = (np.array(side, np.int64) for side in zip(*kept, strict=True)) if kept else (places[:0],) * 2
+    before = np.concatenate([[0], np.cumsum(ends - begins)])
+    number = np.searchsorted(begins, places, side="right")  # ranges that begin before the place
+    beyond = np.maximum(0, ends[number - 1] - places) if len(begins) else 0
+    up_to = before[number] - np.where(number > 0, beyond, 0)
+    return np.diff(up_to, prepend=0).tolist()

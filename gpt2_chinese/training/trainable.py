@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2LMHeadModel
 
+from gpt2_chinese.model_folder import load_model
 from gpt2_chinese.precision import Precision, has_bf16, load_apex
 from gpt2_chinese.training.allocator import keep_freed_memory
 from gpt2_chinese.training.embedding_init import init_embedding_from_cooccurrence
@@ -42,9 +45,28 @@ class Trainable:
     flops_per_token: float
 
 
+def read_teachers(args: argparse.Namespace, vocab_file: Path, n_ctx: int) -> list[GPT2LMHeadModel]:
+    """The models of --teacher, to be learnt from and not to be trained.
+
+    Raises:
+        ValueError, FileNotFoundError: one is no model folder, or has another vocabulary or shorter windows.
+    """
+    teachers = []
+    for folder in filter(None, args.teacher.split(",")):
+        model, _ = load_model(folder, vocab_file=vocab_file)
+        if model.config.n_positions < n_ctx:
+            raise ValueError(
+                f"--teacher {folder} knows {model.config.n_positions} positions, and a window of this run has {n_ctx} "
+                "(n_ctx): take a --model_config with smaller windows, or another teacher"
+            )
+        teachers.append(model.requires_grad_(False).eval())
+    return teachers
+
+
 def build(run: Run, rank: Rank, model: GPT2LMHeadModel, *, is_new: bool) -> Trainable:
     """Move a model to its device and prepare it for training; `is_new` for one that no checkpoint will replace."""
     args, device = run.args, rank.device
+    teachers = read_teachers(args, run.vocab_file, run.config.n_ctx)
     # DistributedDataParallel gives the other ranks rank 0's weights.
     if args.embedding_init == "cooccurrence" and rank.is_main and is_new:
         counted = init_embedding_from_cooccurrence(model, run.corpus.tokens, seed=args.seed)
@@ -57,12 +79,18 @@ def build(run: Run, rank: Rank, model: GPT2LMHeadModel, *, is_new: bool) -> Trai
     model.to(device).train()  # type: ignore[arg-type]
     if run.precision == "fp16-only":
         model.half()
-    window_loss = WindowLoss(model, rows=rows, recompute=args.gradient_checkpointing)
+    window_loss = WindowLoss(
+        model,
+        rows=rows,
+        recompute=args.gradient_checkpointing,
+        teachers=[teacher.to(device) for teacher in teachers],
+        teacher_share=args.teacher_share,
+    )
     micro_batch = math.ceil(args.batch_size / rank.world_size)
     flops = flops_per_token(run.config, parameters)
     if should_compile(
         args.compile,
-        run_flops=flops * args.epochs * len(run.starts) * run.config.n_ctx,
+        run_flops=flops * run.total_steps * run.windows_per_update * run.config.n_ctx,
         device=device,
         ranks=rank.world_size,
         recompute=args.gradient_checkpointing,

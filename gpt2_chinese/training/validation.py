@@ -40,11 +40,12 @@ def validate(run: Run, rank: Rank, trainable: Trainable, documents: Documents, s
     Raises:
         Interrupted: on every rank, if one of them has had a signal. No state has changed.
     """
-    sums = torch.zeros(3, dtype=torch.float64, device=rank.device)  # nats, tokens, ranks that were interrupted
+    # the nats of each document; predicted tokens; ranks that were interrupted
+    sums = torch.zeros(len(documents.bounds) + 2, dtype=torch.float64, device=rank.device)
     completions: dict[str, str] = {}
     try:
         with stop.interrupts():
-            sums[:2] = sum_of_losses(
+            sums[:-2], sums[-2] = sum_of_losses(
                 trainable.model,
                 documents,
                 rows=trainable.vocab_rows,
@@ -59,11 +60,12 @@ def validate(run: Run, rank: Rank, trainable: Trainable, documents: Documents, s
                 )
                 completions[text] = run.tokenizer.decode(completion)
     except Interrupted:
-        sums[2] = 1.0
-    nats, tokens, interrupted = rank.sum(sums).tolist()
-    if interrupted:
+        sums[-1] = 1.0
+    sums = rank.sum(sums).cpu()
+    if sums[-1]:
         raise Interrupted
-    return Validation(documents.evaluation(nats, tokens) if documents.windows else None, completions)
+    evaluation = documents.evaluation(sums[:-2].numpy(), float(sums[-2])) if documents.windows else None
+    return Validation(evaluation, completions)
 
 
 def evaluate_folder(args: argparse.Namespace) -> int:

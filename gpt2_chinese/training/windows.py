@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+_DISTANCES = 1  # tells the random numbers of the distances from those of the order
+
 
 def effective_stride(stride: int, n_ctx: int) -> int:
     """The stride that leaves no token out: one less than a window, since a window's first token is not predicted."""
@@ -35,17 +37,50 @@ def window_starts(piece_lengths: Sequence[int], n_ctx: int, stride: int) -> npt.
         array([ 0,  1,  5,  8, 11])
     """
     assert 1 <= stride <= n_ctx
-    spans: list[list[int]] = []  # begin and end of pieces, or of joined ones
+    starts = [
+        np.append(np.arange(begin, end - n_ctx, stride), end - n_ctx) for begin, end in _spans(piece_lengths, n_ctx)
+    ]
+    return np.concatenate([np.empty(0, np.int64), *starts])
+
+
+def shifted_starts(
+    piece_lengths: Sequence[int], n_ctx: int, stride: int, *, seed: int, epoch: int
+) -> npt.NDArray[np.int64]:
+    """As many windows as `window_starts` has, each piece's moved by a distance below `stride`, another one each epoch.
+
+    A model that sees a text cut at the same places in every epoch memorises what follows what at those places; cut
+    elsewhere each time, a token has other ones before it. The windows that would cross a piece's end are moved back to
+    it. What stands before a piece's first window is trained on where a second window at the end can be spared, and
+    otherwise left out of that epoch: less than a window a piece.
+
+    Example:
+        >>> [shifted_starts([12], n_ctx=4, stride=3, seed=0, epoch=epoch).tolist() for epoch in (3, 4)]
+        [[2, 5, 8, 0], [1, 4, 7, 8]]
+    """
+    distances = np.random.default_rng([seed, epoch, _DISTANCES])
+    starts: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
+    for begin, end in _spans(piece_lengths, n_ctx):
+        last = end - n_ctx
+        own: npt.NDArray[np.int64] = np.append(np.arange(begin, last, stride), last)
+        own = np.minimum(own + distances.integers(stride), last)
+        if len(own) > 1 and own[-2] == last:
+            own[-1] = begin
+        starts.append(own)
+    return np.concatenate(starts)
+
+
+def _spans(piece_lengths: Sequence[int], n_ctx: int) -> list[tuple[int, int]]:
+    """Begin and end of each piece, or of several joined ones, that has room for a window."""
+    spans: list[tuple[int, int]] = []
     begin = end = 0
     for length in piece_lengths:
         end += length
         if end - begin >= n_ctx:
-            spans.append([begin, end])
+            spans.append((begin, end))
             begin = end
     if end > begin and spans:
-        spans[-1][1] = end
-    starts = [np.append(np.arange(begin, end - n_ctx, stride), end - n_ctx) for begin, end in spans]
-    return np.concatenate([np.empty(0, np.int64), *starts])
+        spans[-1] = (spans[-1][0], end)
+    return spans
 
 
 def epoch_order(count: int, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:

@@ -189,9 +189,9 @@ def test_train_json_of_any_layout_reads_as_json_does(tmp_path_factory, layout, b
     [
         ("", r"character 0.*does not begin with \["),
         ('{"a": 1}', "does not begin with"),
-        ('["a", 1]', "character 6, behind document 1: a string is missing"),
-        ('["a" "b"]', "character 5, behind document 1: a comma or ] is missing"),
-        ('["a",]', "behind document 1: a string is missing"),
+        ('["a", 1]', "character 6, after document 1: a string is missing"),
+        ('["a" "b"]', "character 5, after document 1: a comma or ] is missing"),
+        ('["a",]', "after document 1: a string is missing"),
         ('["a', "the file ends inside a string"),
         ('["a"', "a comma or ] is missing"),
         (r'["\x"]', "no JSON string"),

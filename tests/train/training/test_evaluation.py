@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from small_run import run, scalars, write_documents, write_pieces, write_shape
 from tiny_model import tiny_model, tiny_tokenizer
 
-from gpt2_chinese.text.word_tokenizer import BYTE_TOKENS
+from gpt2_chinese.text.pieces import text_of_tokens
+from gpt2_chinese.text.vocabulary import read_vocabulary
+from gpt2_chinese.text.word_tokenizer import BYTE_TOKENS, WordTokenizer
 from gpt2_chinese.training.evaluation import (
     Documents,
     bits_per_character,
@@ -26,6 +28,7 @@ from gpt2_chinese.training.evaluation import (
     document_windows,
     evaluate,
 )
+from gpt2_chinese.training.hold_out import HoldOut
 from gpt2_chinese.training.token_cache import read_pieces
 
 
@@ -90,7 +93,7 @@ def test_measuring_touches_no_random_state_and_leaves_the_model_in_training():
 def test_a_run_measures_after_epochs_and_every_val_steps_and_eval_only_finds_the_same(train, capsys):
     documents = write_documents([20] * 30)
     write_shape(resid_pdrop=0.1)
-    flags = ["--val_fraction", "0.1", "--val_steps", "3", "--batch_size", "4", "--sample_prompts", "一,丁"]
+    flags = ["--val_fraction", "0.1", "--val_steps", "3", "--batch_size", "4", "--sample_prompts", "一，丁"]
     assert run(train, *flags, epochs=2) == 0
     output = capsys.readouterr().out
     assert "of 30 documents held out" in output and "bits per character" in output and "    一|" in output
@@ -106,7 +109,8 @@ def test_a_run_measures_after_epochs_and_every_val_steps_and_eval_only_finds_the
     assert points[0].keys() >= {"loss", "learning_rate", "gradient_norm", "tokens_per_second", "step", "epoch"}
 
     # The documents held out, measured by themselves, give the figure of the run's end.
-    corpus = read_pieces("tokenized", marks=MARKS, vocab_size=35, val_fraction=0.1)
+    hold_out, texts = HoldOut(0.1, gap=8), text_of_tokens(WordTokenizer(read_vocabulary("vocab/vocab_user.txt")))
+    corpus = read_pieces("tokenized", marks=MARKS, vocab_size=35, hold_out=hold_out, token_texts=texts)
     held_out = corpus.held_out.tolist()
     kept = [document for document in documents if str(document)[1:-1] in str(held_out)]
     assert sum(kept, []) == held_out and 0 < len(kept) < 15
@@ -127,4 +131,4 @@ def test_eval_only_asks_for_a_model(train):
 def test_a_single_document_is_trained_on_and_not_held_out(train, capsys):
     write_documents([60], num_pieces=1)
     assert run(train, "--val_fraction", "0.01", epochs=1) == 0
-    assert "a single document, so there is no validation set" in capsys.readouterr().out
+    assert "a single short document, so there is no validation set" in capsys.readouterr().out

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_model import tiny_model
 
-from gpt2_chinese.training.loss import HEAD_ROWS, HeadLoss
+from gpt2_chinese.training.loss import HEAD_ROWS, HeadLoss, WindowLoss
 
 ROWS = 2 * HEAD_ROWS + 5  # the last rows are not a whole chunk
 
@@ -32,6 +33,41 @@ def test_its_loss_and_gradients_are_autograd_s(dtype, tolerance):
     for mine, theirs in ((hidden.grad, their_hidden.grad), (head.grad, their_head.grad)):
         assert mine.dtype == torch.float32
         torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
+
+
+def test_with_teachers_the_gradient_is_that_of_the_mixed_loss_and_the_value_that_of_the_text():
+    (hidden, head, targets), (their_hidden, their_head, _) = tensors(), tensors()
+    generator = torch.Generator().manual_seed(1)
+    taught = [torch.randn(ROWS, 8, generator=generator), torch.randn(50, 8, generator=generator)]
+    taught += [torch.randn(ROWS, 24, generator=generator), torch.randn(50, 24, generator=generator)]
+    loss = HeadLoss.apply(hidden, head, targets, 0.6, *taught)
+    loss.backward()
+
+    mean = (torch.softmax(taught[0] @ taught[1].T, 1) + torch.softmax(taught[2] @ taught[3].T, 1)) / 2
+    logits = F.linear(their_hidden, their_head)
+    of_text = F.cross_entropy(logits, targets, reduction="sum")
+    (0.4 * of_text + 0.6 * F.cross_entropy(logits, mean, reduction="sum")).backward()
+    torch.testing.assert_close(loss, of_text.detach(), rtol=1e-5, atol=0)
+    for mine, theirs in ((hidden.grad, their_hidden.grad), (head.grad, their_head.grad)):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_the_loss_of_a_gpu_with_teachers_is_that_of_a_cpu():
+    student, teacher, other = tiny_model(), tiny_model().requires_grad_(False), tiny_model().requires_grad_(False)
+    teacher.transformer.wte.weight.mul_(1.5)
+    other.transformer.h[1].mlp.c_proj.weight.mul_(-2)
+    input_ids = torch.randint(5, 200, (3, 16), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for compute in ("forward", "_loss"):
+        window_loss = WindowLoss(student, teachers=[teacher, other], teacher_share=0.5)
+        student.zero_grad()
+        loss = getattr(window_loss, compute)(input_ids)
+        loss.backward()
+        gradients.append([loss.detach(), *(parameter.grad.clone() for parameter in student.parameters())])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert not any("teacher" in name for name, _ in window_loss.named_parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

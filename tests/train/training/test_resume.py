@@ -48,7 +48,7 @@ def points(folder: str = "model") -> list[dict]:
 def small_run_flags(precision: str = "fp32", optimizer: str = "adamw") -> list[str]:
     flags = ["--epochs", "2", "--batch_size", "2", "--gradient_accumulation", "2", "--save_steps", str(SAVE_STEPS)]
     flags += ["--precision", precision, "--optimizer", optimizer, "--val_fraction", "0.1", "--val_steps", "4"]
-    return [*flags, "--stride", "5"]
+    return [*flags, "--stride", "5", "--weight_decay", "0.1", "--shift_windows"]
 
 
 def run_until(train, moment: float, flags: list[str], updates: mmap.mmap) -> bool:
@@ -111,6 +111,7 @@ def test_kills_at_random_moments_change_no_bit_and_lose_one_interval_at_most(tra
             assert reached - max(whole, default=0) <= SAVE_STEPS
     assert_same_weights(weights("whole/final_model"), weights())
     assert_same_weights(weights("whole/model_epoch1"), weights("model/model_epoch1"))
+    assert_same_weights(weights("whole/best_model"), weights("model/best_model"))
     assert points() == points("whole"), "a point is missing, there twice, or another"
 
 
@@ -167,15 +168,23 @@ def test_when_every_checkpoint_is_damaged_nothing_is_started_in_their_place(trai
         run(train, *small_run_flags(), "--resume", str(CHECKPOINTS / "step_9"))
 
 
-def test_an_interrupted_run_is_neither_lost_nor_gone_on_from_unasked(train, monkeypatch, capsys):
+def test_an_earlier_run_is_neither_lost_nor_resumed_unasked(train, monkeypatch, capsys):
     interrupted(train, monkeypatch, 4)
     with pytest.raises(ValueError, match=r"interrupted after update 4 of \d+: continue it .*--resume, .*--resume none"):
         run(train, *small_run_flags())
     assert run(train, *small_run_flags(), "--resume", "none") == 0
-    assert "checkpoints of an earlier run in model/checkpoints are deleted" in capsys.readouterr().out
+    assert "note: an earlier run in model is deleted: checkpoints, " in capsys.readouterr().out
     first = weights()
-    assert run(train, *small_run_flags()) == 0, "what has come to its end is in nobody's way"
+    with pytest.raises(ValueError, match=r"model holds an earlier run \(.*final_model.*\).*--output_dir.*--overwrite"):
+        run(train, *small_run_flags(), epochs=1)
     assert_same_weights(first, weights())
+    with pytest.raises(ValueError, match=r"model/final_model is part of the run that --overwrite would delete"):
+        run(train, "--tokenized_data_path", "tokenized", "--pretrained_model", "model/final_model", "--overwrite")
+    assert run(train, *small_run_flags(), "--overwrite") == 0
+    assert_same_weights(first, weights())
+    assert run(train, *small_run_flags(), "--overwrite", epochs=1) == 0
+    assert not Path("model/model_epoch2").exists(), "nothing of two runs is mixed"
+    assert run(train, *small_run_flags(), "--overwrite") == 0
     assert run(train, *small_run_flags(), "--resume") == 0, "there is nothing left to do"
     assert_same_weights(first, weights())
 
@@ -317,7 +326,9 @@ def test_a_measurement_is_broken_off_nothing_is_saved_twice_and_the_run_resumes(
     step = next(step for step in measured if (step == epoch if at_epoch_end else step % SAVE_STEPS and step != epoch))
     written: list[int] = []
     original = saving.write_checkpoint
-    monkeypatch.setattr(saving, "write_checkpoint", lambda *args: written.append(args[1]) or original(*args))
+    monkeypatch.setattr(
+        saving, "write_checkpoint", lambda *args, **named: written.append(args[1]) or original(*args, **named)
+    )
     assert stopped_in_measurement(train, monkeypatch, 1 + measured.index(step)) < 2.0
     assert f"stopped after update {step} of {measured[-1]}" in capsys.readouterr().out
     assert written[-1] == step and len(written) == len(set(written))

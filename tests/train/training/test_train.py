@@ -403,10 +403,10 @@ def test_the_seed_alone_decides_the_result(train):
     )
 
 
-def test_a_second_run_replaces_the_models_of_the_first(train):
+def test_a_second_run_replaces_the_models_of_the_first_if_that_is_asked_for(train):
     run(train, epochs=1)
     first = weights()
-    run(train, epochs=1, lr=1e-3)
+    run(train, "--overwrite", epochs=1, lr=1e-3)
     assert not torch.equal(first["transformer.wte.weight"], weights()["transformer.wte.weight"])
 
 
@@ -550,7 +550,7 @@ def test_an_epoch_that_overflows_altogether_is_an_error_and_saves_nothing(train,
 
 
 def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(train):
-    with pytest.raises(ValueError, match=r"update \d+: the loss is .*take a lower --lr"):
+    with pytest.raises(ValueError, match=r"update \d+: the loss is .*Take a lower --lr"):
         run(train, lr=1e30, epochs=3, warmup_steps=0, max_grad_norm=1e30)
     assert not Path("model/final_model").exists()
 
@@ -568,7 +568,7 @@ def test_bad_updates_are_left_out_and_end_the_run_when_there_are_three_in_a_row(
     monkeypatch.setattr(WindowLoss, "forward", poisoned)
     flags = {"epochs": 1, "batch_size": 1, "save_steps": 2}
     if bad == 3:
-        with pytest.raises(ValueError, match=r"update 5: the loss is nan.* 3 updates in a row; take a lower --lr"):
+        with pytest.raises(ValueError, match=r"update 5: the loss is nan.* 3 updates in a row. Take a lower --lr"):
             run(train, **flags)
         assert sorted(path.name for path in Path("model/checkpoints").iterdir()) == ["step_2", "step_4"]
         assert not Path("model/final_model").exists()

@@ -1,0 +1,334 @@
+"""What `train.py --minutes` trains when the flags do not say: the shape, the epochs and the settings that are likely to
+give the fewest bits per character of unseen text in the time.
+
+The rules come from experiments, which docs/training.md lists. In short:
+
+- The largest shape that sees the text `enough_epochs` times, or `ENOUGH_TOKENS` tokens a parameter, is the best one: a
+  larger one learns less in the time, a smaller one has learnt what it can.
+- A model memorises a small text however slowly it learns: parameters are bounded by the tokens, and so are the epochs.
+- With several epochs, dropout, weight decay and windows at other places in each epoch all help, and add up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from gpt2_chinese.artifacts import read_json, write_json
+from gpt2_chinese.model_folder import read_config
+from gpt2_chinese.precision import Precision, choose_devices, choose_precision
+from gpt2_chinese.text.pieces import HOW_TO_FIX, MANIFEST, read_manifest
+from gpt2_chinese.training.allocator import keep_freed_memory
+from gpt2_chinese.training.estimates import flops_per_token
+from gpt2_chinese.training.loss import WindowLoss
+from gpt2_chinese.training.optimizers import make_optimizer
+
+PLAN = "plan.json"
+SHAPES = ("2x128", "3x192", "4x256", "6x384", "8x512", "12x768")  # of config/plan/, the smallest first
+BATCH_SIZE = 16
+ENOUGH_TOKENS = 20  # for each parameter of the layers; Hoffmann et al. 2022, for text that is not repeated
+MAX_PARAMETERS = 16  # of the layers, for each token of the text
+WARMUP_STEPS = 30  # after them the number of updates is decided, from how long they took
+SPARED = 0.03  # of the time, for saving and for what other programs take
+_PROBE_SECONDS = 1.0  # for a shape
+_TRIED_TOKENS = (50_000, 1_600_000)
+_TRIED_WIDTHS = (192, 256)
+
+# Bits per character of medical_qa.txt after so many epochs e: floor + gap * e ** -1.13, fitted to the experiments.
+_CURVES = {"3x192": (3.11, 0.417), "4x256": (3.00, 0.512)}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a plan is made from: the corpus, in tokens and documents, the size of its vocabulary, and the minutes."""
+
+    tokens: int
+    documents: int
+    vocab_size: int
+    seconds: float
+
+
+@dataclass
+class Plan:
+    """
+    Attributes:
+        flags: of train.py, those that were not given.
+        reasons: why, a line each.
+        deadline: Unix time at which the run has to be over.
+    """
+
+    flags: dict[str, Any]
+    reasons: list[str] = field(default_factory=list)
+    deadline: float = 0.0
+
+    def apply(self, args: argparse.Namespace) -> None:
+        for name, value in self.flags.items():
+            setattr(args, name, value)
+
+    def write(self, path: Path) -> None:
+        write_json(path, asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """Read the plan of a run that is resumed.
+
+        Raises:
+            ValueError: it is not what `write` wrote.
+        """
+        try:
+            return cls(**read_json(path))
+        except TypeError as error:
+            raise ValueError(f"{path} is not a plan that train.py --minutes wrote ({error})") from error
+
+
+def make_plan(
+    args: argparse.Namespace,
+    given: set[str],
+    speed_of: Callable[[str, int], float] | None = None,
+    say: Callable[[str], None] = print,
+) -> Plan:
+    """Plan what no flag says.
+
+    Args:
+        given: the flags that were given, as attributes of `args`.
+        speed_of: tokens a second that a shape trains with so large a vocabulary; measured by default.
+        say: is told what is being measured.
+
+    Raises:
+        ValueError, FileNotFoundError: there are no pieces, or the time is too short for anything.
+    """
+    deadline = (args.minutes_from or time.time()) + 60 * args.minutes
+    facts = _facts(args, deadline - time.time())
+    if speed_of is None:
+        say("measuring how fast this machine trains")
+        speed_of = Probe(args)
+    shapes = [args.model_config] if "model_config" in given else [_path_of(shape) for shape in SHAPES]
+    shape, speed = choose_shape(facts, shapes, speed_of)
+    epochs = facts.seconds * (1 - SPARED) * speed / facts.tokens
+    flags, reasons = _settings(facts, shape, epochs)
+    flags = {name: value for name, value in flags.items() if name not in given}
+    windows = flags.get("batch_size", args.batch_size) * args.gradient_accumulation
+    epochs_at_most = min(epochs, flags.get("epochs", args.epochs))
+    if "max_steps" not in given:
+        flags["max_steps"] = max(
+            1, math.ceil(epochs_at_most * facts.tokens / (windows * (read_config(shape).n_ctx - 1)))
+        )
+    why = [
+        f"{facts.tokens:,} tokens in {facts.documents:,} documents, vocabulary {facts.vocab_size:,}, "
+        f"{facts.seconds / 60:.1f} minutes left",
+        f"{Path(shape).stem}: {speed:,.0f} tokens/s here, {epochs:.1f} epochs in the time",
+        *reasons,
+        *_expectation(facts, shape, epochs_at_most),
+        *_untried(facts, shape, args),
+    ]
+    return Plan(flags, why, deadline)
+
+
+def _path_of(shape: str) -> str:
+    """The configuration beside the scripts, from wherever they are run."""
+    path = Path(__file__).resolve().parents[2] / "config" / "plan" / f"{shape}.json"
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def choose_shape(facts: Facts, shapes: list[str], speed_of: Callable[[str, int], float]) -> tuple[str, float]:
+    """The largest shape that there are time and text enough for, and its speed in tokens a second.
+
+    Args:
+        shapes: paths of configurations, the smallest first.
+    """
+    chosen: tuple[str, float] | None = None
+    for shape in shapes:
+        config = read_config(shape)
+        parameters = layer_parameters(config)
+        if chosen is not None and parameters > MAX_PARAMETERS * facts.tokens:
+            break
+        speed = speed_of(shape, facts.vocab_size)
+        seen = facts.seconds * speed
+        enough = seen >= min(enough_epochs(config) * facts.tokens, ENOUGH_TOKENS * parameters)
+        if chosen is None or enough:
+            chosen = shape, speed
+        if not enough:
+            break
+    assert chosen is not None
+    return chosen
+
+
+def enough_epochs(config: GPT2Config) -> float:
+    """How often a shape has to see a text to do better than the next smaller one in the same time.
+
+    Where the fitted curves of two shapes cross (`_CURVES`); that of 6x384 is a guess from a single run of six epochs.
+    """
+    return 2.5 if config.n_embd <= 256 else 4.5
+
+
+def layer_parameters(config: GPT2Config) -> int:
+    """The weights of the matrices of all layers: attention 4, the feed-forward network 8 times the width squared."""
+    return 12 * int(config.n_layer) * int(config.n_embd) ** 2
+
+
+def _facts(args: argparse.Namespace, seconds: float) -> Facts:
+    if seconds < 20:
+        raise ValueError(f"--minutes {args.minutes:g}: {max(0.0, seconds):.0f} seconds are left, too few to train")
+    folder = Path(args.tokenized_data_path)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise FileNotFoundError(f"--minutes plans by {folder / MANIFEST}, which is not there; {HOW_TO_FIX}")
+    pieces = manifest["pieces"]
+    tokens = sum(piece["tokens"] for piece in pieces)
+    if tokens == 0:
+        raise ValueError(f"{folder} has no tokens: put text into data/ and run the stages before again")
+    documents = sum(piece["documents"] for piece in pieces)
+    return Facts(tokens, documents, manifest["vocabulary"]["size"], seconds)
+
+
+def _settings(facts: Facts, shape: str, epochs: float) -> tuple[dict[str, Any], list[str]]:
+    """The flags for a shape and so many epochs, and why."""
+    config = read_config(shape)
+    limit = max_epochs(facts.tokens)
+    repeated = epochs >= 1.5
+    scale = min(1.0, 256 / config.n_embd)  # of the learning rates, for wider models than were tried
+    flags: dict[str, Any] = {
+        "model_config": shape,
+        "epochs": limit,
+        "batch_size": BATCH_SIZE,
+        "stride": config.n_ctx - 1,
+        "optimizer": "muon",
+        "embedding_init": "cooccurrence",
+        "lr": 1.5e-2 * scale,
+        "muon_lr": 6e-3 * math.sqrt(scale),
+        "warmup_steps": WARMUP_STEPS,
+        "schedule": "linear",
+        "dropout": 0.1 if repeated else 0.0,
+        "weight_decay": 0.3 if repeated else 0.0,
+        "muon_weight_decay": 0.5 if repeated else 0.0,
+        "shift_windows": repeated,
+        "patience": 3,
+        "log_step": 10,
+    }
+    reasons = []
+    if repeated:
+        reasons.append("several epochs: dropout 0.1, weight decay 0.3 and 0.5 (Muon), windows at other places in each")
+    else:
+        reasons.append("hardly more than one epoch: no dropout and no weight decay")
+    if epochs > limit:
+        minutes = facts.seconds * limit / epochs / 60
+        reasons.append(
+            f"a text of this size is memorised after {limit} epochs: some {minutes:.0f} minutes are enough; more text "
+            "is what helps"
+        )
+    return flags, reasons
+
+
+def max_epochs(tokens: int) -> int:
+    """How often a text is shown at most: a small one is memorised sooner, however strong the weight decay is."""
+    return 8 if tokens < 200_000 else 16
+
+
+def _expectation(facts: Facts, shape: str, epochs: float) -> list[str]:
+    curve = _CURVES.get(Path(shape).stem)
+    if curve is None or not _TRIED_TOKENS[0] <= facts.tokens <= _TRIED_TOKENS[1]:
+        return []
+    floor, gap = curve
+    return [
+        f"expected: about {floor + gap * max(1.0, epochs) ** -1.13:.2f} bits per character if the text is like "
+        "medical_qa.txt, a megaword of modern prose; less text or verse gives more bits"
+    ]
+
+
+def _untried(facts: Facts, shape: str, args: argparse.Namespace) -> list[str]:
+    """What this plan has that no experiment had."""
+    found = []
+    if not _TRIED_TOKENS[0] <= facts.tokens <= _TRIED_TOKENS[1]:
+        found.append(f"{facts.tokens:,} tokens")
+    if read_config(shape).n_embd not in _TRIED_WIDTHS:
+        found.append(f"the shape {Path(shape).stem}")
+    return [f"not tried before: {' and '.join(found)}; the plan is an extrapolation"] if found else []
+
+
+class Probe:
+    """Tokens a second of a shape, found by a few updates of a new model on random tokens, without compiling it."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        devices, _ = choose_devices(args.device)
+        self._device, self._devices = devices[0], len(devices)
+        self._precision = Precision(choose_precision(args, self._device)[0], self._device)
+        self._known: list[tuple[float, float]] = []  # operations for a token, and seconds
+        if self._device.type == "cpu":
+            keep_freed_memory()
+
+    def __call__(self, shape: str, vocab_size: int) -> float:
+        config = read_config(shape, vocab_size=vocab_size)
+        parameters = layer_parameters(config) + vocab_size * config.n_embd
+        flops = flops_per_token(config, parameters)
+        if (
+            self._known
+            and self._known[-1][1] * flops / self._known[-1][0] * BATCH_SIZE * config.n_ctx > 4 * _PROBE_SECONDS
+        ):
+            seconds = self._known[-1][1] * flops / self._known[-1][0]  # too slow to be tried: as the one before
+        else:
+            seconds = self._measure(config)
+        self._known.append((flops, seconds))
+        return self._devices / seconds
+
+    def _measure(self, config: GPT2Config) -> float:
+        """Seconds for a token: the fastest of some updates, the first of which is left out."""
+        state = torch.get_rng_state()
+        model = GPT2LMHeadModel(config).to(self._device).train()  # type: ignore[arg-type]
+        loss_of = WindowLoss(model)
+        optimizer = make_optimizer(model, 1e-4, optimizer="muon")
+        windows = torch.randint(config.vocab_size, (BATCH_SIZE, config.n_ctx), device=self._device)
+        fastest, began, updates = math.inf, time.perf_counter(), 0
+        while updates < 3 or time.perf_counter() - began < _PROBE_SECONDS:
+            start = time.perf_counter()
+            with self._precision.autocast():
+                loss = loss_of(windows) / windows.numel()
+            self._precision.backward(loss, optimizer)
+            self._precision.step(optimizer, 1.0)
+            optimizer.zero_grad(set_to_none=True)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            if updates:
+                fastest = min(fastest, time.perf_counter() - start)
+            updates += 1
+        torch.set_rng_state(state)
+        return fastest / windows.numel()
+
+
+def updates_until(deadline: float, now: float, *, per_update: float, per_epoch: float, updates_per_epoch: int) -> int:
+    """How many more updates fit in before a deadline.
+
+    Args:
+        deadline, now: Unix times, in seconds.
+        per_update: seconds of an update.
+        per_epoch: seconds that measuring and saving take at the end of each epoch.
+    """
+    return max(1, int((deadline - now) * (1 - SPARED) / (per_update + per_epoch / updates_per_epoch)))
+
+
+def plan_run(args: argparse.Namespace, given: set[str]) -> Plan:
+    """Make the plan of a run, or read that of a run which is resumed; apply it to the flags, and print it."""
+    path = Path(args.output_dir) / PLAN
+    resumes = args.resume not in (None, "none") and path.is_file()
+    plan = Plan.read(path) if resumes else make_plan(args, given)
+    plan.apply(args)
+    print(f"plan       as in {path}" if resumes else "\n".join(describe(plan)))
+    return plan
+
+
+def describe(plan: Plan) -> list[str]:
+    """The plan, a line for each thing to know, and the flags that do the same without planning."""
+    flags = " ".join(_as_flag(name, value) for name, value in plan.flags.items() if value is not False)
+    return [*(f"plan       {reason}" for reason in plan.reasons), f"plan       train.py {flags}"]
+
+
+def _as_flag(name: str, value: Any) -> str:
+    return f"--{name}" if value is True else f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}"

@@ -1,0 +1,168 @@
+"""The best model is kept and named, a run that overfits says so and stops if asked, one that diverges stops unasked."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from small_run import assert_same_weights, run, weights, write_documents, write_shape
+
+import generate
+from gpt2_chinese.model_folder import note_of_a_better_model
+
+# A high learning rate and few documents: the validation loss rises soon.
+OVERFITTING = ["--epochs", "8", "--batch_size", "4", "--stride", "7", "--val_fraction", "0.1", "--optimizer", "muon"]
+
+
+@pytest.fixture(autouse=True)
+def documents(train):
+    write_shape(n_embd=32)
+    return write_documents([20] * 20)
+
+
+def validations() -> list[dict]:
+    lines = Path("model/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [point for point in map(json.loads, lines) if point["kind"] == "validation"]
+
+
+def facts(name: str) -> dict:
+    return json.loads(Path(f"model/{name}/manifest.json").read_text(encoding="utf-8"))["facts"]
+
+
+def test_the_best_model_is_that_of_the_fewest_bits_and_is_named_everywhere(train, capsys):
+    assert run(train, *OVERFITTING) == 0
+    printed = capsys.readouterr().out
+    measured = {point["step"]: point["bits_per_character"] for point in validations()}
+    best = min(measured, key=measured.__getitem__)
+    assert best < max(measured), "this run overfits"
+    assert facts("best_model")["updates"] == best
+    assert facts("best_model")["best_validation"] == {"updates": best, "bits_per_character": measured[best]}
+    epoch = facts("best_model")["epoch"]
+    assert_same_weights(weights("model/best_model"), weights(f"model/model_epoch{epoch}"))
+    assert f"the best model, of update {best}, has {measured[best]:.4f} bits per character" in printed
+    assert printed.count(f"overfitting since update {best}: the training loss falls, the validation loss does") == 1
+    assert "python generate.py --model_path model/best_model" in printed
+
+    note = note_of_a_better_model("model/final_model")
+    assert note is not None and f"{measured[best]:.4f} bits per character after update {best}" in note
+    assert note_of_a_better_model("model/best_model") is None
+    assert note_of_a_better_model(f"model/model_epoch{epoch}") is None
+    flags = ["--prefix", "一", "--length", "2", "--nsamples", "1", "--device", "cpu"]
+    generate.main(["--model_path", "model/final_model", *flags])
+    assert f"note: {note}" in capsys.readouterr().err
+    generate.main(["--model_path", "model/best_model", *flags])
+    assert "the best model" not in capsys.readouterr().err
+
+
+def test_a_measurement_tells_its_error(train, capsys):
+    assert run(train, *OVERFITTING, epochs=1) == 0
+    (point,) = validations()
+    assert 0 < point["bits_per_character_error"] < point["bits_per_character"]
+    figure = f"{point['bits_per_character']:.4f} ± {point['bits_per_character_error']:.4f} bits per character"
+    assert figure in capsys.readouterr().out
+
+
+def test_patience_ends_a_run_that_overfits_and_there_is_nothing_left_to_resume(train, capsys):
+    assert run(train, *OVERFITTING) == 0
+    whole = [point["bits_per_character"] for point in validations()]
+    best = whole.index(min(whole))
+    assert len(whole) > best + 3
+    Path("model").rename("whole")
+    capsys.readouterr()
+    assert run(train, *OVERFITTING, patience=2) == 0
+    assert [point["bits_per_character"] for point in validations()] == whole[: best + 3]
+    assert ", 2 measurements without gain; the last model is in model/final_model" in capsys.readouterr().out
+    assert_same_weights(weights("whole/best_model"), weights("model/best_model"))
+    assert_same_weights(weights(f"whole/model_epoch{best + 3}"), weights("model/final_model"))
+    assert run(train, *OVERFITTING, "--resume", patience=2) == 0
+    assert_same_weights(weights(f"whole/model_epoch{best + 3}"), weights("model/final_model"))
+    with pytest.raises(ValueError, match="model holds an earlier run"):
+        run(train, *OVERFITTING, patience=2)
+
+
+def test_a_run_that_was_interrupted_has_the_same_best_model_and_ends_at_the_same_update(train, monkeypatch):
+    assert run(train, *OVERFITTING, patience=2) == 0
+    steps = [point["step"] for point in validations()]
+    Path("model").rename("whole")
+    for after in (steps[-2], steps[-1]):  # at the end of an epoch, before it is measured
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "train_update", stops_after(after, train.train_update))
+            assert run(train, *OVERFITTING, patience=2) == 143
+        assert run(train, *OVERFITTING, "--resume", patience=2) == 0
+        assert [point["step"] for point in validations()] == steps
+        assert_same_weights(weights("whole/best_model"), weights("model/best_model"))
+        assert_same_weights(weights("whole/final_model"), weights("model/final_model"))
+        Path("model").rename(f"interrupted{after}")
+
+
+def stops_after(updates: int, original):
+    calls = []
+
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == updates:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    return stopping
+
+
+def test_a_run_that_diverges_stops_with_what_to_do_and_keeps_the_models_before(train):
+    flags = ["--batch_size", "1", "--stride", "7", "--val_fraction", "0.1", "--lr", "100", "--warmup_steps", "0"]
+    with pytest.raises(ValueError, match=r"worse than guessing a token .* for 50 updates: .*Take a lower --lr"):
+        run(train, *flags, epochs=8)
+    assert not Path("model/final_model").exists()
+
+
+def test_more_bad_updates_may_be_allowed(train):
+    flags = ["--batch_size", "4", "--stride", "7", "--val_fraction", "0.1", "--lr", "100", "--max_bad_updates", "1000"]
+    assert run(train, *flags, epochs=5) == 0
+
+
+def test_two_ranks_keep_the_best_model_of_one(train):
+    assert run(train, *OVERFITTING, epochs=3) == 0
+    Path("model").rename("one")
+    assert run(train, *OVERFITTING, epochs=3, device="cpu,cpu") == 0
+    assert (
+        facts("best_model")["updates"]
+        == json.loads(Path("one/best_model/manifest.json").read_text())["facts"]["updates"]
+    )
+    assert_same_weights(weights("one/best_model"), weights("model/best_model"), rtol=1e-4, atol=1e-5)
+
+
+def test_windows_that_shift_are_others_in_each_epoch_and_each_is_seen_once(train, monkeypatch):
+    seen: list[tuple[int, ...]] = []
+    original = train.window_batch
+
+    def recorded(tokens, starts, n_ctx):
+        seen.extend(tuple(row) for row in original(tokens, starts, n_ctx).tolist())
+        return original(tokens, starts, n_ctx)
+
+    monkeypatch.setattr(train, "window_batch", recorded)
+    assert run(train, *OVERFITTING, "--shift_windows", epochs=2) == 0
+    first, second = set(seen[: len(seen) // 2]), set(seen[len(seen) // 2 :])
+    assert len(first - second) > len(first) / 2
+
+
+def test_a_teacher_is_learnt_from_exactly_in_resume_too(train, monkeypatch):
+    assert run(train, *OVERFITTING, epochs=2, output_dir="teacher") == 0
+    flags = [*OVERFITTING, "--teacher", "teacher/final_model,teacher/best_model", "--teacher_share", "0.7"]
+    assert run(train, *flags, epochs=2, output_dir="whole") == 0
+    assert run(train, *OVERFITTING, epochs=2, output_dir="alone") == 0
+    student = weights("whole/final_model")
+    assert any((student[name] != tensor).any() for name, tensor in weights("alone/final_model").items())
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_update", stops_after(9, train.train_update))
+        assert run(train, *flags, epochs=2) == 143
+    assert run(train, *flags, "--resume", epochs=2) == 0
+    assert_same_weights(student, weights())
+    with pytest.raises(
+        ValueError, match=r"--teacher model/best_model is part of the run that --overwrite would delete"
+    ):
+        run(train, *OVERFITTING, "--overwrite", teacher="model/best_model")
+    write_shape(n_ctx=32, n_positions=32)
+    with pytest.raises(ValueError, match="--teacher teacher/final_model knows 8 positions, and a window .* has 32"):
+        run(train, *OVERFITTING, output_dir="longer", teacher="teacher/final_model")

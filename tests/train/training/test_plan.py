@@ -1,0 +1,147 @@
+"""`--minutes`: the plan suits text and time, keeps what is given, and a resumed run keeps the plan."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from small_run import assert_same_weights, weights, write_documents
+
+from gpt2_chinese.model_folder import read_config
+from gpt2_chinese.training import plan as planning
+from gpt2_chinese.training.flags import given_flags, parse_args
+from gpt2_chinese.training.plan import (
+    SHAPES,
+    Facts,
+    Plan,
+    choose_shape,
+    layer_parameters,
+    make_plan,
+    updates_until,
+)
+from gpt2_chinese.training.report import Reporter
+
+
+def speed_of(shape: str, vocab_size: int) -> float:
+    """Tokens a second of two cores with bf16 instructions: 3.4e11 operations, the head's and the layers'."""
+    config = read_config(shape)
+    return 3.4e11 / (6 * (layer_parameters(config) + vocab_size * config.n_embd))
+
+
+def shape_for(tokens: int, minutes: float, speed: float = 1.0) -> str:
+    shapes = [planning._path_of(shape) for shape in SHAPES]
+    facts = Facts(tokens, documents=100, vocab_size=5000, seconds=60 * minutes)
+    chosen, _ = choose_shape(facts, shapes, lambda shape, size: speed * speed_of(shape, size))
+    return Path(chosen).stem
+
+
+def test_more_time_more_text_and_a_faster_machine_give_a_larger_model():
+    sizes = {name: number for number, name in enumerate(SHAPES)}
+    for first, second in (
+        (shape_for(1_000_000, 2), shape_for(1_000_000, 10)),
+        (shape_for(1_000_000, 10), shape_for(1_000_000, 120)),
+        (shape_for(1_000_000, 10), shape_for(1_000_000, 10, speed=100)),
+        (shape_for(20_000, 600), shape_for(1_000_000, 600)),
+    ):
+        assert sizes[first] < sizes[second]
+
+
+def test_a_tiny_text_gets_a_tiny_model_however_much_time_there_is():
+    assert shape_for(20_000, 10_000) == SHAPES[0]
+
+
+def test_a_huge_text_does_not_force_the_smallest_model():
+    """A gigabyte in a day is not seen four times, but a larger model learns more from it than the smallest one."""
+    assert SHAPES.index(shape_for(300_000_000, 24 * 60)) >= 2
+
+
+def pieces() -> None:
+    write_documents([60] * 60)
+
+
+def planned(*flags: str, minutes: float = 1.0) -> Plan:
+    argv = ["--minutes", str(minutes), "--device", "cpu", *flags]
+    return make_plan(parse_args(argv), given_flags(argv), speed_of)
+
+
+def test_what_is_given_is_kept(train):
+    pieces()
+    without = planned()
+    assert without.flags["optimizer"] == "muon" and without.flags["dropout"] == 0.1 and without.flags["shift_windows"]
+    with_flags = planned("--dropout", "0.2", "--epochs", "3", "--weight_decay", "0")
+    assert not {"dropout", "epochs", "weight_decay"} & with_flags.flags.keys()
+    assert with_flags.flags.keys() | {"dropout", "epochs", "weight_decay"} == without.flags.keys()
+    Path("mine.json").write_text(Path(planning._path_of("3x192")).read_text(encoding="utf-8"), encoding="utf-8")
+    assert "model_config" not in planned("--model_config", "mine.json").flags
+
+
+def test_defaults_are_not_taken_for_given():
+    assert given_flags([]) == set()
+    assert given_flags(["--lr", "1.5e-4", "--overwrite"]) == {"lr", "overwrite"}
+
+
+def test_what_was_not_tried_is_said(train):
+    pieces()
+    assert any("not tried before" in reason and "3,720 tokens" in reason for reason in planned().reasons)
+
+
+def test_a_plan_without_pieces_or_time_says_what_to_do(train):
+    Path("tokenized/manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"tokenized/manifest\.json, which is not there.*make-tokenized\.py"):
+        planned()
+    pieces()
+    with pytest.raises(ValueError, match="--minutes 0.1: 6 seconds are left, too few to train"):
+        planned(minutes=0.1)
+    with pytest.raises(SystemExit):
+        parse_args(["--plan"])
+
+
+def test_the_updates_fill_the_time_but_for_what_is_spared():
+    updates = updates_until(1000.0, 400.0, per_update=0.5, per_epoch=10.0, updates_per_epoch=100)
+    assert 0.95 * 600 < updates * (0.5 + 0.1) < 600
+    assert updates_until(1000.0, 2000.0, per_update=1.0, per_epoch=0.0, updates_per_epoch=1) == 1
+
+
+def test_plan_prints_and_trains_nothing(train, capsys):
+    pieces()
+    before = sorted(map(str, Path.cwd().rglob("*")))
+    assert train.main(["--minutes", "1", "--plan", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "plan       train.py --model_config" in printed and "tokens/s here" in printed
+    assert sorted(map(str, Path.cwd().rglob("*"))) == before
+
+
+def test_an_interrupted_planned_run_keeps_its_plan_and_ends_as_if_it_had_not_been(train, monkeypatch, capsys):
+    pieces()
+    flags = ["--minutes", "5", "--device", "cpu", "--precision", "fp32", "--val_fraction", "0.1", "--patience", "0"]
+    flags += ["--batch_size", "2", "--save_steps", "3", "--compile", "off"]
+    monkeypatch.setattr(Reporter, "updates_in_time", lambda self, state, loss: 45)
+    assert train.main([*flags, "--output_dir", "whole", "--writer_dir", "whole/tb"]) == 0
+    assert "plan       45 updates" in capsys.readouterr().out
+    assert json.loads(Path("whole/plan.json").read_text(encoding="utf-8"))["flags"]["optimizer"] == "muon"
+
+    for after in (10, 40):  # before the number of updates is decided, and after
+        original, calls = train.train_update, []
+
+        def stopping(*args, original=original, calls=calls, after=after, **kwargs):
+            calls.append(1)
+            if len(calls) == after:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "train_update", stopping)
+            assert train.main(flags) == 143
+        with monkeypatch.context() as patch:
+            patch.setattr(planning, "make_plan", None)
+            if after > 30:
+                patch.setattr(Reporter, "updates_in_time", None)
+            patch.setattr(time, "time", lambda: 0.0)  # the deadline is that of the first run
+            assert train.main([*flags, "--resume"]) == 0
+        assert "plan       as in model/plan.json" in capsys.readouterr().out
+        assert_same_weights(weights("whole/final_model"), weights())
+        Path("model").rename(f"interrupted{after}")
