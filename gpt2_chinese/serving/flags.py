@@ -89,7 +89,7 @@ def _add_healing(parser: argparse.ArgumentParser) -> None:
         "--watch",
         action="store_true",
         help="follow a training run: serve each new model_epoch{n} or best_model that appears beside the model folder, "
-        "or in it if --model_path is the --output_dir of train.py",
+        "or in it if --model_path is train.py's output folder",
     )
 
 
