@@ -23,7 +23,7 @@ HEALTHY_SECONDS = 60.0
 FIRST_PAUSE, MAX_PAUSE = 0.5, 30.0
 """Seconds before the second start in a row and the most, after which the pause no longer doubles."""
 POLL_SECONDS = 0.1
-WATCH_SECONDS = 5.0
+WATCH_SECONDS = 2.0
 """How often --watch looks for a new model folder."""
 
 

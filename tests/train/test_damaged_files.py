@@ -29,7 +29,7 @@ from gpt2_chinese.training.checkpoints import latest_valid, read_checkpoint, ver
 from gpt2_chinese.training.metrics import Metrics
 from gpt2_chinese.weights_file import read_weights_file
 
-EXAMPLES = int(os.environ.get("GPT2_CHINESE_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("GPT2_CHINESE_EXAMPLES", "45"))
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="links, owners and permissions of POSIX")
 
 

@@ -57,7 +57,7 @@ def ask(server, path: str, fields: dict | None = None, key: str = "") -> tuple[i
             return error.code, json.load(error), dict(error.headers)
 
 
-def until(condition, seconds: float = 30) -> float:
+def until(condition, seconds: float = 90) -> float:
     begin = time.monotonic()
     while not condition():
         assert time.monotonic() - begin < seconds, "it did not happen"
@@ -91,15 +91,15 @@ def test_a_model_that_is_killed_or_hangs_comes_back_and_who_waits_is_told(healin
                 assert (status, body["error"]["code"]) == (503, "restarting") and headers["Retry-After"]
         return health[1]["models"][0]["restarts"] > before and health[0] == 200
 
-    until(is_back, 40)
+    until(is_back, 120)
     assert (503, "restarting") in seen
-    waiting.join(10)
+    waiting.join(60)
     (status, body, headers) = answers[0]
     assert (status, body["error"]["code"]) == (503, "engine_stopped") and headers["Retry-After"]
     assert ask(healing, "/generate", FIELDS)[1] == right
     with urllib.request.urlopen(healing.url + "/metrics") as response:
         assert f'gpt2_model_restarts_total{{device="cpu",model="tiny"}} {before + 1}.0' in response.read().decode()
-    until(lambda: healing.resources()["threads"] <= threads, 10)
+    until(lambda: healing.resources()["threads"] <= threads)
 
 
 def test_a_folder_is_reloaded_between_requests_and_a_broken_one_is_refused(healing, folder):
@@ -128,7 +128,7 @@ def test_a_folder_is_reloaded_between_requests_and_a_broken_one_is_refused(heali
     new = ask(healing, "/generate", FIELDS)[1]
     stop.set()
     for one in clients:
-        one.join(30)
+        one.join(90)
     assert new != old and all(answer in ((200, old), (200, new)) for answer in answers)
     assert (200, old) in answers and len(healing.processes()) <= 3
     until(lambda: len(healing.processes()) == 2)
@@ -181,5 +181,5 @@ def test_a_server_follows_a_training_run(tmp_path):
     with serving.Server(str(tmp_path), "--device", "cpu", "--watch", "--model_name", "run") as server:
         old = ask(server, "/generate", FIELDS)[1]
         save_tiny_model(tmp_path / "model_epoch2", tiny_model())
-        until(lambda: ask(server, "/generate", FIELDS)[1] != old, 40)
+        until(lambda: ask(server, "/generate", FIELDS)[1] != old)
         assert ask(server, "/health")[1]["models"][0]["model"] == "run"
