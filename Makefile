@@ -5,7 +5,7 @@ TRAIN := .venv-train
 PIP_INSTALL := -m pip install --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo model serve envs format lint test-fast test test-pythons clean
+.PHONY: help demo model serve envs format lint test-fast test test-pythons test-windows-like check-requirements clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,7 +56,8 @@ OUT ?= model_$(notdir $(patsubst %/,%,$(DATA)))
 model: $(VOCAB)/.built $(TRAIN)/.built ## DATA=folder MINUTES=30: the best model of your texts that so many minutes allow
 	@[ -n "$(DATA)" ] || { echo 'error: name your texts: make model DATA=~/texts MINUTES=30' >&2; exit 2; }
 	@began=$$(date +%s) && set -x && \
-	$(VOCAB)/bin/python build_trainfile.py --data_path "$(DATA)" --output_path "$(OUT)/train.json" --encoding auto && \
+	$(VOCAB)/bin/python build_trainfile.py --data_path "$(DATA)" --output_path "$(OUT)/train.json" --encoding auto \
+		--deduplicate && \
 	$(VOCAB)/bin/python make-vocab.py --raw_data_path "$(OUT)/train.json" --vocab_file "$(OUT)/vocab.txt" \
 		--vocab_size auto --model_config config/model_config_mini.json && \
 	$(TRAIN)/bin/python make-tokenized.py --raw_data_path "$(OUT)/train.json" --vocab_filename "$(OUT)/vocab.txt" \
@@ -119,6 +120,31 @@ test-pythons: ## byte-compile everything and test the wing text/ with every Pyth
 			$(wildcard *.py) gpt2_chinese tests benchmarks examples && \
 		$$folder/bin/python -m pytest -q tests/both/text && passed="$$passed $$version" || failed="$$failed $$version"; \
 	done; echo "passed:$${passed:- none}; failed:$${failed:- none}"; [ -n "$$passed" ] && [ -z "$$failed" ]
+
+# What Windows lacks is taken away by tests/helpers/windows_like; the locale is made here where the system can.
+AS_ON_WINDOWS := LOCPATH=$(CURDIR)/.locale LC_ALL=zh_CN.GBK PYTHONPATH=$(CURDIR)/tests/helpers/windows_like
+WINDOWS_VOCAB := $(addprefix tests/,both/test_artifacts.py both/test_make_tokenized.py both/text/test_compressed.py \
+	both/text/test_corpus.py vocab/test_build_trainfile.py)
+WINDOWS_TRAIN := $(addprefix tests/train/,test_pipeline.py serving/test_server_layouts.py \
+	decoding/test_process.py::test_every_kind_of_request_gets_the_result_of_an_engine_in_a_thread \
+	training/test_resume.py::test_a_checkpoint_that_was_half_written_is_never_seen \
+	training/test_resume.py::test_a_damaged_file_is_named_and_the_checkpoint_before_it_gone_on_from)
+
+test-windows-like: envs ## the scripts' tests without fork, fcntl, open folders and other things that Windows lacks
+	@mkdir -p .locale
+	@[ -d .locale/zh_CN.GBK ] || localedef -f GBK -i zh_CN .locale/zh_CN.GBK 2>/dev/null || \
+		echo 'no locale of GBK could be made here: the tests run with that of the system'
+	$(AS_ON_WINDOWS) $(VOCAB)/bin/python -m pytest -q $(WINDOWS_VOCAB) -k 'not compat and not mistake and not layout'
+	$(AS_ON_WINDOWS) $(TRAIN)/bin/python -m pytest -q $(WINDOWS_TRAIN) -k 'not outlive'
+
+PLATFORMS := x86_64-pc-windows-msvc aarch64-apple-darwin aarch64-unknown-linux-gnu
+
+check-requirements: envs ## whether the requirements can be installed on Windows, macOS 14 and Linux on ARM (needs a network)
+	@for platform in $(PLATFORMS); do for version in 3.10 3.11 3.12 3.13; do for name in train vocab; do \
+		MACOSX_DEPLOYMENT_TARGET=14.0 $(TRAIN)/bin/uv pip compile --quiet --python-platform $$platform \
+			--python-version $$version requirements-$$name.txt >/dev/null || \
+			{ echo "requirements-$$name.txt cannot be installed on $$platform with Python $$version"; exit 1; }; \
+	done; done; done; echo 'the requirements can be installed on: $(PLATFORMS)'
 
 clean: ## remove the demo and the caches; your data, models and environments stay
 	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
@@ -21,10 +23,10 @@ from typing import Any
 from tqdm import tqdm
 
 from gpt2_chinese.artifacts import atomic_write, exclusive_lock, read_json, sha256_of, write_json
-from gpt2_chinese.command_line import print_settings, run_script
+from gpt2_chinese.command_line import add_output_flags, print_settings, progress_disabled, run_script
 from gpt2_chinese.parallel import MapInOrder, default_workers, open_workers
 from gpt2_chinese.text.corpus import read_train_json, read_train_json_blocks
-from gpt2_chinese.text.pieces import MANIFEST, PROGRESS
+from gpt2_chinese.text.pieces import MANIFEST, PROGRESS, UNKNOWN_ERROR, check_unknown
 from gpt2_chinese.text.preparation import (
     PieceReport,
     Tokenizing,
@@ -38,6 +40,13 @@ from gpt2_chinese.text.word_tokenizer import PART_PREFIX, RULES_VERSION
 
 MANIFEST_FORMAT = 1
 DESCRIPTIONS = {"word": "words", "char": "characters (WordPiece)", "bpe": "byte-level BPE"}
+CHANGES = {
+    "case": "{:,} letters to lower case",
+    "accents": "{:,} characters, of which an accent or another mark was dropped",
+    "white_space": "{:,} characters of white space, dropped beside Chinese, in runs and at the ends of lines",
+    "control": "{:,} control characters, dropped",
+}
+SAMPLED_DOCUMENTS, SAMPLED_CHARACTERS = 512, 500
 HELD_CHARACTERS = 1 << 25  # 64 MiB of Chinese text in memory
 
 
@@ -71,9 +80,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="tokens around a document, by default those of the tokenizer: [MASK] and [CLS] as GPT2-Chinese has them, "
         "[CLS] and [SEP] for a folder with BERT's tokenizer, the end of text for BPE",
     )
+    parser.add_argument(
+        "--keep_case", action="store_true", help="keep upper case; by default as make-vocab.py was told"
+    )
+    parser.add_argument(
+        "--keep_spaces",
+        action="store_true",
+        help="keep white space beside Chinese; by default as make-vocab.py was told",
+    )
+    parser.add_argument("--allow_unk", action="store_true", help="go on where a fifth and more of the tokens are [UNK]")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace pieces of another corpus or another vocabulary"
+    )
     # where it runs
     parser.add_argument("--workers", type=int, default=default_workers(), help="processes on this machine")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler to run on, such as tcp://host:8786")
+    add_output_flags(parser)
     args = parser.parse_args(argv)
     for flag, least in (("num_pieces", 1), ("min_length", 0), ("workers", 1)):
         if getattr(args, flag) < least:
@@ -93,12 +115,26 @@ def choose_tokenizer(args: argparse.Namespace) -> tuple[TokenizerSpec, Path]:
         raise ValueError(f"{path} has a tokenizer of kind {spec.kind}, not {args.tokenizer}; leave --tokenizer out")
     if args.compat and spec.kind == "bpe":
         raise ValueError("--compat is for words and characters, which GPT2-Chinese has; leave it out for BPE")
+    kept = kept_by_vocabulary(path) if not spec.compat else {}
+    case, spaces = (getattr(args, name) or bool(kept.get(name)) for name in ("keep_case", "keep_spaces"))
+    spec = spec.keeping(case=case, spaces=spaces)
     if args.document_marks:
         spec = spec.with_marks(*args.document_marks)
         spec.build()
     vocab_file = vocabulary_of_folder(path) if path.is_dir() else path
     assert vocab_file is not None  # it has been read
     return spec, vocab_file
+
+
+def kept_by_vocabulary(vocab_file: Path) -> dict[str, Any]:
+    """The options that make-vocab.py wrote a vocabulary with; none of one from elsewhere, or changed since."""
+    path = vocab_file.with_name(f"{vocab_file.stem}.manifest.json")
+    if not vocab_file.is_file() or not path.is_file():
+        return {}
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("vocabulary", {}).get("sha256") != sha256_of(vocab_file):
+        return {}
+    return dict(manifest.get("options", {}))
 
 
 def piece_sizes(documents: int, num_pieces: int) -> list[int]:
@@ -191,9 +227,60 @@ def unchanged(folder: Path, key: dict[str, Any]) -> bool:
     )
 
 
+class Samples:
+    """Some hundred documents, evenly spread over all that come."""
+
+    def __init__(self) -> None:
+        self.documents: list[str] = []
+        self._stride = 1
+        self._number = 0
+
+    def add(self, documents: list[str]) -> None:
+        for number, document in enumerate(documents, start=self._number):
+            if number % self._stride == 0:
+                self.documents.append(document[:SAMPLED_CHARACTERS])
+                if len(self.documents) == SAMPLED_DOCUMENTS:
+                    self.documents = self.documents[::2]
+                    self._stride *= 2
+        self._number += len(documents)
+
+
+def check_sample(samples: Samples, tokenizing: Tokenizing, args: argparse.Namespace) -> None:
+    """Stop before anything is written where it is plain that the vocabulary is one of another text.
+
+    Raises:
+        ValueError: twice as much of a sample is [UNK] as is allowed of all.
+    """
+    _, report = tokenize_batch((replace(tokenizing, min_length=0), samples.documents))
+    if report.unknown_tokens >= 2 * UNKNOWN_ERROR * report.inner_tokens and not (args.allow_unk or args.compat):
+        check_unknown(report.unknown_tokens, report.inner_tokens, args.vocab_filename, allow=False)
+
+
+def check_replaceable(folder: Path, key: dict[str, Any], *, overwrite: bool) -> None:
+    """Say what pieces are replaced, before they are.
+
+    Raises:
+        ValueError: they are of another corpus or vocabulary, which are still there, and no --overwrite.
+    """
+    if not (folder / MANIFEST).is_file():
+        return
+    manifest = read_json(folder / MANIFEST)
+    for name, flag in (("corpus", "--raw_data_path"), ("vocabulary", "--vocab_filename")):
+        before, now = manifest.get(name), key[name]
+        if not isinstance(before, dict) or before.get("sha256") == now["sha256"]:
+            continue
+        there = Path(str(before.get("path")))
+        if there.is_file() and there.resolve() != Path(now["path"]).resolve() and not overwrite:
+            raise ValueError(
+                f"the pieces in {folder} are of the {name} {there}, not of {now['path']}; write to another "
+                f"--tokenized_data_path, replace them with --overwrite, or give {flag} {there}"
+            )
+        print(f"note: the pieces in {folder} are of an earlier {name} and are replaced", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    print_settings(args)
+    print_settings(args, file=sys.stderr)
     folder = Path(args.tokenized_data_path)
 
     # 1) Read the vocabulary and the whole corpus once: an error is found before anything is written.
@@ -208,10 +295,12 @@ def main(argv: list[str] | None = None) -> None:
             "make-vocab.py --compat or from GPT2-Chinese: build one without --compat, or give --compat here too"
         )
     total = long_enough = characters = 0
+    samples = Samples()
     held: list[str] = []  # a small corpus is kept, a large one is read again
     for block in read_train_json_blocks(args.raw_data_path):
         lengths = [measured_length(document, compat=args.compat) for document in block]
         total += len(block)
+        samples.add(block)
         long_enough += sum(length > args.min_length for length in lengths)
         characters += sum(lengths)
         if characters <= HELD_CHARACTERS:
@@ -240,17 +329,22 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{folder / MANIFEST}: nothing to do; corpus, vocabulary and options are those of the pieces there")
             return
 
+        check_replaceable(folder, key, overwrite=args.overwrite)
+        tokenizing = Tokenizing(spec, args.min_length)
+        if spec.kind == "word" and not args.compat:
+            shared_segmenter()  # before the workers are forked, so that they share it
+        check_sample(samples, tokenizing, args)
+
         # 2) Write piece after piece, but for those that an interrupted run has finished.
         progress = Progress(folder, key)
         if progress.finished:
             print(f"resuming an interrupted run: {len(progress.finished)} of {args.num_pieces} pieces are kept")
-        tokenizing = Tokenizing(spec, args.min_length)
-        if spec.kind == "word" and not args.compat:
-            shared_segmenter()  # before the workers are forked, so that they share it
         sizes = piece_sizes(total, args.num_pieces)
         with (
             open_workers(args.workers, args.scheduler) as map_in_order,
-            tqdm(total=total, unit=" documents", unit_scale=True, desc="tokenizing") as bar,
+            tqdm(
+                total=total, unit=" documents", unit_scale=True, desc="tokenizing", disable=progress_disabled(args)
+            ) as bar,
         ):
             bar.update(sum(sizes[number] for number in progress.finished))
             documents = iter(held) if len(held) == total else read_train_json(args.raw_data_path)
@@ -263,6 +357,8 @@ def main(argv: list[str] | None = None) -> None:
         report = PieceReport()
         for number in range(args.num_pieces):
             report.add(progress.finished[number][1])
+        allow = args.allow_unk or args.compat
+        warning = check_unknown(report.unknown_tokens, report.inner_tokens, args.vocab_filename, allow=allow)
         write_json(
             folder / MANIFEST,
             {
@@ -270,6 +366,7 @@ def main(argv: list[str] | None = None) -> None:
                 "documents": report.documents,
                 "tokens": report.tokens,
                 "unknown_tokens": report.unknown_tokens,
+                "changes": report.changes(),
                 "pieces": [progress.finished[number][0] for number in range(args.num_pieces)],
             },
         )
@@ -279,17 +376,17 @@ def main(argv: list[str] | None = None) -> None:
             path.unlink()
         progress.end()
     print_summary(report, total, args, len(stale))
+    if warning:
+        print(warning, file=sys.stderr)
 
 
 def print_summary(report: PieceReport, total: int, args: argparse.Namespace, stale: int) -> None:
-    inner = max(report.tokens - 2 * report.documents, 1)
+    inner = max(report.inner_tokens, 1)
     print(f"{args.tokenized_data_path}: {args.num_pieces} pieces, {report.tokens:,} tokens, {MANIFEST}")
     print(
         f"documents: {total:,}, kept {report.documents:,}; dropped {report.too_short:,} that are not longer than "
         f"{args.min_length} characters, {report.empty:,} with nothing left after cleaning"
     )
-    if report.dropped_characters:
-        print(f"characters dropped: {report.dropped_characters:,} control characters, NULs or U+FFFD")
     print(
         f"[UNK]: {report.unknown_tokens:,} of {inner:,} tokens ({report.unknown_tokens / inner:.4%}); "
         f"words spelled with several tokens: {report.spelled_words:,} of {report.words:,} "
@@ -299,9 +396,13 @@ def print_summary(report: PieceReport, total: int, args: argparse.Namespace, sta
         # Equal counts in the order of the words, so that the list does not depend on how the work was shared out.
         most = sorted(report.unknown_words.items(), key=lambda item: (-item[1], item[0]))[:10]
         print("most frequent unknown words:", ", ".join(f"{word} {count:,}" for word, count in most))
+    for kind, change in report.changes().items():
+        if change["count"] and kind in CHANGES:
+            examples = ", ".join(change["examples"])
+            print(f"changed: {CHANGES[kind].format(change['count'])}, such as {examples}", file=sys.stderr)
     if stale:
         print(f"removed {stale:,} pieces of an earlier run that had more of them")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, translated=True)

@@ -14,16 +14,19 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
 from tqdm import tqdm
 
-from gpt2_chinese.artifacts import atomic_write, read_json, write_json, write_lines
-from gpt2_chinese.command_line import print_settings, run_script
+from gpt2_chinese.artifacts import atomic_write, read_json, sha256_of, write_json, write_lines
+from gpt2_chinese.command_line import add_output_flags, print_settings, progress_disabled, project_file, run_script
 from gpt2_chinese.parallel import default_workers, open_workers
 from gpt2_chinese.text.char_tokenizer import fold_characters
 from gpt2_chinese.text.corpus import read_train_json
@@ -51,6 +54,7 @@ from gpt2_chinese.text.vocabulary_choice import (
     size_for_a_small_model,
     word_part_counts,
 )
+from gpt2_chinese.text.word_tokenizer import KEEP_CASE, KEEP_SPACES, RULES_VERSION, SPACE_TOKEN
 
 DESCRIPTIONS = {"word": "words", "char": "characters and runs of letters or digits", "bpe": "byte-level BPE"}
 DEFAULT_FILES = {"word": "vocab/vocab_user.txt", "char": "vocab/vocab_user.txt", "bpe": "vocab/tokenizer.json"}
@@ -69,6 +73,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--vocab_file", help="the file to write; by default vocab/vocab_user.txt, for bpe vocab/tokenizer.json"
     )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a vocabulary that is not of this corpus, or not of this script",
+    )
     # the vocabulary
     parser.add_argument(
         "--tokenizer",
@@ -86,6 +95,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--compat", action="store_true", help="write GPT2-Chinese's vocabulary byte for byte, with its gaps"
     )
+    parser.add_argument("--keep_case", action="store_true", help="keep upper case; otherwise letters become lower case")
+    parser.add_argument(
+        "--keep_spaces",
+        action="store_true",
+        help=f"keep white space beside Chinese, as the token {SPACE_TOKEN}; otherwise it is dropped",
+    )
     # where it runs
     parser.add_argument("--workers", type=int, default=default_workers(), help="processes on this machine")
     parser.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler to run on, such as tcp://host:8786")
@@ -96,12 +111,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="the model whose parameters the report compares the embedding with",
     )
     parser.add_argument("--report", metavar="FILE", help="write the coverage of several sizes as JSON, too")
+    add_output_flags(parser)
     args = parser.parse_args(argv)
     for flag in ("vocab_size", "workers"):
         if getattr(args, flag) != AUTO and getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: give at least 1")
     if args.compat and args.tokenizer != "word":
         parser.error("--compat writes GPT2-Chinese's vocabulary of words; leave out --compat or --tokenizer")
+    if (args.keep_case or args.keep_spaces) and (args.compat or args.tokenizer == "bpe"):
+        parser.error("--keep_case and --keep_spaces are for words and characters: GPT2-Chinese keeps neither, BPE both")
     args.vocab_file = args.vocab_file or DEFAULT_FILES[args.tokenizer]
     if args.compat and args.report:
         parser.error("--report is about the default vocabulary; leave out --compat or --report")
@@ -118,6 +136,7 @@ def read_config(path: str) -> dict[str, int]:
     Raises:
         ValueError: there is no such file, or a number is missing in it.
     """
+    path = project_file(path)
     if not Path(path).is_file():
         raise ValueError(f"--model_config {path}: there is no such file; config/ has some")
     config = read_json(path)
@@ -183,26 +202,38 @@ def count_candidates(args: argparse.Namespace, size: int) -> Candidates:
     """Segment, count and rank what the vocabulary may have; `size` is that of the corpus in bytes."""
     with (
         open_workers(args.workers, args.scheduler) as map_in_order,
-        tqdm(total=size, unit="B", unit_scale=True, desc=f"counting {args.tokenizer}s") as bar,
+        tqdm(
+            total=size, unit="B", unit_scale=True, desc=f"counting {args.tokenizer}s", disable=progress_disabled(args)
+        ) as bar,
     ):
         documents = batches(read_train_json(args.raw_data_path, progress=bar.update))
         if args.compat:
             counts = reference_counts(map_in_order(count_batch_of_reference, documents))
         elif args.tokenizer == "char":
-            counts = fold_character_counts(map_in_order(count_batch_of_characters, documents), fold_characters)
+            count = partial(count_batch_of_characters, keep_spaces=args.keep_spaces)
+            fold_word = partial(fold_characters, lowercase=not args.keep_case)
+            counts = fold_character_counts(map_in_order(count, documents), fold_word)
         else:
-            counts = fold_counts(map_in_order(count_batch, documents))
+            rules = RULES_VERSION + KEEP_CASE * args.keep_case + KEEP_SPACES * args.keep_spaces
+            counts = fold_counts(map_in_order(partial(count_batch, rules=rules), documents), rules)
     if not counts:
         raise ValueError(f"--raw_data_path {args.raw_data_path}: there is no word in it; nothing was written")
     ranked = rank_words(counts)
     if args.compat:
         return Candidates(counts, ranked, [], bytes=False)
+    # The token for white space is in the vocabulary if that is kept, and never otherwise, even if texts have it.
+    ranked = [word for word in ranked if word != SPACE_TOKEN]
+    if args.keep_spaces:
+        ranked = [SPACE_TOKEN, *ranked]
+    spelled = {word: count for word, count in counts.items() if word != SPACE_TOKEN}
+    counts.setdefault(SPACE_TOKEN, 0) if args.keep_spaces else counts.pop(SPACE_TOKEN, None)
+    fold = str if args.keep_case else str.lower
     if args.tokenizer == "char":
         # A run of letters that is seen a few times only is better spelled; every single character is a word.
         ranked = [word for word in ranked if len(word) == 1 or (counts[word] >= MIN_COUNT and len(word) <= MAX_WORD)]
-        return Candidates(counts, ranked, rank_words(character_part_counts(counts)), bytes=False)
+        return Candidates(counts, ranked, rank_words(character_part_counts(spelled, fold)), bytes=False)
     ranked = [word for word in ranked if len(word) <= MAX_WORD]
-    return Candidates(counts, ranked, rank_words(word_part_counts(counts)), bytes=True)
+    return Candidates(counts, ranked, rank_words(word_part_counts(spelled, fold)), bytes=True)
 
 
 def make_word_vocabulary(args: argparse.Namespace, size: int, config: dict[str, int] | None) -> None:
@@ -258,7 +289,7 @@ def make_bpe_vocabulary(args: argparse.Namespace, size: int, config: dict[str, i
     )
     sample: list[str] = []
     characters = 0
-    with tqdm(total=size, unit="B", unit_scale=True, desc="reading") as bar:
+    with tqdm(total=size, unit="B", unit_scale=True, desc="reading", disable=progress_disabled(args)) as bar:
 
         def documents() -> Iterator[str]:
             nonlocal characters
@@ -338,11 +369,66 @@ def write_report(
     write_json(args.report, figures | report | {"model_config": args.model_config, "sizes": rows})
 
 
+def manifest_of(vocab_file: Path) -> Path:
+    """Beside a vocabulary: which corpus it was made from."""
+    return vocab_file.with_name(f"{vocab_file.stem}.manifest.json")
+
+
+def check_replaceable(args: argparse.Namespace) -> None:
+    """Say what lies where the vocabulary is written to, before the work begins.
+
+    Raises:
+        ValueError: a vocabulary of another corpus, or one that this script has not written, and no --overwrite.
+    """
+    vocab_file = Path(args.vocab_file)
+    if not vocab_file.exists() or args.overwrite:
+        return
+    elsewhere = "write to another --vocab_file, or replace it with --overwrite"
+    if vocab_file.is_dir():
+        raise ValueError(f"--vocab_file {vocab_file} is a folder; name the file to write")
+    manifest = read_json(manifest_of(vocab_file)) if manifest_of(vocab_file).is_file() else None
+    if manifest is None:  # of an earlier version of this script, or from elsewhere
+        begins = vocab_file.read_bytes()[:100].split()[:5]
+        own = ([token.encode() for token in names] for names in (SPECIAL_TOKENS, BERT_SPECIAL_TOKENS))
+        if args.tokenizer != "bpe" and begins not in own:
+            raise ValueError(f"{vocab_file} is not a vocabulary that this script has written; {elsewhere}")
+        return
+    if manifest.get("vocabulary", {}).get("sha256") != sha256_of(vocab_file):
+        raise ValueError(f"{vocab_file} was changed since this script wrote it; {elsewhere}")
+    corpus = Path(manifest["corpus"]["path"])
+    if corpus.is_file() and corpus.resolve() != Path(args.raw_data_path).resolve():
+        raise ValueError(f"{vocab_file} was made from {corpus}, not from {args.raw_data_path}; {elsewhere}")
+
+
+def write_manifest(args: argparse.Namespace) -> None:
+    """Write beside the vocabulary which corpus and options it was made from."""
+    corpus = {"path": str(Path(args.raw_data_path).resolve()), "sha256": sha256_of(args.raw_data_path)}
+    vocabulary = {"path": args.vocab_file, "sha256": sha256_of(args.vocab_file)}
+    options = {name: getattr(args, name) for name in ("tokenizer", "vocab_size", "compat", "keep_case", "keep_spaces")}
+    write_json(manifest_of(Path(args.vocab_file)), {"vocabulary": vocabulary, "corpus": corpus, "options": options})
+
+
+def refuse_a_name(path: str) -> None:
+    """Refuse a corpus whose only document is the name of a file: GPT2-Chinese's documentation shows such a one.
+
+    Raises:
+        ValueError: it is.
+    """
+    documents = list(islice(read_train_json(path), 2))
+    if len(documents) == 1 and re.fullmatch(r"\S{1,100}\.(txt|json|csv|md)", documents[0].strip(), re.IGNORECASE):
+        raise ValueError(
+            f"--raw_data_path {path}: its only document is {documents[0].strip()!r}, the name of a file, not its text; "
+            "put that file into data/ and run build_trainfile.py"
+        )
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    print_settings(args)
+    print_settings(args, file=sys.stderr)
     path = Path(args.raw_data_path)
     size = path.stat().st_size if path.is_file() else 0
+    refuse_a_name(args.raw_data_path)
+    check_replaceable(args)
     if args.vocab_size == AUTO:
         args.vocab_size = size_for_a_small_model(size)
         print(f"--vocab_size auto: {args.vocab_size:,} for {size / 1e6:.1f} MB")
@@ -350,11 +436,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.tokenizer == "bpe":
         assert config is not None
         make_bpe_vocabulary(args, size, config)
-        return
-    if args.tokenizer == "word":
-        shared_segmenter()  # before the workers are forked, so that they share it
-    make_word_vocabulary(args, size, config)
+    else:
+        if args.tokenizer == "word":
+            shared_segmenter()  # before the workers are forked, so that they share it
+        make_word_vocabulary(args, size, config)
+    write_manifest(args)
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, translated=True)

@@ -4,7 +4,8 @@
 Reads   tokenized/tokenized_train_{i}.txt (with tokenized/manifest.json), vocab/vocab_user.txt,
         config/model_config*.json or a model folder to go on from
 Writes  model/model_epoch{n}/ after each epoch, model/final_model/, model/best_model/ (of the validation set),
-        model/checkpoints/step_{n}/ to resume from, model/metrics.jsonl, tensorboard_summary/
+        model/checkpoints/step_{n}/ to resume from, model/metrics.jsonl, tensorboard_summary/; with --report
+        model/report.html and model/report.json
 
     python train.py --model_config config/model_config_mini.json --epochs 10 --lr 1e-3
     python train.py --device 0,1 --batch_size 16 --pretrained_model model/final_model --output_dir model2/
@@ -35,6 +36,7 @@ from gpt2_chinese.precision import Precision
 from gpt2_chinese.training.estimates import memory_advice
 from gpt2_chinese.training.evaluation import Documents
 from gpt2_chinese.training.flags import given_flags, parse_args
+from gpt2_chinese.training.html_report import report_of_folder, write_report
 from gpt2_chinese.training.optimizers import set_learning_rate
 from gpt2_chinese.training.plan import PLAN, plan_run
 from gpt2_chinese.training.ranks import Rank, Torchrun, process_group, run_on_all
@@ -230,6 +232,7 @@ def tokenize(args: argparse.Namespace) -> None:
         flags += ["--tokenizer", "word" if args.segment else "bpe"]
     if args.document_marks:
         flags += ["--document_marks", *args.document_marks]
+    flags += ["--allow_unk"] if args.allow_unk else []
     script = Path(__file__).with_name("make-tokenized.py")
     if subprocess.run([sys.executable, str(script), *flags], check=False).returncode:
         raise ValueError("--raw: make-tokenized.py ended with the error above; nothing was trained")
@@ -251,6 +254,8 @@ def main(argv: list[str] | None = None) -> int:
         print_settings(args)
     if args.eval_only:
         return evaluate_folder(args)
+    if args.report_only:
+        return report_of_folder(args)
 
     run, model = prepare(args, torchrun.world_size if torchrun else 0, print if is_main else lambda _: None, plan)
     if is_main:
@@ -264,11 +269,16 @@ def main(argv: list[str] | None = None) -> int:
         if torchrun is not None:
             rank = Rank(torchrun.rank, torchrun.world_size, torchrun.device(run.devices, args.device))
             with process_group(rank):
-                return train(rank, run, model, resume)
-        if ranks > 1:
+                status = train(rank, run, model, resume)
+        elif ranks > 1:
             del model  # every rank builds its own
-            return run_on_all(run.devices, train_spawned, run, resume)
-        return train(Rank(0, 1, run.devices[0]), run, model, resume)
+            status = run_on_all(run.devices, train_spawned, run, resume)
+        else:
+            status = train(Rank(0, 1, run.devices[0]), run, model, resume)
+        if args.report and is_main and status == 0:
+            device = str(run.devices[0])
+            print(f"report: {write_report(run.output, run.corpus, run.tokenizer, device=device, say=print)}")
+    return status
 
 
 if __name__ == "__main__":

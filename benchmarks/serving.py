@@ -70,7 +70,7 @@ class Server:
         for one in found:
             for thread in Path(f"/proc/{one}/task").iterdir():  # a process belongs to the thread that started it
                 with contextlib.suppress(FileNotFoundError):
-                    found += map(int, (thread / "children").read_text().split())
+                    found += map(int, (thread / "children").read_text(encoding="utf-8").split())
         return found
 
     def resources(self) -> dict[str, int]:

@@ -41,7 +41,9 @@ def memory_of(server: Server) -> dict[int, int]:
     found = {}
     for one in server.processes():
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, KeyError):
-            status = dict(line.split(":", 1) for line in Path(f"/proc/{one}/status").read_text().splitlines())
+            status = dict(
+                line.split(":", 1) for line in Path(f"/proc/{one}/status").read_text(encoding="utf-8").splitlines()
+            )
             found[one] = int(status["VmRSS"].split()[0]) // 1024
     return found
 

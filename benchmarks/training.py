@@ -252,7 +252,7 @@ def contend(args: argparse.Namespace) -> None:
 def peak_megabytes() -> float:
     if device().type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.split("VmHWM:")[1].split()[0]) / 1e3
 
 

@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("transfer"), help="to work in (default: %(default)s)")
     parser.add_argument("--vocab_python", default=str(ROOT / ".venv-vocab/bin/python"), help="of make-vocab.py")
     parser.add_argument("--tokenizer", choices=["word", "char"], default="word", help="(default: %(default)s)")
-    parser.add_argument("--lrs", nargs="+", default=["5e-5", "1.5e-4", "5e-4", "1.5e-3"], help="of AdamW, for going on")
+    parser.add_argument("--lrs", nargs="+", default=["5e-5", "5e-4"], help="of AdamW, for going on")
     return parser.parse_args()
 
 
@@ -116,11 +116,11 @@ def main() -> None:
         *((f"going on, AdamW at {lr}", "old", f"{going_on} {ADAMW} --lr {lr} {epochs}") for lr in args.lrs),
         *(
             (f"going on, Muon at {lr} and {muon}", "old", f"{going_on} {MUON} --lr {lr} --muon_lr {muon} {epochs}")
-            for lr, muon in (("5e-3", "2e-3"), ("1.5e-2", "6e-3"))
+            for lr, muon in (("5e-3", "2e-3"),)
         ),
         *(
             (f"its own vocabulary on the old layers, AdamW at {lr}", "new", f"{transplant} {ADAMW} --lr {lr} {epochs}")
-            for lr in args.lrs[-2:]
+            for lr in args.lrs[-1:]
         ),
         *(
             (

@@ -7,20 +7,26 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TextIO
+
+from gpt2_chinese.messages import TranslatedStream, language_of
 
 USER_ERROR = 2
 INTERRUPTED = 130
 
 
-def run_script(main: Callable[[], int | None]) -> None:
+def run_script(main: Callable[[], int | None], *, translated: bool = False) -> None:
     """Call `main` and exit; a user's mistake (ValueError, OSError) is printed without a traceback.
 
-    The exit status is what `main` returns (None is 0), 2 after a user's mistake and 130 after Ctrl-C.
+    The exit status is what `main` returns (None is 0), 2 after a user's mistake and 130 after Ctrl-C. With `translated`
+    the script speaks Chinese where the locale or its --lang says so (messages.py).
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console of GBK, say, has not every character
+    if translated and language_of(os.environ, sys.argv[1:]) == "zh":
+        sys.stdout, sys.stderr = TranslatedStream(sys.stdout), TranslatedStream(sys.stderr)
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
@@ -29,6 +35,25 @@ def run_script(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def project_file(path: str) -> str:
+    """A file that comes with the project, such as a configuration: from the working folder, or beside the scripts."""
+    beside_scripts = Path(__file__).resolve().parent.parent / path
+    return str(beside_scripts) if not Path(path).exists() and beside_scripts.exists() else path
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --quiet, which leaves out settings, notes and progress but no results, warnings and errors; and --lang."""
+    parser.add_argument("--quiet", action="store_true", help="no settings, notes and progress bars")
+    parser.add_argument(
+        "--lang", choices=("en", "zh"), help="the language of messages; by default as the locale (LANG) says"
+    )
+
+
+def progress_disabled(args: argparse.Namespace) -> bool | None:
+    """What tqdm takes as `disable`: None shows a bar on a terminal only."""
+    return True if args.quiet else None
 
 
 def as_sentence(error: ValueError | OSError) -> str:
@@ -40,7 +65,9 @@ def as_sentence(error: ValueError | OSError) -> str:
 
 
 def print_settings(args: argparse.Namespace, *, file: TextIO | None = None) -> None:
-    """Print the resolved flags of a run, in one line, as they would be typed."""
+    """Print the resolved flags of a run, in one line, as they would be typed; nothing with --quiet."""
+    if getattr(args, "quiet", False):
+        return
     say("settings: " + " ".join(f"--{name}={value}" for name, value in vars(args).items()), file=file)
 
 

@@ -71,11 +71,12 @@ def open_workers(workers: int, scheduler: str | None = None) -> Iterator[MapInOr
         yield lambda function, items: map(function, items)
     else:
         # A forked worker has this process's compiled code and mapped models; where there is no fork it loads its own.
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+        can_fork = sys.platform == "linux" and hasattr(os, "fork")
+        context = multiprocessing.get_context("fork" if can_fork else None)
         arguments = (os.getpid(), os.getcwd())
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=arguments)
         try:
-            if sys.platform != "linux":
+            if not can_fork:
                 with safe_folder():
                     pool.submit(os.getpid).result()  # starts all of them
             yield lambda function, items: _in_order(lambda item: pool.submit(function, item), items, 2 * workers + 2)

@@ -22,10 +22,13 @@ from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS, Marks, find_marks
 from gpt2_chinese.text.word_tokenizer import (
     LINE_BREAK,
     PART_PREFIX,
+    SPACE_TOKEN,
     TextJoiner,
     clean,
     clean_bert_character,
     fold_as_bert,
+    join_marked,
+    mark_spaces,
     split_punctuation,
     word_pieces,
 )
@@ -87,6 +90,7 @@ class CharJoiner:
 
     def __init__(self, vocabulary: Sequence[str], marks: Marks, *, compat: bool) -> None:
         self._vocabulary = vocabulary
+        self._space = vocabulary.index(SPACE_TOKEN) if SPACE_TOKEN in vocabulary and not compat else -1
         silent = [marks.begin, marks.padding, marks.unknown, *marks.never_produced]
         self._special = {id_: "" for id_ in silent if id_ is not None} | {marks.end: "\n\n"}
         if marks.line_break is not None:
@@ -96,6 +100,8 @@ class CharJoiner:
 
     def push(self, id_: int) -> str:
         """Give the text that this token adds to those before it."""
+        if id_ == self._space:
+            return self.break_off(" ")
         text = self._special.get(id_)
         return self.write(self._vocabulary[id_]) if text is None else self.break_off(text)
 
@@ -136,6 +142,7 @@ class CharTokenizer:
     """
     Args:
         vocabulary: the tokens in the order of their ids (`read_vocabulary`); of one that stands there twice the last.
+            White space beside Chinese is kept if SPACE_TOKEN is among them.
         lowercase: fold case and accents, as the `do_lower_case` of a folder says.
         compat: as GPT2-Chinese.
         begin, end, line_break: the tokens that mark a document; a line break is white space where it is None, save
@@ -173,6 +180,7 @@ class CharTokenizer:
         if self.marks.unknown is None:
             raise ValueError("has no [UNK], which stands for characters that are not in it; add a line [UNK]")
         self._unknown = self.marks.unknown
+        self.keeps_spaces = SPACE_TOKEN in self._id_of and not compat
         self._word_ids: dict[str, list[int]] = {}
 
     def __len__(self) -> int:
@@ -186,6 +194,8 @@ class CharTokenizer:
 
     def _plain_words(self, text: str) -> list[str]:
         words: list[str] = []
+        if self.keeps_spaces:
+            text = mark_spaces(text)
         for number, line in enumerate(text.split(LINE_BREAK)):
             if number:
                 words.append(LINE_BREAK)
@@ -196,7 +206,7 @@ class CharTokenizer:
             for end in ends.tolist():
                 words += self.fold(cleaned[begin:end])
                 begin = end
-        return words
+        return join_marked(words) if self.keeps_spaces else words
 
     def fold(self, raw: str) -> list[str]:
         """The words of a single character or of a run of others, folded as `lowercase` says."""
@@ -271,6 +281,8 @@ class CharTokenizer:
         if self.compat:
             special |= dict.fromkeys(SPECIAL_TOKENS, "") | {"[SEP]": "\n", "[CLS]": "\n\n"}
         pieces = []
+        if self.keeps_spaces:
+            special[SPACE_TOKEN] = " "
         for word in self.words(text):
             if word in special:
                 pieces.append(joiner.break_off(special[word]) if special[word] else "")

@@ -19,6 +19,7 @@ MANIFEST = "manifest.json"
 PROGRESS = ".progress.jsonl"  # there while make-tokenized.py is at work, or when it was interrupted
 _PIECE = re.compile(r"tokenized_train_(0|[1-9]\d*)\.txt")
 _BLOCK = 1 << 22  # bytes of a piece in memory at a time
+UNKNOWN_WARNING, UNKNOWN_ERROR = 0.01, 0.20  # shares of [UNK] among tokens
 HOW_TO_FIX = "run make-tokenized.py again"
 
 
@@ -41,6 +42,25 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     except (AssertionError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a manifest of make-tokenized.py; {HOW_TO_FIX}") from error
     return dict(manifest)
+
+
+def check_unknown(unknown: int, tokens: int, vocab_file: str | Path, *, allow: bool) -> str | None:
+    """Judge the share of `[UNK]` among tokens; gives a warning where there is much of it.
+
+    Args:
+        allow: whether it is a warning also where it would be an error: `--allow_unk`, or `--compat`.
+
+    Raises:
+        ValueError: the vocabulary is not one of this text; the message has the mend.
+    """
+    share = unknown / max(tokens, 1)
+    if share < UNKNOWN_WARNING:
+        return None
+    problem = f"{share:.1%} of the tokens are [UNK]: {vocab_file} has not the characters of this text"
+    mend = "make one of it with make-vocab.py, which spells every character in bytes, or with --tokenizer bpe"
+    if share >= UNKNOWN_ERROR and not allow:
+        raise ValueError(f"{problem}; {mend}, or go on all the same with --allow_unk")
+    return f"warning: {problem}; {mend}"
 
 
 def check_vocabulary(folder: str | Path, manifest: dict[str, Any] | None, vocab_file: str | Path) -> None:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from gpt2_chinese.text.tokenizers import TokenizerSpec
 from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS, Marks
 from gpt2_chinese.text.word_table import (
     DOCUMENT_END,
+    EXAMPLES,
     FORMAT,
     LINE_BREAK_WORD,
     CountedWords,
@@ -35,10 +36,12 @@ from gpt2_chinese.text.word_tokenizer import (
     LINE_BREAK,
     RULES,
     RULES_VERSION,
+    SPACE_TOKEN,
     WordTokenizer,
     clean_bert_character,
-    dropped_characters,
+    fold_as_bert,
     fold_word,
+    mark_spaces,
 )
 
 BATCH_CHARACTERS = 1 << 20
@@ -73,16 +76,30 @@ def _shared_table(kind: str, rules: int = RULES_VERSION, digits: bool = False) -
     return WordTable(shared_segmenter(), partial(class_by_rules, rules=RULES[rules]))
 
 
-def count_batch(documents: list[str]) -> CountedWords:
+def count_batch(documents: list[str], rules: int = RULES_VERSION) -> CountedWords:
     """Count the words that the tokenizer will look up, before they are folded."""
-    table = _shared_table("word")
-    return table.count(table.number(documents))
+    table = _shared_table("word", rules)
+    return table.count(_number(table, documents, keep_spaces=RULES[rules].keeps_spaces))
 
 
-def count_batch_of_characters(documents: list[str]) -> CountedWords:
+def count_batch_of_characters(documents: list[str], keep_spaces: bool = False) -> CountedWords:
     """Count single characters and the runs of others between them, before they are folded."""
     table = _shared_table("char")
-    return table.count(table.number(documents))
+    return table.count(_number(table, documents, keep_spaces=keep_spaces))
+
+
+def _number(table: WordTable, documents: list[str], *, keep_spaces: bool) -> np.ndarray:
+    """The numbers of the words of documents, as `WordTable.number`; kept white space is a word."""
+    if not keep_spaces:
+        return table.number(documents)
+    sequence = table.number([SPACE_TOKEN, *map(mark_spaces, documents)])
+    space, sequence = sequence[0], sequence[2:]  # the first document's word and its end
+    # The line breaks beside a space are those that mark_spaces has put there.
+    is_space = sequence == space
+    beside = np.zeros(len(sequence), dtype=np.bool_)
+    beside[1:] |= is_space[:-1]
+    beside[:-1] |= is_space[1:]
+    return np.ascontiguousarray(sequence[~(beside & (sequence == LINE_BREAK_WORD))])
 
 
 def count_batch_of_reference(documents: list[str]) -> dict[str, int]:
@@ -94,9 +111,9 @@ def count_batch_of_reference(documents: list[str]) -> dict[str, int]:
     return counts
 
 
-def fold_counts(batches: Iterable[CountedWords]) -> dict[str, int]:
+def fold_counts(batches: Iterable[CountedWords], rules: int = RULES_VERSION) -> dict[str, int]:
     """Add up counts of `count_batch` as those of the folded words, in the order of first appearance."""
-    return _fold_counts(batches, lambda word, touching: fold_word(word, touching)[0])
+    return _fold_counts(batches, lambda word, touching: fold_word(word, touching, RULES[rules])[0])
 
 
 def fold_character_counts(batches: Iterable[CountedWords], fold: Callable[[str], list[str]]) -> dict[str, int]:
@@ -123,9 +140,20 @@ class Tokenizing:
     min_length: int
 
 
+KINDS_OF_CHANGE = ("case", "accents", "white_space", "control", "unknown")
+
+
 @dataclass
 class PieceReport:
-    """What became of documents; reports add up."""
+    """What became of documents; reports add up.
+
+    Attributes:
+        case: letters whose case was changed.
+        accents: characters that lost an accent or another mark, in vocabularies that are read as BERT does.
+        white_space: its characters that did not stay as they are: beside Chinese, in runs, at the ends of lines.
+        dropped_characters: control characters that were left out.
+        examples: the first changes of each kind.
+    """
 
     documents: int = 0
     too_short: int = 0
@@ -135,14 +163,51 @@ class PieceReport:
     spelled_words: int = 0
     unknown_tokens: int = 0
     dropped_characters: int = 0
+    case: int = 0
+    accents: int = 0
+    white_space: int = 0
     unknown_words: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def inner_tokens(self) -> int:
+        """The tokens without those that begin and end a document."""
+        return self.tokens - 2 * self.documents
 
     def add(self, other: PieceReport) -> None:
         for name, value in vars(other).items():
             if name == "unknown_words":
                 self.unknown_words.update(value)
+            elif name == "examples":
+                for kind, examples in value.items():
+                    self.add_examples(kind, examples)
             else:
                 setattr(self, name, getattr(self, name) + value)
+
+    def add_examples(self, kind: str, examples: Iterable[str]) -> None:
+        """Keep the first few different examples of a kind of change."""
+        kept = self.examples.setdefault(kind, [])
+        for example in examples:
+            if len(kept) < EXAMPLES and example not in kept:
+                kept.append(example)
+
+    def changes(self) -> dict[str, dict[str, Any]]:
+        """How much of each kind was changed, dropped or unknown, with examples: JSON values."""
+        counts = (self.case, self.accents, self.white_space, self.dropped_characters, self.unknown_tokens)
+        # Equal counts in the order of the words, so that the list does not depend on how the work was shared out.
+        unknown = sorted(self.unknown_words.items(), key=lambda item: (-item[1], item[0]))[:EXAMPLES]
+        examples = {**self.examples, "unknown": [word for word, _ in unknown]}
+        return {
+            kind: {"count": count, "examples": examples.get(kind, [])}
+            for kind, count in zip(KINDS_OF_CHANGE, counts, strict=True)
+        }
+
+
+def _case_and_accents(word: str, fold: Callable[[str], str]) -> tuple[int, int]:
+    """How many letters of a word folding changes the case of, and from how many it takes a mark."""
+    lowered = [character.lower() for character in word] if fold("A") == "a" else list(word)
+    case = sum(character != low for character, low in zip(word, lowered, strict=True))
+    return case, sum(fold(low) != low for low in lowered)
 
 
 def measured_length(document: str, *, compat: bool) -> int:
@@ -219,6 +284,10 @@ class _TableFormatter:
         tokenizer = spec.build(segmenter=shared_segmenter() if spec.kind == "word" else None)
         assert isinstance(tokenizer, (WordTokenizer, CharTokenizer))
         self._tokenizer = tokenizer
+        if isinstance(tokenizer, CharTokenizer):
+            self._keeps_spaces = tokenizer.keeps_spaces
+        else:
+            self._keeps_spaces = tokenizer.rules.keeps_spaces
         self._table = _shared_table(spec.kind, spec.rules, spec.kind == "char" and spec.compat)
         # Of a token that stands there twice the last one counts; what is blank is no word.
         token_ids = {token: id_ for id_, token in enumerate(tokenizer.vocabulary) if token.strip(" \n")}
@@ -230,17 +299,35 @@ class _TableFormatter:
 
     def _clear(self) -> None:
         self._generation = self._table.generation
-        # Of every word: where its ids begin and end, its parts, parts of several tokens, unknown tokens, those parts.
+        # Of every word: where its ids begin and end, its parts, parts of several tokens, unknown tokens, letters of
+        # another case, characters with a mark less; and its unknown parts.
         self._starts: np.ndarray = np.zeros(0, dtype=np.int64)
         self._ends: np.ndarray = np.zeros(0, dtype=np.int64)
         self._ids: np.ndarray = np.zeros(0, dtype=np.int32)
-        self._figures: np.ndarray = np.zeros((3, 0), dtype=np.int64)
+        self._figures: np.ndarray = np.zeros((5, 0), dtype=np.int64)
         self._unknown: dict[int, list[str]] = {}
 
     def _parts(self, word: str, touching: bool) -> list[str]:
         if isinstance(self._tokenizer, CharTokenizer):
             return self._tokenizer.fold(word)
         return fold_word(word, touching, self._tokenizer.rules)[0]
+
+    def _fold(self, text: str) -> str:
+        if isinstance(self._tokenizer, CharTokenizer):
+            return fold_as_bert(text) if self._tokenizer.lowercase else text
+        return self._tokenizer.rules.fold(text)
+
+    def _folded_examples(self, sequence: np.ndarray, figure: np.ndarray) -> list[str]:
+        """The first words of a sequence that folding changes, and what they become."""
+        numbers: dict[int, None] = {}
+        start, step = 0, 1 << 12
+        while start < len(sequence) and len(numbers) < EXAMPLES:
+            some = sequence[start : start + step]
+            some = some[some >= 0]
+            numbers |= dict.fromkeys(some[figure[some] > 0].tolist())
+            start, step = start + step, 2 * step
+        words = [self._table.words.read_one(number)[0].strip() for number in list(numbers)[:EXAMPLES]]
+        return [f"{word} → {self._fold(word)}" for word in words]
 
     def _learn(self, words: WordStore) -> None:
         """Take in the words that have come since the last call."""
@@ -251,12 +338,13 @@ class _TableFormatter:
         # 1) Nearly all words, in compiled code.
         spelled = spell_plain_words(self._vocabulary, self._longest, words, first)
         starts, ends, ids = spelled.starts, spelled.ends, self._token_ids[spelled.ids].tolist()
-        figures = np.ones((3, words.count - first), dtype=np.int64)
+        figures = np.ones((5, words.count - first), dtype=np.int64)
         figures[1] = ends - starts > 1
-        figures[2] = 0
+        figures[2:] = 0
         # 2) The others, as the tokenizer says.
         for number in np.flatnonzero(ends < 0).tolist():
-            parts = self._parts(*words.read_one(first + number))
+            word, touching = words.read_one(first + number)
+            parts = self._parts(word, touching)
             starts[number] = len(ids)
             several = 0
             for part in parts:
@@ -266,7 +354,8 @@ class _TableFormatter:
                 if unknown is not None and unknown in part_ids:
                     self._unknown.setdefault(first + number, []).append(part)
             ends[number] = len(ids)
-            figures[:, number] = len(parts), several, ids[starts[number] :].count(unknown)
+            figures[:3, number] = len(parts), several, ids[starts[number] :].count(unknown)
+            figures[3:, number] = _case_and_accents(word, self._fold)
         self._starts = np.concatenate((self._starts, starts + len(self._ids)))
         self._ends = np.concatenate((self._ends, ends + len(self._ids)))
         self._ids = np.concatenate((self._ids, np.asarray(ids, dtype=np.int32)))
@@ -275,19 +364,27 @@ class _TableFormatter:
     def format(self, documents: list[str], report: PieceReport) -> bytes:
         if self._spec.compat and any(_is_special(document) for document in documents):
             return _ReferenceFormatter(self._spec, self._tokenizer).format(documents, report)
-        dropped_before = self._table.dropped_characters
-        sequence = self._table.number(documents)
-        report.dropped_characters += self._table.dropped_characters - dropped_before
+        sequence = _number(self._table, documents, keep_spaces=self._keeps_spaces)
+        cleaning = self._table.cleaning
+        report.dropped_characters += cleaning.dropped
+        report.white_space += cleaning.spaces
+        report.add_examples("control", cleaning.dropped_examples)
+        report.add_examples("white_space", cleaning.spaces_examples)
         if self._table.generation != self._generation:
             self._clear()
         self._learn(self._table.words)
 
         counts = np.bincount(sequence[sequence >= 0], minlength=self._figures.shape[1])
-        words, spelled, unknown = (int(counts @ figure) for figure in self._figures)
+        words, spelled, unknown, case, accents = (int(counts @ figure) for figure in self._figures)
         line_breaks = int(np.count_nonzero(sequence == LINE_BREAK_WORD))
         report.words += words
         report.spelled_words += spelled
         report.unknown_tokens += unknown
+        report.case += case
+        report.accents += accents
+        for kind, total, figure in (("case", case, self._figures[3]), ("accents", accents, self._figures[4])):
+            if total:
+                report.add_examples(kind, self._folded_examples(sequence, figure))
         for number, parts in self._unknown.items():
             if counts[number]:
                 for part in parts:
@@ -335,10 +432,29 @@ class _ReferenceFormatter:
                     report.unknown_tokens += word_ids.count(marks.unknown or 0)
             ids.append(marks.end)
             report.documents += 1
-            report.dropped_characters += dropped_characters(document, clean_bert_character)
+            self._count_changes(document, report)
             report.tokens += len(ids)
             lines.append(" ".join(map(str, ids)) + " ")
         return "".join(lines).encode("ascii")
+
+    def _count_changes(self, document: str, report: PieceReport) -> None:
+        """Count as BERT cleans and folds a text; white space is in no token of the reference."""
+        for character in sorted(set(document) - {"\n"}):
+            count = document.count(character)
+            kept = clean_bert_character(character)
+            if not kept:
+                report.dropped_characters += count
+                report.add_examples("control", [f"U+{ord(character):04X}"])
+            elif kept == " ":
+                report.white_space += count
+                report.add_examples("white_space", [f"U+{ord(character):04X}"])
+            else:
+                case, accents = _case_and_accents(character, fold_as_bert)
+                report.case += count * case
+                report.accents += count * accents
+                for kind, changed in (("case", case), ("accents", accents)):
+                    if changed:
+                        report.add_examples(kind, [f"{character} → {fold_as_bert(character)}"])
 
 
 class _BpeFormatter:

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from gpt2_chinese.text.char_tokenizer import CharTokenizer
 from gpt2_chinese.text.segmenter import CLOSED_PARTICLES, MAX_LENGTH, OTHER_MARKS, PARTICLES, SINGLE_MARKS
 from gpt2_chinese.text.tokenizers import HasDefinition, Tokenizer
-from gpt2_chinese.text.word_tokenizer import LINE_BREAK, WordTokenizer, dropped_characters
+from gpt2_chinese.text.word_tokenizer import LINE_BREAK, WordTokenizer
 
 CHARACTERS_PER_TOKEN = 4
 """Of the first try; if it gives too few tokens, the next one takes `GROWTH` times as many characters."""
@@ -94,6 +94,8 @@ def find_cut(tokenizer: Tokenizer, text: str, latest: int) -> Cut | None:
     """The last place at or before `latest` from which on the ids are those of the whole; None where none is known."""
     if isinstance(tokenizer, HasDefinition):
         return _last(_BPE_EDGE, text, latest) if _splits_as_gpt2(tokenizer.definition) else None
+    if isinstance(tokenizer, WordTokenizer) and tokenizer.rules.keeps_spaces:
+        return None  # a space beside Chinese is marked in the whole text
     if isinstance(tokenizer, CharTokenizer):
         return _later(_last_line(text, latest), _last(_IDEOGRAPH, text, latest))
     line = _last_line(text, latest)
@@ -118,8 +120,8 @@ def _last_sentence(tokenizer: WordTokenizer, text: str, latest: int) -> Cut | No
     line = text[begin : end if end >= 0 else len(text)]
     if len(line) >= MAX_LENGTH or "《" in line or not _ENDS_PLAINLY.search(line) or _CONTRADICTION.search(line):
         return None
-    if dropped_characters(line, tokenizer.rules.clean_character):
-        return None
+    if not all(map(tokenizer.rules.clean_character, set(line))):
+        return None  # it has characters that are dropped
     cut = _last(_SENTENCE, line, latest - begin - _CONTEXT)
     return None if cut is None else Cut(begin + cut.start, _CONTEXT)
 

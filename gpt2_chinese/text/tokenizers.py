@@ -11,7 +11,15 @@ from typing import Any, Protocol, runtime_checkable
 from gpt2_chinese.artifacts import read_json
 from gpt2_chinese.text.char_tokenizer import CharTokenizer
 from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS, Marks, check_tokens, read_vocabulary
-from gpt2_chinese.text.word_tokenizer import RULES, RULES_VERSION, CutsWords, WordTokenizer
+from gpt2_chinese.text.word_tokenizer import (
+    KEEP_CASE,
+    KEEP_SPACES,
+    RULES,
+    RULES_VERSION,
+    SPACE_TOKEN,
+    CutsWords,
+    WordTokenizer,
+)
 
 KINDS = ("word", "char", "bpe")
 VOCABULARY, TOKENIZER_JSON, TOKENIZER_CONFIG = "vocab.txt", "tokenizer.json", "tokenizer_config.json"
@@ -115,6 +123,32 @@ class TokenizerSpec:
         for name in ("vocabulary", "definition"):
             del values[name]
         return values
+
+    def keeping(self, *, case: bool, spaces: bool) -> TokenizerSpec:
+        """The same tokenizer, with case and with white space beside Chinese kept.
+
+        Raises:
+            ValueError: it cannot; the message begins with the flag.
+        """
+        if not case and not spaces:
+            return self
+        flags = " and ".join(["--keep_case"] * case + ["--keep_spaces"] * spaces)
+        if self.kind == "bpe":
+            raise ValueError(f"{flags}: BPE keeps both anyway; leave it out")
+        if self.compat:
+            raise ValueError(f"{flags}: GPT2-Chinese keeps neither; leave out --compat or {flags}")
+        if spaces and SPACE_TOKEN not in self.vocabulary:
+            raise ValueError(
+                f"{flags}: the vocabulary has no token {SPACE_TOKEN} for white space; build it with make-vocab.py "
+                "--keep_spaces"
+            )
+        if self.kind == "char":
+            return replace(self, lowercase=self.lowercase and not case)
+        base = self.rules % KEEP_CASE
+        if base != RULES_VERSION:
+            raise ValueError(f"{flags}: the model is of older rules ({base}), which keep neither")
+        kept = (self.rules - base) | (KEEP_CASE if case else 0) | (KEEP_SPACES if spaces else 0)
+        return replace(self, rules=base + kept)
 
     def with_marks(self, begin: str, end: str) -> TokenizerSpec:
         """The same tokenizer with other tokens around a document.

@@ -55,7 +55,7 @@ class Choice:
     spells_all: bool = True
 
 
-def word_part_counts(counts: Mapping[str, int]) -> dict[str, int]:
+def word_part_counts(counts: Mapping[str, int], fold: Callable[[str], str] = fold) -> dict[str, int]:
     """Count the one-character tokens that spell words, in the order of first appearance.
 
     A character that may touch its neighbour is there with and without `##`, even if the corpus has only one of them,
@@ -72,7 +72,7 @@ def word_part_counts(counts: Mapping[str, int]) -> dict[str, int]:
     return parts
 
 
-def character_part_counts(counts: Mapping[str, int]) -> dict[str, int]:
+def character_part_counts(counts: Mapping[str, int], fold: Callable[[str], str] = fold) -> dict[str, int]:
     """The same for WordPiece, where the first character of a run stands as it is and the others behind `##`."""
     parts: dict[str, int] = {}
     for word, count in counts.items():

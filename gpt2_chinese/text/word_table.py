@@ -31,7 +31,7 @@ WIDE, SPACED, VANISHES, SPACE, DROPPED, UNSEEN = (
 # What the compiled code can do, the types of the arrays that each takes, and the most arrays and numbers there are.
 CLEAN, NUMBER, FILL_SLOTS, COUNT, COPY_WORDS, SPELL, FORMAT = range(7)
 ARRAYS = {
-    CLEAN: "u4 i8 u1 u4 i8",
+    CLEAN: "u4 i8 u1 u4 i8 i8 i8",
     NUMBER: "u4 i8 i8 u1 u1 i4 u8 i8 u1 u4 i4",
     FILL_SLOTS: "i4 u8",
     COUNT: "i4 i8 i4",
@@ -49,6 +49,7 @@ NO_ENDS: np.ndarray = np.zeros(0, dtype=np.int64)
 NO_FLAGS: np.ndarray = np.zeros(0, dtype=np.uint8)
 NO_CLASSES: np.ndarray = np.full(0x110000, WIDE, dtype=np.uint8)
 
+EXAMPLES = 3  # of each kind of change
 MAX_WORDS = 2_000_000  # the table is begun anew when it has more, so that memory stays flat
 
 
@@ -182,6 +183,29 @@ class WordCounter:
         return zip(self._store.read(0), self._totals[: self._store.count].tolist(), strict=True)
 
 
+@dataclass(frozen=True)
+class Cleaning:
+    """What cleaning has changed in some documents.
+
+    Attributes:
+        dropped: control characters that were left out.
+        spaces: characters of white space that did not stay as they are.
+        dropped_examples, spaces_examples: the first of them, with the text around.
+    """
+
+    dropped: int = 0
+    spaces: int = 0
+    dropped_examples: Sequence[str] = ()
+    spaces_examples: Sequence[str] = ()
+
+
+def _surroundings(text: str, place: int) -> str:
+    """Some characters of the line around a place, quoted and escaped as Python does."""
+    begin = max(text.rfind("\n", 0, place) + 1, place - 8)
+    end = text.find("\n", place)
+    return repr(text[begin : min(end, place + 9)])
+
+
 class Segments(Protocol):
     """What cuts cleaned text into words: `segmenter.Segmenter` or `char_tokenizer.CharSegmenter`."""
 
@@ -218,7 +242,7 @@ class WordTable:
     Attributes:
         words: numbered in the order in which they are first seen.
         generation: raised each time the table forgets its words.
-        dropped_characters: those that cleaning has left out so far.
+        cleaning: what cleaning has changed in the last batch.
     """
 
     def __init__(self, segmenter: Segments, class_of: Callable[[str], np.uint8]) -> None:
@@ -227,7 +251,7 @@ class WordTable:
         self._classes = np.full(0x110000, UNSEEN, dtype=np.uint8)
         self.words = WordStore()
         self.generation = 0
-        self.dropped_characters = 0
+        self.cleaning = Cleaning()
 
     def number(self, documents: Sequence[str]) -> np.ndarray:
         """Give the number of each word of the documents in its order, int32.
@@ -248,11 +272,23 @@ class WordTable:
         cleaned = np.empty(len(code_points), dtype=np.uint32)
         cleaned_ends = np.empty_like(ends)
         while True:
-            length, dropped, *_ = run(CLEAN, [], code_points, ends, self._classes, cleaned, cleaned_ends)
+            dropped_at, spaces_at = (np.full(EXAMPLES, -1, dtype=np.int64) for _ in range(2))
+            length, dropped, spaces, *_ = run(
+                CLEAN, [], code_points, ends, self._classes, cleaned, cleaned_ends, dropped_at, spaces_at
+            )
             if length >= 0:
                 break
             self._classify(code_points)
-        self.dropped_characters += dropped
+        self.cleaning = Cleaning(
+            dropped,
+            spaces,
+            [
+                f"U+{ord(text[place]):04X} in {_surroundings(text, place)}"
+                for place in dropped_at.tolist()
+                if place >= 0
+            ],
+            [_surroundings(text, place) for place in spaces_at.tolist() if place >= 0],
+        )
         text_cut, word_ends = self._segmenter.segment(cleaned[:length])
         assert len(text_cut) == length, "white space is folded already"
 

@@ -28,7 +28,6 @@ from gpt2_chinese.text.word_table import (
     SPACED,
     SPELL,
     VANISHES,
-    WIDE,
 )
 
 LINE_BREAK_CODE = np.uint32(10)
@@ -42,45 +41,96 @@ compiled = njit(error_model="numpy")
 
 
 @compiled
-def clean_documents(code_points, ends, classes, cleaned, cleaned_ends):
+def ends_spaced(cleaned, start, end, classes):
+    """Whether the last character of a text that folding leaves is a spaced one."""
+    for index in range(end - 1, start - 1, -1):
+        class_ = classes[cleaned[index]]
+        if class_ != VANISHES:
+            return class_ == SPACED
+    return False
+
+
+@compiled
+def clean_documents(code_points, ends, classes, cleaned, cleaned_ends, dropped_at, spaces_at):
     """Drop and fold characters as `clean` and `str.split` do line by line.
 
+    White space stays as it is where a single run of it, with a U+0020 among it, has spaced characters on both sides:
+    one character of the run then, and no other white space.
+
+    Args:
+        dropped_at, spaces_at: where the first characters that are dropped and the first runs of white space that do not
+            stay as they are begin; -1 where there are fewer.
+
     Returns:
-        The length of what is left and the number of characters dropped; -1 for the length if a character's class is
-        not known.
+        The length of what is left, the number of characters dropped, and of those of white space that do not stay as
+        they are; -1 for the length if a character's class is not known.
     """
     length = 0
     dropped = 0
+    spaces = 0
     document = 0
-    pending = False  # a space that is written when something else of the line follows
-    blank = True  # nothing of the line is written yet
-    for index in range(len(code_points)):
+    dropped_places = 0
+    space_places = 0
+    run = 0  # white space since the last other character of the line
+    run_start = 0
+    run_has_space = False
+    line_start = 0  # of what is written
+    index = 0
+    while index < len(code_points):
         code = code_points[index]
+        class_ = classes[code]
+        if class_ <= VANISHES:  # WIDE, SPACED or VANISHES
+            if run:
+                kept = 0
+                if length > line_start:
+                    kept = int(run_has_space and class_ == SPACED and ends_spaced(cleaned, line_start, length, classes))
+                    cleaned[length] = SPACE_CODE
+                    length += 1
+                if run > kept:
+                    spaces += run - kept
+                    if space_places < len(spaces_at):
+                        spaces_at[space_places] = run_start
+                        space_places += 1
+                run = 0
+                run_has_space = False
+            # The characters up to the next white space or control character: nearly all.
+            while class_ <= VANISHES:
+                cleaned[length] = code
+                length += 1
+                index += 1
+                if index == len(code_points):
+                    break
+                code = code_points[index]
+                class_ = classes[code]
+            continue
         if code == LINE_BREAK_CODE:
+            if run:
+                spaces += run
+                if space_places < len(spaces_at):
+                    spaces_at[space_places] = run_start
+                    space_places += 1
+                run = 0
+                run_has_space = False
             cleaned[length] = code
             length += 1
+            line_start = length
             if document < len(ends) and index == ends[document]:
                 cleaned_ends[document] = length - 1
                 document += 1
-            pending = False
-            blank = True
-            continue
-        class_ = classes[code]
-        if class_ == WIDE or class_ == SPACED or class_ == VANISHES:
-            if pending:
-                cleaned[length] = SPACE_CODE
-                length += 1
-                pending = False
-            cleaned[length] = code
-            length += 1
-            blank = False
         elif class_ == SPACE:
-            pending = not blank
+            if run == 0:
+                run_start = index
+            run += 1
+            run_has_space = run_has_space or code == SPACE_CODE
         elif class_ == DROPPED:
             dropped += 1
+            if dropped_places < len(dropped_at):
+                dropped_at[dropped_places] = index
+                dropped_places += 1
         else:
-            return -1, 0
-    return length, dropped
+            return -1, 0, 0
+        index += 1
+    return length, dropped, spaces
 
 
 @compiled
@@ -383,9 +433,10 @@ def run_addresses(operation, values, tables):
     values = carray(values, MAX_VALUES)
     tables = carray(tables, 2 * MAX_TABLES)
     if operation == CLEAN:
-        values[0], values[1] = clean_documents(
+        values[0], values[1], values[2] = clean_documents(
             table(tables, 0, np.uint32), table(tables, 1, np.int64), table(tables, 2, np.uint8),
-            table(tables, 3, np.uint32), table(tables, 4, np.int64),
+            table(tables, 3, np.uint32), table(tables, 4, np.int64), table(tables, 5, np.int64),
+            table(tables, 6, np.int64),
         )  # fmt: skip
     elif operation == NUMBER:
         done, filled, document, touching, count = number_words(

@@ -10,8 +10,8 @@ Two behaviours share this module:
 How white space survives: Chinese is written without spaces ("wide": ideographs, their punctuation, full-width forms),
 everything else with them ("spaced"). Two neighbouring tokens are joined with a space if both touching characters are
 spaced and the second token has no `##`; so `38.5` is `38 ##. ##5`, `hello, world` is `hello ##, world`, and spaces
-beside Chinese characters are dropped. A word that begins with a character in bytes has the byte of a space before it
-instead (`<0x20>`), for bytes have no `##`.
+beside Chinese characters are dropped, or are tokens of their own where the rules keep them. A word that begins with a
+character in bytes has the byte of a space before it instead (`<0x20>`), for bytes have no `##`.
 
 A copy of this file travels in every model folder, where the package is not (tokenization_gpt2_chinese.py): it needs
 nothing but Python and the modules that it imports relatively.
@@ -36,6 +36,9 @@ BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 _BYTE_OF = {token: byte for byte, token in enumerate(BYTE_TOKENS)}
 _SPACE_BYTE = BYTE_TOKENS[0x20]
+SPACE_TOKEN = "〿"
+"""A kept white space beside Chinese: U+303F, Unicode's visible sign of a half-width space."""
+_INNER_SPACE = re.compile(r"(?<=\S)[^\S\n]+(?=\S)")
 MAX_BERT_WORD = 100
 """Characters; BERT's word piece gives up on longer words."""
 _SPECIAL_PATTERN = re.compile("|".join(re.escape(token) for token in SPECIAL_TOKENS))
@@ -131,20 +134,57 @@ class Rules:
     """What becomes of a character, and where a space stands; the tokens and the text of ids depend on it.
 
     Attributes:
-        number: raised when the same text and vocabulary give other ids, so that older models keep theirs.
+        number: raised when the same text and vocabulary give other ids, so that older models keep theirs; with
+            KEEP_CASE or KEEP_SPACES added for the variants.
+        keeps_spaces: whether white space beside Chinese is a token.
     """
 
     number: int
     clean_character: Callable[[str], str]
     fold: Callable[[str], str]
     is_spaced: Callable[[str], bool]
+    keeps_spaces: bool = False
 
 
+RULES_VERSION = 2
+KEEP_CASE, KEEP_SPACES = 16, 32
 RULES = {
     1: Rules(1, clean_bert_character, fold_as_bert, _is_spaced_by_rules_1),
     2: Rules(2, clean_character, fold, is_spaced),
 }
-RULES_VERSION = max(RULES)
+RULES |= {
+    RULES_VERSION + case + spaces: Rules(
+        RULES_VERSION + case + spaces, clean_character, str if case else fold, is_spaced, bool(spaces)
+    )
+    for case in (0, KEEP_CASE)
+    for spaces in (0, KEEP_SPACES)
+}
+
+
+def mark_spaces(text: str, is_spaced: Callable[[str], bool] = is_spaced) -> str:
+    """Put each run of white space within a line that has Chinese beside it on a line of its own, as SPACE_TOKEN.
+
+    So it is cut from its neighbours in every segmenter; `join_marked` takes these line breaks out again.
+    """
+
+    def mark(found: re.Match[str]) -> str:
+        before, behind = found.string[found.start() - 1], found.string[found.end()]
+        return " " if is_spaced(before) and is_spaced(behind) else f"\n{SPACE_TOKEN}\n"
+
+    return _INNER_SPACE.sub(mark, text.replace(SPACE_TOKEN, " "))
+
+
+def join_marked(words: list[str]) -> list[str]:
+    """The words of a text that `mark_spaces` has prepared, without the line breaks beside SPACE_TOKEN."""
+    if SPACE_TOKEN not in words:
+        return words
+    last = len(words) - 1
+    return [
+        word
+        for place, word in enumerate(words)
+        if word != LINE_BREAK
+        or SPACE_TOKEN not in (words[place - 1] if place else "", words[place + 1] if place < last else "")
+    ]
 
 
 @lru_cache(maxsize=1 << 16)
@@ -160,11 +200,6 @@ def clean(text: str, clean_character: Callable[[str], str] = clean_character) ->
     # Most texts need nothing: only distinct characters are looked at, and only those that change are replaced.
     changes = {ord(character): kept for character in set(text) if (kept := clean_character(character)) != character}
     return text.translate(changes) if changes else text
-
-
-def dropped_characters(text: str, clean_character: Callable[[str], str] = clean_character) -> int:
-    """How many characters of a text `clean` leaves out."""
-    return sum(text.count(character) for character in set(text) if not clean_character(character))
 
 
 def split_punctuation(word: str) -> list[str]:
@@ -206,6 +241,8 @@ class WordSplitter:
     def __call__(self, text: str, *, context: int = 0) -> list[str]:
         """Cut a text; the words of its first `context` characters are left out (see tail.py)."""
         words: list[str] = []
+        if self._rules.keeps_spaces:
+            text = mark_spaces(text, self._rules.is_spaced)
         for number, line in enumerate(text.split(LINE_BREAK)):
             if number:
                 words.append(LINE_BREAK)
@@ -219,7 +256,7 @@ class WordSplitter:
                     continue
                 folded, touching = self._fold(raw, touching)
                 words += folded
-        return words
+        return join_marked(words) if self._rules.keeps_spaces else words
 
     def _fold(self, raw: str, touching: bool) -> tuple[list[str], bool]:
         found = self._folded.get((raw, touching))
@@ -291,6 +328,9 @@ class TextJoiner:
             self._bytes += bytes([byte])
             return self._pop_bytes(final=False)
         text = self._pop_bytes(final=True) if self._bytes else ""
+        if self._rules.keeps_spaces and token == SPACE_TOKEN and not self._compat:
+            self._last, self._space = "", False
+            return text + " "
         if token in SPECIAL_TOKENS:
             self._last, self._space = "", False
             return text + {"[SEP]": "\n", "[CLS]": "\n\n"}.get(token, "")
@@ -331,6 +371,9 @@ class TextJoiner:
         for character in text:
             if character == " ":
                 self._space = True
+            elif self._rules.keeps_spaces and character == SPACE_TOKEN:
+                self._last, self._space = "", False
+                pieces.append(" ")
             else:
                 pieces.append(self._append(character, attached=True))
         return "".join(pieces)

@@ -74,6 +74,9 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--segment", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--bpe_token", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
+        "--allow_unk", action="store_true", help="train on pieces of which a fifth and more of the tokens are [UNK]"
+    )
+    parser.add_argument(
         "--model_config",
         default="config/model_config_small.json",
         help="shape of a new model (default: %(default)s)",
@@ -167,6 +170,16 @@ def _add_validation(parser: argparse.ArgumentParser) -> None:
         default="",
         help="prompts to complete at every measurement: a file with one a line, or a list separated by commas or "
         "semicolons, also the Chinese ones (default: none)",
+    )
+    parser.add_argument(
+        "--report",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="at the end of the run write report.html and report.json to --output_dir: curves, completions, how much "
+        "of them is copied (default: no)",
+    )
+    parser.add_argument(
+        "--report_only", metavar="FOLDER", help="write the report of a finished run again, by its --output_dir"
     )
     parser.add_argument(
         "--eval_only",

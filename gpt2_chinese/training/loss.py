@@ -44,10 +44,11 @@ class HeadLoss(torch.autograd.Function):
         The products are computed in the type of autocast where that is on, everything else in float32.
 
         Args:
-            share: of the teachers in the gradient.
+            share: of the teachers in the gradient; 0 without teachers.
             taught: the hidden states [N, its n_embd] and the head [V, its n_embd] of each teacher, one after the other.
         """
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else head.dtype
+        assert taught or not share
         weights = head.to(dtype)
         loss = torch.zeros((), dtype=torch.float32)
         hidden_gradient = torch.empty(hidden.shape, dtype=torch.float32)
@@ -128,7 +129,8 @@ class WindowLoss(nn.Module):
         self._recompute = recompute
         self._compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._compiled_shape: tuple[int, ...] = ()
-        self._teachers, self._teacher_share = tuple(teachers), teacher_share  # a tuple: no parameters of this module
+        self._teachers = tuple(teachers)  # in a tuple they are no parameters of this module
+        self._teacher_share = teacher_share if teachers else 0.0
         for teacher in teachers:
             teacher.set_attn_implementation(CAUSAL_ATTENTION)
 

@@ -37,6 +37,7 @@ BATCH_SIZE = 16
 ENOUGH_TOKENS = 20  # for each parameter of the layers; Hoffmann et al. 2022, for text that is not repeated
 MAX_PARAMETERS = 16  # of the layers, for each token of the text
 WARMUP_STEPS = 30  # after them the number of updates is decided, from how long they took
+REPORT_SECONDS = 15  # at the end, for model/report.html
 SPARED = 0.03  # of the time, for saving and for what other programs take
 _PROBE_SECONDS = 1.0  # for a shape
 _TRIED_TOKENS = (50_000, 1_600_000)
@@ -212,6 +213,7 @@ def _settings(facts: Facts, shape: str, epochs: float) -> tuple[dict[str, Any], 
         "shift_windows": repeated,
         "patience": 3,
         "log_step": 10,
+        "report": True,
     }
     reasons = []
     if repeated:

@@ -21,7 +21,7 @@ from transformers import GPT2LMHeadModel
 from gpt2_chinese.model_folder import BEST_MODEL, read_config
 from gpt2_chinese.training.estimates import memory_estimate, peak_flops, will_overfit
 from gpt2_chinese.training.metrics import Metrics
-from gpt2_chinese.training.plan import updates_until
+from gpt2_chinese.training.plan import REPORT_SECONDS, updates_until
 from gpt2_chinese.training.ranks import Rank
 from gpt2_chinese.training.run import CHECKPOINTS, METRICS, Run, epoch_name
 from gpt2_chinese.training.state import TrainingState
@@ -220,7 +220,7 @@ class Reporter:
         measuring = per_update * run.updates_per_epoch * run.corpus.held_out_tokens / windows / 3  # forward passes only
         saving = SAVING_SECONDS + self._parameters * 32 / SAVED_BYTES
         return state.step + updates_until(
-            plan.deadline,
+            plan.deadline - (REPORT_SECONDS if run.args.report else 0),
             time.time(),
             per_update=per_update,
             per_epoch=measuring + saving,

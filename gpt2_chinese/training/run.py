@@ -19,9 +19,11 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2_chinese.artifacts import sha256_of
+from gpt2_chinese.command_line import project_file
 from gpt2_chinese.model_folder import BEST_MODEL, check_replaceable, find_config, load_model, read_config
 from gpt2_chinese.precision import choose_devices, choose_precision, load_apex
 from gpt2_chinese.text.pieces import (
+    check_unknown,
     check_vocabulary,
     piece_numbers,
     read_manifest,
@@ -239,7 +241,7 @@ def build_model(
                 if isinstance(module, nn.Dropout):
                     module.p = args.dropout
         return model
-    config = read_config(args.model_config, vocab_size=len(tokenizer), marks=tokenizer.marks)
+    config = read_config(project_file(args.model_config), vocab_size=len(tokenizer), marks=tokenizer.marks)
     if args.dropout is not None:
         _set_dropout(config, args.dropout)
     torch.manual_seed(args.seed)
@@ -303,7 +305,7 @@ def prepare(
             f"--embedding_init {args.embedding_init} is for new models, and --pretrained_model {args.pretrained_model} "
             "has an embedding; leave one of them out"
         )
-    source = Path(args.pretrained_model or args.model_config)
+    source = Path(args.pretrained_model or project_file(args.model_config))
     config_file = find_config(source) if args.pretrained_model else source
     n_ctx = read_config(config_file).n_ctx
     if n_ctx < 2:
@@ -316,6 +318,11 @@ def prepare(
     vocab_file = choose_vocabulary(args.vocab_file, manifest)
     check_vocabulary(folder, manifest, vocab_file)
     tokenizer = read_pieces_tokenizer(manifest, vocab_file).build()
+    if manifest is not None and "unknown_tokens" in manifest:
+        inner = manifest["tokens"] - 2 * manifest["documents"]
+        allow = args.allow_unk or tokenizer.compat
+        if warning := check_unknown(manifest["unknown_tokens"], inner, vocab_file, allow=allow):
+            say(warning)
     least, most = args.val_bytes or (MIN_BYTES, MAX_BYTES)
     corpus = read_pieces(
         folder,

@@ -83,7 +83,7 @@ def build(run: Run, rank: Rank, model: GPT2LMHeadModel, *, is_new: bool) -> Trai
         model,
         rows=rows,
         recompute=args.gradient_checkpointing,
-        teachers=[teacher.to(device) for teacher in teachers],
+        teachers=[teacher.to(device) for teacher in teachers],  # type: ignore[arg-type]
         teacher_share=args.teacher_share,
     )
     micro_batch = math.ceil(args.batch_size / rank.world_size)

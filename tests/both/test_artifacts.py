@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from gpt2_chinese import artifacts
 from gpt2_chinese.artifacts import atomic_write, exclusive_lock, read_json, sha256_of, write_json, write_lines
 from gpt2_chinese.command_line import run_script
 from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS, read_vocabulary
+
+needs_locks = pytest.mark.skipif(artifacts.fcntl is None, reason="no locks of files on Windows")
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
@@ -33,6 +36,7 @@ def test_a_full_disk_is_named_with_the_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@needs_locks
 def test_two_writers_of_one_file_are_told_apart(tmp_path):
     path = tmp_path / "a.txt"
     with atomic_write(path) as first:
@@ -52,6 +56,7 @@ def test_what_a_killed_run_has_left_is_written_over(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@needs_locks
 def test_a_folder_is_held_by_one_run(tmp_path):
     with exclusive_lock(tmp_path / "folder"):
         with (

@@ -33,7 +33,7 @@ def test_pieces_and_manifest_are_the_same(script, scheduler, tmp_path):
         f"{t}\n" for t in ["[SEP]", "[CLS]", "[MASK]", "[PAD]", "[UNK]", "感冒", "多", "喝", "##.", "3"]
     )
     (tmp_path / "vocab.txt").write_text(vocabulary, encoding="utf-8")
-    flags = ["--raw_data_path", f"{tmp_path}/train.json", "--vocab_filename", f"{tmp_path}/vocab.txt"]
+    flags = ["--raw_data_path", f"{tmp_path}/train.json", "--vocab_filename", f"{tmp_path}/vocab.txt", "--allow_unk"]
     flags += ["--min_length", "20", "--num_pieces", "7"]
     for name, where in (("local", []), ("dask", ["--scheduler", scheduler])):
         script("make-tokenized").main([*flags, "--tokenized_data_path", f"{tmp_path}/{name}", *where])

@@ -8,6 +8,7 @@ import pytest
 from book_order import CLS_ID, MASK_ID, UNK_ID
 
 from gpt2_chinese.artifacts import sha256_of, write_lines
+from gpt2_chinese.text.pieces import PROGRESS
 from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS
 from gpt2_chinese.text.word_tokenizer import BYTE_TOKENS, WordTokenizer
 
@@ -61,17 +62,66 @@ def test_short_documents_are_left_out_and_counted(tokenize, capsys):
 def test_document_of_control_characters_is_left_out_and_counted(tokenize, capsys):
     pieces = tokenize("--num_pieces", "1", "--min_length", "1", documents=["\x00\x01\x02", "多喝水"])
     assert pieces[0].split().count(str(MASK_ID)) == 1
-    printed = capsys.readouterr().out
-    assert "1 with nothing left after cleaning" in printed
-    assert "characters dropped: 3" in printed
+    printed = capsys.readouterr()
+    assert "1 with nothing left after cleaning" in printed.out
+    assert "changed: 3 control characters, dropped, such as U+0000 in '\\x00\\x01\\x02'" in printed.err
 
 
 def test_unknown_words_are_counted_and_named(tokenize, capsys):
-    pieces = tokenize("--num_pieces", "1", "--min_length", "0", documents=["茶，茶。", "龘，水"])
+    pieces = tokenize("--num_pieces", "1", "--min_length", "0", "--allow_unk", documents=["茶，茶。", "龘，水"])
     assert pieces[0].split().count(str(UNK_ID)) == 3
     printed = capsys.readouterr().out
     assert "[UNK]: 3 of" in printed
     assert "most frequent unknown words: 茶 2" in printed
+
+
+def test_what_is_changed_is_printed_and_in_the_manifest(tokenize, tmp_path, capsys):
+    documents = ["多 API喝\tB水", "Ok ok\x07", "水" * 300]
+    tokenize("--min_length", "0", vocabulary=[*VOCABULARY, *BYTE_TOKENS], documents=documents)
+    err = capsys.readouterr().err
+    assert "changed: 5 letters to lower case, such as API → api, B → b, Ok → ok" in err
+    assert "changed: 2 characters of white space" in err and "changed: 1 control characters, dropped" in err
+    changes = json.loads((tmp_path / "tokenized" / "manifest.json").read_text(encoding="utf-8"))["changes"]
+    assert {kind: change["count"] for kind, change in changes.items()} == {
+        "case": 5, "accents": 0, "white_space": 2, "control": 1, "unknown": 0,
+    }  # fmt: skip
+    assert changes["control"]["examples"] == ["U+0007 in 'Ok ok\\x07'"]
+
+
+def test_much_unknown_is_a_warning_from_one_and_an_error_from_twenty_percent(tokenize, tmp_path, capsys):
+    tokenize("--min_length", "0", documents=["水" * 99 + "龘"])
+    assert "warning: 1.0% of the tokens are [UNK]" in capsys.readouterr().err
+    tokenize("--min_length", "0", documents=["水" * 199 + "龘"])
+    assert "[UNK]" not in capsys.readouterr().err
+    before = {path.name: path.read_bytes() for path in (tmp_path / "tokenized").iterdir()}
+    with pytest.raises(ValueError, match=r"50\.0% of the tokens are \[UNK\].*make-vocab\.py.*--allow_unk"):
+        tokenize("--min_length", "0", documents=["水龘"])
+    assert {path.name: path.read_bytes() for path in (tmp_path / "tokenized").iterdir()} == before, "seen in a sample"
+    with pytest.raises(ValueError, match=r"20\.0% of the tokens"):
+        tokenize("--min_length", "0", documents=["水" * 4 + "龘"])
+    assert (tmp_path / "tokenized" / PROGRESS).exists(), "train.py refuses such a folder"
+    tokenize("--min_length", "0", "--allow_unk", documents=["水" * 4 + "龘"])
+    out, err = capsys.readouterr()
+    assert "resuming an interrupted run" in out and "warning: 20.0% of the tokens are [UNK]" in err
+
+
+def test_pieces_of_another_corpus_are_replaced_on_request_only(tokenize, script, tmp_path, capsys):
+    tokenize("--min_length", "0", "--num_pieces", "2")
+    before = {path: path.read_bytes() for path in (tmp_path / "tokenized").iterdir()}
+    (tmp_path / "other.json").write_text(json.dumps(["水多"]), encoding="utf-8")
+    flags = ["--raw_data_path", f"{tmp_path}/other.json", "--vocab_filename", f"{tmp_path}/vocab.txt"]
+    flags += ["--tokenized_data_path", f"{tmp_path}/tokenized", "--min_length", "0"]
+    with pytest.raises(ValueError, match=r"are of the corpus .*train\.json, not of .*other\.json; .*--overwrite"):
+        script("make-tokenized").main(flags)
+    assert {path: path.read_bytes() for path in (tmp_path / "tokenized").iterdir()} == before
+    script("make-tokenized").main([*flags, "--overwrite"])
+    assert "are of an earlier corpus and are replaced" in capsys.readouterr().err
+
+
+def test_a_corpus_that_has_changed_is_no_other_corpus(tokenize, capsys):
+    tokenize("--min_length", "0")
+    tokenize("--min_length", "0", documents=["水多"])
+    assert "note: the pieces in" in capsys.readouterr().err
 
 
 def test_bytes_leave_nothing_unknown(tokenize):

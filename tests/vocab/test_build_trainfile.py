@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -76,3 +82,74 @@ def test_reference_train_json(script, reference, tmp_path):
     script("build_trainfile").main(["--data_path", str(reference / "data"), "--output_path", str(output)])
     expected = json.loads((reference / "data" / "train.json").read_text(encoding="utf-8"))
     assert json.loads(output.read_text(encoding="utf-8")) == expected
+
+
+def test_chapters_of_novels_in_several_encodings_and_auto_by_file(build, capsys):
+    novel = "《山雨》\n作者：佚名\n\n第一章 山雨欲来\n\n　　天色将晚。\n（本章完）\n"
+    novel += "第二章　客栈\n　　“请进！”&nbsp;小二喊道。\n"
+    files = {"a.txt": novel.encode("gb18030"), "b.txt": "春天的早晨，老人在河边钓鱼。\n孩子们去图书馆。\n".encode()}
+    chapters = [
+        "《山雨》\n作者：佚名",
+        "第一章 山雨欲来\n天色将晚。\n（本章完）",
+        "第二章　客栈\n“请进！”&nbsp;小二喊道。",
+    ]
+    assert build(files, "--encoding", "auto", "--document", "auto")[:3] == chapters
+    printed = capsys.readouterr()
+    assert "a.txt: --document chapter (2 chapter headings)" in printed.err
+    assert "b.txt: --document file (2 lines, 100% of them of at most 40 characters)" in printed.err
+    assert "chapters: 2" in printed.out
+    assert build(files, "--encoding", "auto", "--document", "chapter")[3:] == [
+        "春天的早晨，老人在河边钓鱼。\n孩子们去图书馆。"
+    ]
+    assert "b.txt has no chapter headings: it is one document" in capsys.readouterr().err
+
+
+def test_joined_lines_are_counted(build, capsys):
+    text = "　　天色将晚，山道上走来一个\n少年，背着一只旧竹篓，脚步很\n急。\n　　雨下了一夜。\n　　他醒了。\n".encode()
+    assert build({"a.txt": text}, "--join_lines") == [
+        "天色将晚，山道上走来一个少年，背着一只旧竹篓，脚步很急。",
+        "雨下了一夜。",
+        "他醒了。",
+    ]
+    assert "line breaks taken out: 2" in capsys.readouterr().out
+
+
+def test_the_shared_corpora_are_what_their_lines_are(build, corpora):
+    """Nothing is cleaned, joined or left out unasked."""
+    for name in ("medical_qa.txt", "songci.txt"):
+        data = (corpora / name).read_bytes()
+        assert build({"a.txt": data}) == [line.strip() for line in data.decode().split("\n") if line.strip()]
+
+
+def test_duplicates_are_left_out_on_request_and_counted(build, capsys, tmp_path):
+    article = "春天的早晨，老人在河边钓鱼，孩子们放学以后去图书馆读书，医生说这种药一天吃三次。"
+    files = {"a.txt": f"{article}\n短\n{article}\n".encode(), "b.txt": f"{article[:-1]}！\n短\n别的一篇。\n".encode()}
+    assert len(build(files)) == 6
+    assert build(files, "--deduplicate", "exact") == [article, "短", article[:-1] + "！", "别的一篇。"]
+    assert "duplicates left out: 2 exact, 0 near" in capsys.readouterr().out
+    report = tmp_path / "report.txt"
+    assert build(files, "--deduplicate", "--clean_report", str(report)) == [article, "短", "别的一篇。"]
+    printed = capsys.readouterr()
+    assert "duplicates left out: 2 exact, 1 near" in printed.out
+    assert "no document" not in printed.err
+    assert "duplicates: 2 exact, 1 near" in report.read_text(encoding="utf-8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "report.txt", "train.json"]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "gbk", "utf-8"])
+def test_no_console_stops_the_stage_and_messages_are_apart_from_results(tmp_path, encoding):
+    """A console that lacks a character gets another one; progress and messages go to stderr, results to stdout."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "한국😀.txt").write_text("😀 오늘 날씨\n第二行\n", encoding="utf-8")
+    (tmp_path / "data" / "😀.pdf").touch()
+    command = [sys.executable, str(ROOT / "build_trainfile.py"), "--data_path", "data", "--output_path", "train.json"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "1"}
+    for flags in ([], ["--quiet"], ["--clean", "--deduplicate", "--document", "auto"], ["--doctor"]):
+        done = subprocess.run([*command, *flags], cwd=tmp_path, env=environment, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        printed, said = done.stdout.decode(encoding), done.stderr.decode(encoding)
+        assert "settings:" not in printed and "\r" not in said and "\x1b" not in said
+        if not flags:
+            assert "settings:" in said and "passed over: 1" in said and "train.json: 1 files, 2 documents" in printed
+        if flags == ["--quiet"]:
+            assert said == "" and "train.json: 1 files" in printed

@@ -184,3 +184,48 @@ def test_compat_equals_the_reference_byte_for_byte(script, reference, tmp_path, 
     flags = ["--raw_data_path", str(reference / "data" / "train.json"), "--vocab_file", str(path)]
     script("make-vocab").main([*flags, "--vocab_size", str(size), "--compat"])
     assert path.read_bytes() == (reference / name).read_bytes()
+
+
+def test_a_folder_and_the_name_of_a_file_are_no_corpus(script, tmp_path):
+    with pytest.raises(ValueError, match="is a folder, not the file that build_trainfile.py writes; run build"):
+        script("make-vocab").main(["--raw_data_path", str(tmp_path), "--vocab_file", str(tmp_path / "v.txt")])
+    (tmp_path / "train.json").write_text('["train.txt"]', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"is a folder.*give .*train\.json"):
+        script("make-vocab").main(["--raw_data_path", str(tmp_path)])
+    with pytest.raises(ValueError, match=r"its only document is 'train\.txt', the name of a file"):
+        script("make-vocab").main(["--raw_data_path", str(tmp_path / "train.json")])
+
+
+def test_from_another_working_folder_the_projects_files_are_found_and_the_users_are_its_own(
+    make_vocab, script, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    make_vocab(DOCUMENTS)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "train.json").rename("data/train.json")
+    script("make-vocab").main([])
+    assert len(read_vocabulary(tmp_path / "vocab" / "vocab_user.txt")) > 5
+
+
+def test_a_vocabulary_of_another_corpus_or_of_somebody_else_is_replaced_on_request_only(make_vocab, script, tmp_path):
+    make_vocab(DOCUMENTS)
+    make_vocab(DOCUMENTS[:2])  # the corpus has changed
+    before = (tmp_path / "vocab.txt").read_bytes()
+    (tmp_path / "other.json").write_text(json.dumps(DOCUMENTS), encoding="utf-8")
+    flags = ["--raw_data_path", str(tmp_path / "other.json"), "--vocab_file", str(tmp_path / "vocab.txt")]
+    with pytest.raises(ValueError, match=r"was made from .*train\.json, not from .*other\.json.*--overwrite"):
+        script("make-vocab").main(flags)
+    (tmp_path / "vocab.txt").write_bytes(before + "字\n".encode())
+    with pytest.raises(ValueError, match=r"vocab\.txt was changed since this script wrote it.*--overwrite"):
+        make_vocab(DOCUMENTS)
+    (tmp_path / "vocab.manifest.json").unlink()
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[unused1]\n[UNK]\n的\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="is not a vocabulary that this script has written.*--overwrite"):
+        make_vocab(DOCUMENTS)
+    assert make_vocab(DOCUMENTS, "--overwrite")[:5] == list(SPECIAL_TOKENS)
+
+
+def test_a_vocabulary_of_an_earlier_version_has_no_manifest_and_is_replaced(make_vocab, tmp_path):
+    make_vocab(DOCUMENTS)
+    (tmp_path / "vocab.manifest.json").unlink()
+    assert make_vocab(DOCUMENTS)[:5] == list(SPECIAL_TOKENS)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2_chinese.text import corpus
+from gpt2_chinese.text import compressed, corpus
 from gpt2_chinese.text.corpus import (
     DecodeReport,
     check_encoding,
@@ -41,7 +41,7 @@ def read(path: Path, encoding: str = "utf-8", on_error: str = "stop") -> tuple[s
         (SIMPLIFIED.encode("gbk"), "auto", "gb18030"),
         (SIMPLIFIED.encode("gbk"), "gbk", "gbk"),
         ((SIMPLIFIED + "𠮷㐂").encode("gb18030"), "auto", "gb18030"),
-        (TRADITIONAL.encode("big5"), "auto", "big5"),
+        (TRADITIONAL.encode("big5"), "auto", "cp950"),
         (SIMPLIFIED.encode("utf-16"), "auto", "utf-16"),
         (SIMPLIFIED.encode("utf-16"), "utf-16", "utf-16"),
         (SIMPLIFIED.encode("utf-16-le"), "auto", "utf-16-le"),
@@ -68,7 +68,7 @@ def test_encoding_that_cannot_be_told_is_refused(tmp_path):
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 1 << 20])
 def test_bad_byte_is_named_with_line_and_offset_wherever_blocks_end(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(corpus, "_BLOCK", block)
+    monkeypatch.setattr(compressed, "_TEXT_BLOCK", block)
     path = tmp_path / "a.txt"
     good = "第一行\r\n第二行\r第三".encode()
     path.write_bytes(good + b"\xff" + "行\n".encode())
@@ -80,7 +80,7 @@ def test_bad_byte_is_named_with_line_and_offset_wherever_blocks_end(tmp_path, mo
 @pytest.mark.parametrize("encoding", ["utf-8", "gb18030", "big5"])
 @pytest.mark.parametrize("block", [1, 3, 1 << 20])
 def test_bad_bytes_are_skipped_or_replaced_and_counted(tmp_path, monkeypatch, on_error, middle, encoding, block):
-    monkeypatch.setattr(corpus, "_BLOCK", block)
+    monkeypatch.setattr(compressed, "_TEXT_BLOCK", block)
     path = tmp_path / "a.txt"
     path.write_bytes("中文".encode(encoding) + b"\xff" + "好".encode(encoding))
     text, report = read(path, encoding, on_error)
@@ -107,8 +107,65 @@ def test_a_file_of_two_encodings_is_refused_at_the_place_where_it_changes(tmp_pa
     path.write_bytes(first + "这一行是国标码。\n".encode("gbk"))
     with pytest.raises(ValueError, match=rf"mixed\.txt, line 2, byte {len(first)}: not utf-8"):
         read(path)
-    with pytest.raises(ValueError, match="cannot be told"):
+    with pytest.raises(ValueError, match=r"mixed\.txt, line 2: the encoding changes here; some lines are .*--on_error"):
         read(path, "auto")
+
+
+@pytest.mark.parametrize("block", [1, 5, 1 << 20])
+@pytest.mark.parametrize("on_error", ["skip", "replace"])
+def test_lines_of_two_encodings_are_read_each_as_what_it_is_on_request(tmp_path, monkeypatch, block, on_error):
+    monkeypatch.setattr(compressed, "_TEXT_BLOCK", block)
+    path = tmp_path / "mixed.txt"
+    path.write_bytes(SIMPLIFIED.encode() + SIMPLIFIED.encode("gbk"))
+    text, report = read(path, "auto", on_error)
+    assert text == 2 * SIMPLIFIED
+    assert report.other_lines == {"gb18030": SIMPLIFIED.count("\n")} and report.bad_bytes == 0
+    assert "lines are not" in report.warnings(path, on_error)[0]
+
+
+def test_the_place_where_a_long_file_changes_its_encoding_is_named(tmp_path):
+    path = tmp_path / "long.txt"
+    first = (SIMPLIFIED * 1000).encode()
+    path.write_bytes(first + SIMPLIFIED.encode("gbk") * 3)
+    with pytest.raises(ValueError, match=rf"line {first.count(10) + 1}, byte {len(first)}.*from here on.* gb18030"):
+        read(path, "auto")
+    text, report = read(path, "auto", "skip")
+    assert text == SIMPLIFIED * 1003
+    assert report.other_lines == {"gb18030": 3 * SIMPLIFIED.count("\n")}
+
+
+def test_a_line_of_utf8_in_a_gbk_file_is_not_read_as_gbk_though_it_is_valid(tmp_path):
+    path = tmp_path / "a.txt"
+    line = "孩子咳嗽怎么办？\n"
+    assert line.encode().decode("gb18030"), "valid as mojibake"
+    path.write_bytes(SIMPLIFIED.encode("gbk") * 20 + line.encode() + SIMPLIFIED.encode("gbk"))
+    with pytest.raises(ValueError, match=f"a.txt, line {20 * SIMPLIFIED.count(chr(10)) + 1}, byte .*: not gb18030"):
+        read(path, "auto")
+    text, report = read(path, "auto", "skip")
+    assert text == SIMPLIFIED * 20 + line + SIMPLIFIED
+    assert report.other_lines == {"utf-8": 1}
+
+
+def test_one_bad_byte_is_named_and_counted_and_spoils_nothing(tmp_path):
+    path = tmp_path / "a.txt"
+    data = SIMPLIFIED.encode()
+    path.write_bytes(data[:60] + b"\xff" + data[60:])
+    with pytest.raises(ValueError, match="line 1, byte 60: not utf-8; the rest of the file is utf-8; --on_error skip"):
+        read(path, "auto")
+    text, report = read(path, "auto", "replace")
+    assert (text.replace("\ufffd", ""), text.count("\ufffd"), report.bad_bytes) == (SIMPLIFIED, 1, 1)
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "big5", "cp949"])
+def test_utf8_read_as_another_encoding_on_request_is_warned_about(tmp_path, encoding):
+    path = tmp_path / "a.txt"
+    path.write_bytes(SIMPLIFIED.encode())
+    _, report = read(path, encoding, "skip")
+    assert any("it is valid UTF-8 and was read as" in line for line in report.warnings(path, "skip"))
+    path.write_bytes(SIMPLIFIED.encode("gb18030") + b"ascii")
+    assert not read(path, "gb18030")[1].is_utf8_too
+    path.write_bytes(b"ascii alone")
+    assert not read(path, "gb18030")[1].is_utf8_too
 
 
 def test_a_line_of_100_megabytes_is_one_document(tmp_path):
@@ -128,8 +185,12 @@ def test_gzip_is_read_and_a_damaged_one_is_named(tmp_path):
     path.write_bytes(data)
     assert read(path)[0] == SIMPLIFIED
     path.write_bytes(data[:-10])
-    with pytest.raises(ValueError, match=r"a\.txt\.gz is not a whole gzip file"):
-        read(path)
+    for encoding in ("utf-8", "auto"):
+        with pytest.raises(ValueError, match=r"a\.txt\.gz is cut off at byte"):
+            read(path, encoding)
+        text, report = read(path, encoding, "skip")
+        assert SIMPLIFIED.startswith(text.removesuffix("\n")) and text
+        assert "read in part only: it is cut off" in "".join(report.warnings(path, "skip"))
 
 
 def test_nul_characters_are_kept_and_counted(tmp_path):
@@ -145,11 +206,36 @@ def test_unknown_encoding_is_refused(name):
         check_encoding(name)
 
 
-def test_files_come_in_name_order_and_others_are_left_alone(tmp_path):
-    for name in ("b.txt", "a.txt", "c.TXT", "d.txt.gz", "e.md", "train.json"):
+def test_files_come_in_natural_order_and_others_are_left_alone(tmp_path):
+    for name in ("b.txt", "a10.txt", "a9.txt", "c.TXT", "d.txt.gz", "e.md", "train.json", "~$a9.txt", "._b.txt"):
         (tmp_path / name).touch()
     (tmp_path / "folder.txt").mkdir()
-    assert [path.name for path in txt_files(tmp_path)] == ["a.txt", "b.txt", "c.TXT", "d.txt.gz"]
+    passed_over: list[Path] = []
+    files = txt_files(tmp_path, passed_over=passed_over)
+    assert [path.name for path in files] == ["a9.txt", "a10.txt", "b.txt", "c.TXT", "d.txt.gz"]
+    assert [path.name for path in passed_over] == ["._b.txt", "~$a9.txt"]
+
+
+@pytest.mark.parametrize(
+    "line", ["\u200b", " \u3000\xa0", "\ufeff", "\u3164", "\u2800\u2060", "\x00\x1b", "\u202a\u202c", "\ufe0f\u00ad"]
+)
+def test_a_line_that_shows_nothing_is_blank(line):
+    text = f"一\n{line}\n二\n"
+    assert list(split_documents([text], "line")) == list(split_documents([text], "paragraph")) == ["一", "二"]
+    assert list(split_documents([line], "file")) == []
+
+
+@pytest.mark.parametrize("document", ["❤\ufe0f", "a\u200bb", "क्\u200d", "👨\u200d👩", "ㄱ\u3164ㄴ"])
+def test_invisible_characters_within_a_text_stay(document):
+    assert list(split_documents([f"\ufeff{document}\u200b\n"], "line")) == [document]
+
+
+def test_page_breaks_and_vertical_tabs_are_spaces(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("一页\x0c二页\x0b三\u0085四\t五\u2028六\n".encode())
+    text, report = read(path)
+    assert (text, report.odd_spaces) == ("一页 二页 三 四\t五\u2028六\n", 3)
+    assert "3 page breaks" in report.warnings(path, "stop")[0]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,15 @@ from gpt2_chinese.text.preparation import (
 from gpt2_chinese.text.tokenizers import TokenizerSpec
 from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS
 from gpt2_chinese.text.word_table import DOCUMENT_END, LINE_BREAK_WORD, WordTable, class_by_rules
-from gpt2_chinese.text.word_tokenizer import BYTE_TOKENS, LINE_BREAK, RULES, WordSplitter, WordTokenizer, fold_word
+from gpt2_chinese.text.word_tokenizer import (
+    BYTE_TOKENS,
+    KEEP_CASE,
+    LINE_BREAK,
+    RULES,
+    WordSplitter,
+    WordTokenizer,
+    fold_word,
+)
 
 TEXT = st.text(
     st.one_of(
@@ -63,7 +71,7 @@ def numbered_words(table: WordTable, documents: list[str], rules: int = 2) -> li
 
 
 @settings(max_examples=300)
-@given(documents=st.lists(TEXT, min_size=1, max_size=5), rules=st.sampled_from(sorted(RULES)))
+@given(documents=st.lists(TEXT, min_size=1, max_size=5), rules=st.sampled_from([1, 2, 2 + KEEP_CASE]))
 def test_numbered_words_are_those_of_the_splitter(documents, rules):
     splitter = WordSplitter(shared_segmenter(), RULES[rules])
     table = word_table_of(rules)
@@ -140,6 +148,50 @@ def test_counts_of_the_reference_are_those_of_the_segmenter(documents):
             if word != "\n":
                 expected[word] = expected.get(word, 0) + 1
     assert list(count_batch_of_reference(documents).items()) == list(expected.items())
+
+
+SPACED_TEXT = st.text(st.sampled_from("中大的。，abCD12é ßΣ한가ア𠮷  \n\x00\u200b\x07\u0301"), max_size=40)
+
+
+@settings(max_examples=60)
+@given(documents=st.lists(SPACED_TEXT, max_size=4))
+@example(documents=["中 a b", " a  b ", "a\nb "])
+def test_what_is_changed_is_counted_by_kind(documents):
+    tokenizer = WordTokenizer(VOCABULARY)
+    _, report = tokenize_batch((Tokenizing(TokenizerSpec("word", VOCABULARY), 0), documents))
+    kept = [document for document in documents if document]
+    assert report.white_space == sum(d.count(" ") - tokenizer.normalize(d).count(" ") for d in kept)
+    assert report.dropped_characters == sum(d.count("\x00") + d.count("\x07") for d in kept)
+    assert report.case == sum(c != c.lower() for d in kept for c in d)
+    assert report.accents == 0
+    changes = report.changes()
+    for kind, change in changes.items():
+        assert bool(change["examples"]) == bool(change["count"]), kind
+        assert len(change["examples"]) <= 3
+
+
+def test_white_space_of_other_kinds_counts_as_changed_where_it_becomes_a_space():
+    tokenizing = Tokenizing(TokenizerSpec("word", VOCABULARY), 0)
+    for text, changed in (("a\tb", 1), ("a \tb", 1), ("a\u3000b", 1), ("a b", 0), ("中\tb", 1), ("a \u00a0 b", 2)):
+        assert tokenize_batch((tokenizing, [text]))[1].white_space == changed, repr(text)
+
+
+def test_examples_of_changes_depend_on_the_documents_alone():
+    tokenizing = Tokenizing(TokenizerSpec("word", VOCABULARY), 0)
+    documents = ["Abc 中 DEF ghI", "Jkl Abc"]
+    expected = tokenize_batch((tokenizing, documents))[1].changes()
+    tokenize_batch((tokenizing, ["Zzz 中文 Yyy"] * 3))
+    assert tokenize_batch((tokenizing, documents))[1].changes() == expected
+    assert expected["case"] == {"count": 7, "examples": ["Abc → abc", "DEF → def", "ghI → ghi"]}
+
+
+def test_bert_counts_the_accents_that_it_drops():
+    _, report = tokenize_batch((Tokenizing(TokenizerSpec("char", CHARACTERS), 0), ["Café 中 Ünï\x00"]))
+    changes = report.changes()
+    assert [changes[kind]["count"] for kind in ("case", "accents", "white_space", "control")] == [2, 3, 2, 1]
+    assert changes["accents"]["examples"] == ["Café → cafe", "Ünï → uni"]
+    _, report = tokenize_batch((Tokenizing(TokenizerSpec("char", CHARACTERS, lowercase=False), 0), ["Café"]))
+    assert (report.case, report.accents) == (0, 0)
 
 
 def test_a_table_that_forgot_its_words_gives_no_stale_ids(monkeypatch):

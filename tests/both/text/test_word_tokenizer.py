@@ -18,7 +18,6 @@ from gpt2_chinese.text.word_tokenizer import (
     WordSplitter,
     WordTokenizer,
     clean,
-    dropped_characters,
     fold,
     is_spaced,
     join_tokens,
@@ -222,8 +221,7 @@ def test_punctuation_splits_and_is_whole(character):
         assert split_punctuation(word) == ["a", character, "b"]
 
 
-def test_dropped_characters_are_counted():
-    assert dropped_characters("a\x00\x00b\x1b c\n") == 3
+def test_control_characters_are_dropped_and_white_space_is_a_space():
     assert clean("a\x00\x00b\x1b c\u3000\x0c") == "ab c  "
 
 

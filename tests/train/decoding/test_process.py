@@ -52,7 +52,7 @@ def alive(pid: int) -> bool:
         assert error.errno == errno.ESRCH
         return False
     # A zombie has ended too.
-    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return "Z" not in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
 
 
 @pytest.fixture(scope="module")

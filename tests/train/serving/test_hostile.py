@@ -97,7 +97,9 @@ def test_weights_that_are_truncated_or_overwritten_while_they_are_served_are_not
                 assert await post(session, "/generate", **fields) == first
             weights.write_bytes(kept)
         assert first[0] == 200
-        assert "model.safetensors" not in "".join(Path(f"/proc/{pid}/maps").read_text() for pid in server.processes())
+        assert "model.safetensors" not in "".join(
+            Path(f"/proc/{pid}/maps").read_text(encoding="utf-8") for pid in server.processes()
+        )
 
     run(test)
 

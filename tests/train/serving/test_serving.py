@@ -89,8 +89,8 @@ def test_a_model_that_takes_its_process_down_leaves_a_server_that_says_so(folder
     answers: list[tuple[int, dict]] = []
     with serving.Server(folder, "--device", "cpu", "--batch_size", "1") as server:
         own, model = server.processes()
-        assert "libtorch" in Path(f"/proc/{model}/maps").read_text()
-        assert "libtorch" not in Path(f"/proc/{own}/maps").read_text()
+        assert "libtorch" in Path(f"/proc/{model}/maps").read_text(encoding="utf-8")
+        assert "libtorch" not in Path(f"/proc/{own}/maps").read_text(encoding="utf-8")
         waiting = threading.Thread(target=long_request)
         waiting.start()
         deadline = time.monotonic() + 10
@@ -126,7 +126,7 @@ def test_two_devices_are_two_processes_on_one_port_and_one_that_ends_ends_all(fo
                     return json.load(response)
 
             assert len({tuple(ask()) for _ in range(20)}) == 1
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
             assert len(children) == 2
             begin = time.monotonic()
             os.kill(int(children[0]), signal.SIGKILL)

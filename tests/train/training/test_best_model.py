@@ -128,7 +128,7 @@ def test_two_ranks_keep_the_best_model_of_one(train):
     assert run(train, *OVERFITTING, epochs=3, device="cpu,cpu") == 0
     assert (
         facts("best_model")["updates"]
-        == json.loads(Path("one/best_model/manifest.json").read_text())["facts"]["updates"]
+        == json.loads(Path("one/best_model/manifest.json").read_text(encoding="utf-8"))["facts"]["updates"]
     )
     assert_same_weights(weights("one/best_model"), weights("model/best_model"), rtol=1e-4, atol=1e-5)
 

@@ -52,6 +52,16 @@ def test_with_teachers_the_gradient_is_that_of_the_mixed_loss_and_the_value_that
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
 
 
+def test_without_teachers_their_share_changes_nothing():
+    model, input_ids = tiny_model(), torch.randint(5, 200, (3, 16), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for share in (0.0, 0.6):
+        model.zero_grad()
+        WindowLoss(model, teacher_share=share)(input_ids).backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
 def test_the_loss_of_a_gpu_with_teachers_is_that_of_a_cpu():
     student, teacher, other = tiny_model(), tiny_model().requires_grad_(False), tiny_model().requires_grad_(False)
     teacher.transformer.wte.weight.mul_(1.5)

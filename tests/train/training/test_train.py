@@ -280,7 +280,7 @@ def test_max_steps_ends_a_run_in_the_middle_of_an_epoch_as_at_its_end(train, cap
     run(train, epochs=3, stride=3, batch_size=2, val_fraction=0.1, max_steps=0, output_dir="whole")
     whole = len(scalars()["loss"])
     run(train, epochs=3, stride=3, batch_size=2, val_fraction=0.1, max_steps=whole // 2)
-    points = [json.loads(line) for line in Path("model/metrics.jsonl").read_text().splitlines()]
+    points = [json.loads(line) for line in Path("model/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [point["step"] for point in points if point["kind"] == "validation"][-1] == whole // 2
     assert [point["step"] for point in points if point["kind"] == "train"][-1] == whole // 2
     assert "--max_steps" in capsys.readouterr().out
@@ -804,3 +804,19 @@ def test_no_cpu_fallback_happens_silently(train, monkeypatch, capsys):
 def test_two_runs_do_not_write_into_one_folder(train):
     with train.exclusive_lock("model"), pytest.raises(BlockingIOError, match="another run"):
         run(train)
+
+
+def test_pieces_that_are_mostly_unknown_are_refused_unless_allowed(train, capsys):
+    write_corpus([60, 60])
+    write_shape()
+    path = Path("tokenized/manifest.json")
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    for unknown, allowed in ((2, True), (24, False), (24, True)):
+        changed = manifest | {"documents": 2, "tokens": 104, "unknown_tokens": unknown}
+        path.write_text(json.dumps(changed), encoding="utf-8")
+        if not allowed:
+            with pytest.raises(ValueError, match=r"24\.0% of the tokens are \[UNK\].*--allow_unk"):
+                run(train, max_steps=1)
+            continue
+        assert run(train, *(["--allow_unk", "--overwrite"] if unknown == 24 else []), max_steps=1) == 0
+        assert f"warning: {unknown}.0% of the tokens are [UNK]" in capsys.readouterr().out

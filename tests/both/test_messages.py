@@ -1,0 +1,94 @@
+"""Messages in Chinese: a table of two columns whose left one is what the code says."""
+
+from __future__ import annotations
+
+import ast
+import io
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt2_chinese.messages import TABLE, TranslatedStream, language_of, translated
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = [*ROOT.glob("*.py"), *(path for path in (ROOT / "gpt2_chinese").rglob("*.py") if path.name != "messages.py")]
+
+
+def printed_texts() -> list[str]:
+    """The strings of the code, with {} for values."""
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append(
+                    "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_every_sentence_of_the_table_is_one_of_the_code():
+    texts = {re.sub(r"^(error|warning|note): ", "", text) for text in printed_texts()}
+    # A few are put together from two strings when they are printed.
+    texts |= {f"{text} {{}}" for text in texts} | {f"{{}}: {text}" for text in texts}
+    missing = [english for english, _ in TABLE if english not in texts]
+    assert not missing
+
+
+def test_both_columns_have_the_same_values():
+    for english, chinese in TABLE:
+        assert sorted(map(int, re.findall(r"\{(\d+)\}", chinese))) == list(range(english.count("{}"))), english
+        assert re.search("[一-鿿]", chinese)
+
+
+@pytest.mark.parametrize(
+    ("english", "chinese"),
+    [
+        ("data/train.json: 2 files, 1,003 documents, 9 characters", "data/train.json：2 个文件，1,003 篇文档，9 字"),
+        ("warning: a b.txt has no document: it is empty or blank", "warning: a b.txt 没有文档：文件是空的或只有空白"),
+        ("error: there is no x: run build_trainfile.py first, or name the file with --raw_data_path",
+         "error: 没有 x：请先运行 build_trainfile.py，或用 --raw_data_path 指定文件"),
+        ("cleaned:\n  html: 3 lines changed, 0 left out", "清洗：\n  html：修改 3 行，去掉 0 行"),
+        ("something else", "something else"),
+        ("  1. ", "  1. "),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_a_line_is_translated_with_its_values(english, chinese):
+    assert translated(english) == chinese
+
+
+def test_a_stream_translates_what_is_printed_and_is_otherwise_itself():
+    stream = io.StringIO()
+    print("chapters: 3", "chapters: 4", sep="\n", file=TranslatedStream(stream))
+    assert stream.getvalue() == "章节：3\n章节：4\n"
+    assert not TranslatedStream(stream).isatty()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "language"),
+    [
+        ([], {"LANG": "zh_CN.UTF-8"}, "zh"),
+        (["--lang", "en"], {"LANG": "zh_CN.UTF-8"}, "en"),
+        (["--quiet", "--lang=zh"], {}, "zh"),
+        ([], {"LC_ALL": "C", "LANG": "zh_CN.UTF-8"}, "en"),
+    ],
+)
+def test_the_flag_goes_before_the_locale(arguments, environment, language):
+    assert language_of(environment, arguments) == language
+
+
+def test_a_script_speaks_chinese_and_its_errors_keep_their_english_word(tmp_path):
+    command = [sys.executable, str(ROOT / "make-tokenized.py"), "--raw_data_path", "nowhere.json"]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "LC_ALL": "zh_CN.UTF-8"}
+    (tmp_path / "vocab.txt").write_text("[SEP]\n[CLS]\n[MASK]\n[PAD]\n[UNK]\n一\n", encoding="utf-8")
+    command += ["--vocab_filename", "vocab.txt", "--tokenizer", "char", "--tokenized_data_path", "out"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8")
+    assert done.returncode == 2
+    assert "error: 没有 nowhere.json：请先运行 build_trainfile.py" in done.stderr
+    assert "分词器：" in done.stdout
