@@ -18,7 +18,7 @@ from queue import SimpleQueue
 
 from gpt2_chinese.artifacts import atomic_write
 from gpt2_chinese.command_line import print_settings, run_script
-from gpt2_chinese.decoding.completion import PRECISIONS, SAMPLING_LIMITS, SamplingParams, TextDelta
+from gpt2_chinese.decoding.completion import PRECISIONS, SAMPLING_LIMITS, Completion, SamplingParams, TextDelta
 from gpt2_chinese.decoding.engine import Engine, choose_device
 from gpt2_chinese.model_folder import load_weights, note_of_a_better_model
 
@@ -71,7 +71,31 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--topp", type=float, default=0.0, help="sample from the likeliest tokens of total probability p, 0 is off"
     )
     parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 avoids repetition (%(default)s)")
+    parser.add_argument(
+        "--min_p", type=float, default=0.0, help="keep tokens of at least this share of the likeliest's, 0 is off"
+    )
+    parser.add_argument(
+        "--presence_penalty", type=float, default=0.0, help="off the logits of tokens made (%(default)s)"
+    )
+    parser.add_argument("--frequency_penalty", type=float, default=0.0, help="the same, each time (%(default)s)")
+    parser.add_argument("--no_repeat_ngram_size", type=int, default=0, help="no n-gram of n tokens twice, 0 is off")
+    parser.add_argument("--logit_bias", nargs="+", metavar="ID=BIAS", default=[], help="added to logits of token ids")
+    parser.add_argument("--bad_words", nargs="+", metavar="TEXT", default=[], help="texts that no completion has")
+    parser.add_argument("--min_tokens", type=int, default=0, help="least tokens of a completion (%(default)s)")
+    parser.add_argument("--ignore_eos", action="store_true", help="never end a document")
+    parser.add_argument("--stop_token_ids", nargs="+", type=int, metavar="ID", default=[], help="ids that end it")
     parser.add_argument("--seed", type=int, help="the same seed gives the same completions (random)")
+    # the candidates
+    parser.add_argument(
+        "--distinct",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="no two completions of a text are the same (on)",
+    )
+    parser.add_argument("--until", choices=["sentence"], help="end a completion with its first sentence")
+    parser.add_argument("--sort", choices=["likely"], help="order the completions by their mean log-probability")
+    parser.add_argument("--scores", action="store_true", help="print the mean log-probability of each completion")
+    parser.add_argument("--best_of", type=int, help="decode so many, and give the --nsamples likeliest")
     # articles to titles, as GPT2-Chinese's generate_texts.py
     parser.add_argument("--titles", help="complete each of these titles, separated by spaces, and write files")
     parser.add_argument("--titles_file", help="the same, a title a line")
@@ -95,6 +119,10 @@ def check_args(args: argparse.Namespace) -> None:
             raise ValueError(f"--{flag} must be from {low} to {high}, it is {value}")
     if args.length < 1 and args.length != -1:
         raise ValueError(f"--length must be 1 or more, or -1 for the model's n_ctx, it is {args.length}")
+    if args.best_of is not None and args.best_of < args.nsamples:
+        raise ValueError(f"--best_of must not be less than --nsamples, {args.nsamples}, it is {args.best_of}")
+    if not all(word.strip() for word in args.bad_words):
+        raise ValueError("--bad_words has a text of white space only; leave it out")
     for flag in ("nsamples", "batch_size", "articles_per_title"):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag} must be 1 or more, it is {getattr(args, flag)}")
@@ -117,10 +145,53 @@ def typed_contexts() -> Iterator[str]:
         yield context
 
 
+def parse_logit_bias(values: Sequence[str]) -> tuple[tuple[int, float], ...]:
+    """The pairs of --logit_bias.
+
+    Raises:
+        ValueError: one of them is not a token id, "=" and a number.
+    """
+    pairs = []
+    for value in values:
+        id_, _, bias = value.partition("=")
+        try:
+            pairs.append((int(id_), float(bias)))
+        except ValueError:
+            raise ValueError(f"--logit_bias {value}: write a token id, = and a number, such as 25=-2.5") from None
+        if not -100 <= pairs[-1][1] <= 100:
+            raise ValueError(f"--logit_bias {value}: the number must be from -100 to 100")
+    return tuple(pairs)
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    return SamplingParams(
+        temperature=args.temperature,
+        top_k=args.topk,
+        top_p=args.topp,
+        repetition_penalty=args.repetition_penalty,
+        min_p=args.min_p,
+        presence_penalty=args.presence_penalty,
+        frequency_penalty=args.frequency_penalty,
+        no_repeat_ngram_size=args.no_repeat_ngram_size,
+        logit_bias=parse_logit_bias(args.logit_bias),
+        bad_words=tuple(args.bad_words),
+        min_tokens=args.min_tokens,
+        ignore_eos=args.ignore_eos,
+        stop_token_ids=tuple(args.stop_token_ids),
+    )
+
+
 def complete(
-    engine: Engine, context: str, length: int, samples: int, params: SamplingParams, seed: int, *, stream: bool
-) -> list[str]:
-    """Complete one context. If it does not fit the model and is truncated, say so on stderr.
+    engine: Engine,
+    context: str,
+    length: int,
+    samples: int,
+    seed: int,
+    args: argparse.Namespace,
+    *,
+    stream: bool,
+) -> list[Completion]:
+    """Complete one context as the flags say. What it does not get, and what is cut off, is said on stderr.
 
     With `stream` the completions are printed while they are decoded: all at once, printed one after the other.
     """
@@ -131,12 +202,27 @@ def complete(
     deltas: SimpleQueue[TextDelta | None] = SimpleQueue()
     on_delta = deltas.put if stream else None
     request = engine.submit(
-        prompt, samples=samples, length=length, sampling_params=params, seed=seed, on_delta=on_delta
+        prompt,
+        samples=samples if args.best_of is None else max(args.best_of, samples),
+        length=length,
+        sampling_params=sampling_params(args),
+        seed=seed,
+        on_delta=on_delta,
+        distinct=args.distinct,
+        until_sentence=args.until == "sentence",
+        scores=True,
     )
     if stream:
         request.future.add_done_callback(lambda _: deltas.put(None))  # also when the model thread has failed
-        print_deltas(context, deltas, samples)
-    return [completion.text for completion in request.future.result()]
+        print_deltas(context, deltas, request.samples)
+    completions = request.future.result()
+    if len(completions) < samples:
+        print(
+            f"note: the model has {len(completions)} different completions of this text, not {samples}", file=sys.stderr
+        )
+    if args.sort == "likely" or args.best_of is not None:
+        completions.sort(key=lambda completion: -(completion.score or 0.0))
+    return completions[:samples]
 
 
 def print_deltas(context: str, deltas: SimpleQueue[TextDelta | None], samples: int) -> None:
@@ -173,17 +259,16 @@ def read_titles(args: argparse.Namespace) -> list[str]:
     return [title for title in titles if title]
 
 
-def write_articles(
-    engine: Engine, titles: Sequence[str], length: int, params: SamplingParams, args: argparse.Namespace
-) -> None:
+def write_articles(engine: Engine, titles: Sequence[str], length: int, args: argparse.Namespace) -> None:
     """Write --articles_per_title completions of each title, as GPT2-Chinese names and forms them."""
-    folder = Path(args.save_path)
+    folder, written = Path(args.save_path), 0
     for number, title in enumerate(titles):
-        texts = complete(engine, title, length, args.articles_per_title, params, args.seed + number, stream=False)
-        for article, text in enumerate(texts):
+        completions = complete(engine, title, length, args.articles_per_title, args.seed + number, args, stream=False)
+        written += len(completions)
+        for article, completion in enumerate(completions):
             with atomic_write(folder / f"{number}-{article}.txt") as file:
-                file.write(f"{title}\n{text}\n")
-    print(f"{len(titles) * args.articles_per_title} articles written to {folder}/{{title}}-{{article}}.txt")
+                file.write(f"{title}\n{completion.text}\n")
+    print(f"{written} articles written to {folder}/{{title}}-{{article}}.txt")
 
 
 def format_sample(number: int, text: str) -> str:
@@ -204,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if better:
         print(f"note: {better}", file=sys.stderr)
     titles = read_titles(args)
-    params = SamplingParams(args.temperature, args.topk, args.topp, args.repetition_penalty)
+    sampling_params(args)  # an error in a flag is said before the model is loaded
     model, tokenizer = load_weights(
         args.model_path,
         device=choose_device(args.device),
@@ -214,26 +299,29 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     tokenizer.encode("你好")  # loads the segmenter now, and not after the first text is typed
 
     saved: list[str] = []
-    max_num_seqs = min(args.batch_size, args.articles_per_title if titles else args.nsamples)
+    samples = args.articles_per_title if titles else args.nsamples
+    max_num_seqs = min(args.batch_size, max(samples, args.best_of or 0))
     with Engine(model, tokenizer, max_num_seqs=max_num_seqs, precision=args.precision) as engine:
         length = engine.n_ctx if args.length == -1 else args.length
         if titles:
-            write_articles(engine, titles, length, params, args)
+            write_articles(engine, titles, length, args)
             return None
         contexts = typed_contexts() if args.prefix is None else iter([args.prefix])
         for index, context in enumerate(contexts):
             # Each text has a seed of its own, so that the same text typed twice gets other completions.
             seed, stream = args.seed + index, args.prefix is None
             try:
-                texts = complete(engine, context, length, args.nsamples, params, seed, stream=stream)
+                completions = complete(engine, context, length, args.nsamples, seed, args, stream=stream)
             except ValueError as error:
                 if args.prefix is not None:
                     raise ValueError(f"--prefix: {error}") from error
                 print(f"error: {error}", file=sys.stderr)
                 continue
+            texts = [completion.text for completion in completions]
             if args.prefix is not None:
-                for number, text in enumerate(texts, start=1):
-                    print(format_sample(number, text), flush=True)
+                for number, completion in enumerate(completions, start=1):
+                    score = f"score {completion.score:.3f}\n" if args.scores and completion.score is not None else ""
+                    print(format_sample(number, completion.text) + score, flush=True)
             if args.save_samples:
                 saved += texts
                 # Written after every text, so that Ctrl-C loses none.

@@ -28,9 +28,16 @@ from aiohttp import web
 
 from gpt2_chinese.best_model import note_of_a_better_model
 from gpt2_chinese.command_line import print_settings, run_script, say
-from gpt2_chinese.decoding.completion import EngineStopped
+from gpt2_chinese.decoding.completion import Completion, EngineStopped
 from gpt2_chinese.decoding.process import EngineOptions, EngineProcess
-from gpt2_chinese.serving.api import MAX_TOKENS, parse_generate, parse_json_object, parse_v1
+from gpt2_chinese.serving.api import (
+    MAX_TOKENS,
+    parse_detokenize,
+    parse_generate,
+    parse_json_object,
+    parse_tokenize,
+    parse_v1,
+)
 from gpt2_chinese.serving.connections import open_socket, url_of
 from gpt2_chinese.serving.devices import run_for_each_device
 from gpt2_chinese.serving.errors import ApiError
@@ -74,6 +81,8 @@ TOKENS_HEADER = "X-Tokens"
 """The number of tokens generated for the answer."""
 MAX_INLINE_ANSWER = 1 << 16
 """Bytes of an answer that is turned into JSON in the event loop."""
+MISSING_HEADER = "X-Samples-Missing"
+"""The number of samples that were asked for and are not there, since the model has no more different texts."""
 SWITCH_SECONDS = 0.0005
 """Longest time that one Python thread keeps the others waiting: tokenizing a long text must not delay short answers."""
 
@@ -106,6 +115,8 @@ def build_app(service: Service, cors_origins: Sequence[str] = ("*",)) -> web.App
     app.router.add_get("/openapi.json", handle_openapi, allow_head=False, expect_handler=expect_continue)
     if service.admin_keys:
         app.router.add_post(ADMIN_PATH + "reload", handle_reload, expect_handler=expect_continue)
+    app.router.add_post("/tokenize", handle_tokenize, expect_handler=expect_continue)
+    app.router.add_post("/detokenize", handle_detokenize, expect_handler=expect_continue)
     if cors_origins:
         allow_cors(app, cors_origins)
     return app
@@ -122,7 +133,7 @@ def allow_cors(app: web.Application, origins: Sequence[str]) -> None:
         allow_credentials=False,
         allow_headers="*",
         allow_methods="*",
-        expose_headers=(CUT_HEADER, TOKENS_HEADER, "Retry-After"),
+        expose_headers=(CUT_HEADER, TOKENS_HEADER, MISSING_HEADER, "Retry-After"),
     )
     cors = aiohttp_cors.setup(app, defaults=dict.fromkeys(origins, options))
     for route in list(app.router.routes()):
@@ -136,14 +147,26 @@ def allow_cors(app: web.Application, origins: Sequence[str]) -> None:
 async def handle_generate(request: web.Request) -> web.StreamResponse:
     """POST /generate and POST /: a JSON array of texts, or server-sent events."""
     service = request.app[SERVICE]
-    completion_request = parse_generate(await read_body(request), service.limits)
+    completion_request = parse_generate(
+        await read_body(request), service.limits, lambda name: service.model(name).vocab_size
+    )
     async with submit(service, completion_request) as running:
         if completion_request.stream:
             return await stream_sse(request, running, GenerateEvents(running), cut_header(running))
         completions = await running.completions()
-        headers = {**cut_header(running), TOKENS_HEADER: str(count_tokens(completions))}
-        body = await encode(service, running, lambda: [completion.text for completion in completions[0]])
+        headers = {**cut_header(running), **missing_header(running), TOKENS_HEADER: str(count_tokens(completions))}
+        body = await encode(service, running, lambda: generate_answer(completions[0], completion_request.with_scores))
         return encoded_response(body, headers=headers)
+
+
+def generate_answer(completions: Sequence[Completion], with_scores: bool) -> list[Any]:
+    """What /generate answers: texts, or objects with their scores."""
+    if not with_scores:
+        return [completion.text for completion in completions]
+    return [
+        {"text": one.text, "score": round(one.score or 0.0, 4), "finish_reason": one.finish_reason}
+        for one in completions
+    ]
 
 
 async def handle_v1_completions(request: web.Request) -> web.StreamResponse:
@@ -157,7 +180,30 @@ async def handle_v1_completions(request: web.Request) -> web.StreamResponse:
             return await stream_sse(request, running, response, cut_header(running))
         completions = await running.completions()
         body = await encode(service, running, lambda: response.body(completions))
-        return encoded_response(body, headers=cut_header(running))
+        return encoded_response(body, headers=cut_header(running) | missing_header(running))
+
+
+async def handle_tokenize(request: web.Request) -> web.Response:
+    """POST /tokenize: the ids of a text, with vLLM's names."""
+    service = request.app[SERVICE]
+    fields = parse_tokenize(await read_body(request))
+    model = service.model(fields["model"])
+    engine = service.ready_engine(model)
+    tokenizer, text = engine.tokenizer, fields["prompt"]
+    ids = await model.with_tokenizer(lambda: tokenizer.encode(text), len(text))
+    if fields["add_special_tokens"]:
+        ids = [tokenizer.marks.begin, *ids]
+    names = [tokenizer.vocabulary[id_] for id_ in ids] if fields["return_token_strs"] else None
+    return json_response({"count": len(ids), "max_model_len": engine.n_ctx, "tokens": ids, "token_strs": names})
+
+
+async def handle_detokenize(request: web.Request) -> web.Response:
+    """POST /detokenize: the text of ids, with vLLM's names."""
+    service = request.app[SERVICE]
+    fields = parse_detokenize(await read_body(request), service.limits, lambda name: service.model(name).vocab_size)
+    model = service.model(fields["model"])
+    tokenizer, ids = service.ready_engine(model).tokenizer, fields["tokens"]
+    return json_response({"prompt": await model.with_tokenizer(lambda: tokenizer.decode(ids), len(ids))})
 
 
 async def encode(service: Service, running: RunningRequest, value: Callable[[], Any]) -> bytes:
@@ -201,6 +247,10 @@ async def read_body(request: web.Request, *, admitted: bool = True) -> bytes:
 
 def cut_header(running: RunningRequest) -> dict[str, str]:
     return {CUT_HEADER: str(running.cut_tokens)} if running.cut_tokens else {}
+
+
+def missing_header(running: RunningRequest) -> dict[str, str]:
+    return {MISSING_HEADER: str(running.num_missing)} if running.num_missing else {}
 
 
 # The models and the server's state.

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-from gpt2_chinese.decoding.completion import Prompt  # noqa: E402
+from gpt2_chinese.decoding.completion import Prompt, SamplingParams  # noqa: E402
 from gpt2_chinese.decoding.engine import Engine  # noqa: E402
 from gpt2_chinese.model_folder import save_model  # noqa: E402
 from gpt2_chinese.precision import has_bf16  # noqa: E402
@@ -133,13 +133,14 @@ def convert_for_ctranslate2(model: GPT2LMHeadModel, folder: Path) -> Path:
 
 
 def engine_contender(engine: Engine) -> Contender:
-    # [CLS] would end a sample early; here all have the same length.
-    suppressed = engine.sampler.suppressed_ids
-    engine.sampler.suppressed_ids = torch.cat([suppressed, suppressed.new_tensor([CLS_ID])])
     prompt = Prompt("", tuple(prompt_ids()), 0)
+    params = SamplingParams(ignore_eos=True)  # here all samples have the same length
 
     def generate(requests: int, samples: int, tokens: int) -> None:
-        submitted = [engine.submit(prompt, samples=samples, length=tokens, seed=seed) for seed in range(requests)]
+        submitted = [
+            engine.submit(prompt, samples=samples, length=tokens, sampling_params=params, seed=seed)
+            for seed in range(requests)
+        ]
         for request in submitted:
             completions = request.future.result()
             assert all(len(completion.ids) == tokens for completion in completions)

@@ -117,6 +117,7 @@ async def post_stream(session: aiohttp.ClientSession, fields: dict[str, Any]) ->
         if response.status != 200:
             return response.status, []
         texts = [fields["context"]] * fields["samples"]
+        ended: set[int] = set()  # without those that the model has no different text for
         name = ""
         async for line in response.content:
             if line.startswith(b"event: "):
@@ -124,7 +125,10 @@ async def post_stream(session: aiohttp.ClientSession, fields: dict[str, Any]) ->
             elif line.startswith(b"data: ") and name == "text":
                 data = json.loads(line[6:])
                 texts[data["sample"]] += data["text"]
-        return (200 if name == "done" else 0), texts
+            elif line.startswith(b"data: ") and name == "end":
+                data = json.loads(line[6:])
+                ended |= {data["sample"]} if data["finish_reason"] != "missing" else set()
+        return (200 if name == "done" else 0), [texts[sample] for sample in sorted(ended)]
 
 
 async def post_v1(session: aiohttp.ClientSession, fields: dict[str, Any]) -> tuple[int, list[str]]:

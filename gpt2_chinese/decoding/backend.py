@@ -39,7 +39,8 @@ class Request:
     """A submitted request; `CompletionBackend.submit` describes its fields.
 
     Attributes:
-        future: gets the completions, in the order of the samples.
+        future: gets the completions, in the order of the samples; fewer than `samples` if the model has no more
+            different ones.
         prompt_logprobs: set before the first delta if `score_prompt` is.
         first_token_at: when the first token of any sample was sampled, in seconds of `time.monotonic()`; set before
             `future`.
@@ -54,6 +55,9 @@ class Request:
     logprobs: int | None
     score_prompt: bool
     on_delta: Callable[[TextDelta], None] | None
+    distinct: bool = False
+    until_sentence: bool = False
+    scores: bool = False
     future: Future[list[Completion]] = field(default_factory=Future)
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     first_token_at: float | None = None
@@ -175,6 +179,9 @@ class CompletionBackend(ABC):
         logprobs: int | None = None,
         score_prompt: bool = False,
         on_delta: Callable[[TextDelta], None] | None = None,
+        distinct: bool = False,
+        until_sentence: bool = False,
+        scores: bool = False,
     ) -> Request:
         """Queue a request and return at once.
 
@@ -188,6 +195,9 @@ class CompletionBackend(ABC):
             logprobs: alternatives reported for each token, 0 to MAX_LOGPROBS; None reports no log-probabilities.
             score_prompt: report the log-probabilities of the prompt's own tokens too (`Request.prompt_logprobs`).
             on_delta: called in another thread with every TextDelta; it must be quick and must not raise.
+            distinct: no two samples have the same text.
+            until_sentence: a completion ends with its first sentence.
+            scores: report the mean log-probability of each sample.
 
         Raises:
             EngineFull: the queue has no room for so many sequences.
@@ -204,19 +214,27 @@ class CompletionBackend(ABC):
             raise ValueError(f"logprobs must be from 0 to {MAX_LOGPROBS}, it is {logprobs}")
         if not 1 <= len(prompt.ids) <= self.n_ctx:
             raise ValueError(f"a prompt must have 1 to {self.n_ctx} ids, this one has {len(prompt.ids)}")
-        sampling_params = sampling_params or SamplingParams()
-        if 0 < sampling_params.top_p < MIN_TOP_P:  # as a float32 it could be 0, which is off
-            sampling_params = replace(sampling_params, top_p=MIN_TOP_P)
+        params = sampling_params or SamplingParams()
+        if 0 < params.top_p < MIN_TOP_P:  # as a float32 it could be 0, which is off
+            params = replace(params, top_p=MIN_TOP_P)
+        for id_ in (*params.stop_token_ids, *(id_ for id_, _ in params.logit_bias)):
+            if not 0 <= id_ < len(self.tokenizer):
+                raise ValueError(f"token id {id_} is not in the vocabulary of {len(self.tokenizer)} tokens")
+        if distinct and (params.temperature == 0 or params.top_k == 1):
+            samples = 1  # there is only one text
         return self._enqueue(
             prompt=prompt,
             samples=samples,
             length=length,
-            sampling_params=sampling_params,
+            sampling_params=params,
             seed=secrets.randbits(63) if seed is None else seed,
             stop=tuple(stop),
             logprobs=logprobs,
             score_prompt=score_prompt,
             on_delta=on_delta,
+            distinct=distinct,
+            until_sentence=until_sentence,
+            scores=scores,
         )
 
     def has_room(self, samples: int) -> bool:
@@ -243,10 +261,13 @@ class CompletionBackend(ABC):
         length: int = 50,
         sampling_params: SamplingParams | None = None,
         seed: int | None = None,
+        distinct: bool = False,
     ) -> list[str]:
         """Complete a context and wait for the texts; each begins with the context exactly as it was given."""
         prompt = self.prompt(context, length)
-        request = self.submit(prompt, samples=samples, length=length, sampling_params=sampling_params, seed=seed)
+        request = self.submit(
+            prompt, samples=samples, length=length, sampling_params=sampling_params, seed=seed, distinct=distinct
+        )
         return [completion.text for completion in request.future.result()]
 
     def _why_stopped(self) -> str:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2_chinese.compiled import is_cached, load_function
-from gpt2_chinese.decoding import sampling
+from gpt2_chinese.decoding import batch_sampler, sampling
 from gpt2_chinese.decoding.decoder import Decoder, PrefilledPrompt, check_model
 from gpt2_chinese.decoding.sampling import CompiledSampler
 
@@ -175,6 +175,7 @@ class CompiledDecoder:
         if config.activation_function not in ACTIVATION_CODES:
             raise ValueError(f"the compiled decoder has no activation function {config.activation_function}")
         self._function = load_decoder_kernel()
+        batch_sampler.load_logits_kernel()  # now, and not when the first token is drawn
         self.max_num_seqs = max_num_seqs
         self.n_ctx = min(getattr(config, "n_ctx", config.n_positions), config.n_positions)
         self.vocab_size = model.lm_head.weight.shape[0]
@@ -453,7 +454,8 @@ def load_decoder_kernel() -> Callable[..., None]:
 
 def is_decoder_cached() -> bool:
     """Whether the machine code is cached on disk, so that a CompiledDecoder is built without compiling."""
-    return is_cached(KERNEL_MODULE, KERNEL_SOURCES) and is_cached(sampling.KERNEL_MODULE, sampling.KERNEL_SOURCES)
+    kernels = [(module.KERNEL_MODULE, module.KERNEL_SOURCES) for module in (batch_sampler, sampling)]
+    return all(is_cached(*kernel) for kernel in [(KERNEL_MODULE, KERNEL_SOURCES), *kernels])
 
 
 def make_cpu_decoder(model: Any, max_num_seqs: int, precision: str) -> CompiledDecoder | Decoder:

@@ -11,7 +11,12 @@ SAMPLING_LIMITS: dict[str, tuple[float, float]] = {
     "temperature": (0, 10),
     "top_k": (0, 1_000_000),
     "top_p": (0, 1),
+    "min_p": (0, 1),
     "repetition_penalty": (0.1, 10),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "no_repeat_ngram_size": (0, 1000),
+    "min_tokens": (0, 2**31 - 1),
     "seed": (-(2**63), 2**63 - 1),
 }
 """The least and the greatest value of each sampling parameter; both are allowed."""
@@ -24,13 +29,34 @@ MAX_LOGPROBS = 5
 class SamplingParams:
     """How tokens are sampled; values within SAMPLING_LIMITS.
 
-    Temperature 0 is greedy; top_k 0, top_p 0 (or 1) and repetition_penalty 1 are off.
+    Temperature 0 is greedy; top_k 0, top_p 0 (or 1), repetition_penalty 1 and a 0 of the others are off.
+
+    Attributes:
+        min_p: keep tokens of at least this share of the likeliest one's probability.
+        repetition_penalty: of the tokens of prompt and completion, multiplied.
+        presence_penalty, frequency_penalty: subtracted from the logits of the completion's tokens, once, and once for
+            each time that it has the token.
+        no_repeat_ngram_size: no n-gram of so many tokens occurs twice in prompt and completion.
+        logit_bias: token ids with what is added to their logits.
+        bad_words: texts that a completion never has.
+        min_tokens: tokens before a completion may end by the model's will or by `stop_token_ids`.
+        ignore_eos: the token that ends a document is never sampled.
+        stop_token_ids: tokens that end a completion; they are not part of it.
     """
 
     temperature: float = 1.0
     top_k: int = 30
     top_p: float = 0.0
     repetition_penalty: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[str, ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,12 +96,16 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """What one decode step adds to the text of a sample; the last delta of a sample has a `finish_reason`."""
+    """What one decode step adds to the text of a sample; the last delta of a sample has a `finish_reason`.
+
+    It also has the `score` of the sample, where that was asked for.
+    """
 
     sample: int
     text: str
     logprobs: tuple[TokenLogprob, ...]
     finish_reason: str | None
+    score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -88,12 +118,19 @@ class Completion:
         finish_reason: "stop" (`[CLS]`, the end of a document, or a stop string, which is cut off), "length" or
             "cancelled".
         logprobs: those of the tokens whose text is in the continuation; empty unless they were asked for.
+        score: the mean log-probability of the sampled tokens, that which ends a document included, by the model's raw
+            logits; None unless it was asked for.
     """
 
     text: str
     ids: tuple[int, ...]
     finish_reason: str
     logprobs: tuple[TokenLogprob, ...] = ()
+    score: float | None = None
+
+
+MISSING = "missing"
+"""The `finish_reason` of a sample that has no text: the model has fewer texts than were asked for."""
 
 
 class EngineStopped(RuntimeError):

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,18 +21,29 @@ import torch
 from torch import Tensor
 
 from gpt2_chinese.decoding.backend import CompletionBackend, Request
+from gpt2_chinese.decoding.batch_sampler import BatchSampler
 from gpt2_chinese.decoding.compiled_decoder import CompiledDecoder, is_decoder_cached, make_cpu_decoder
-from gpt2_chinese.decoding.completion import Completion, EngineStopped, Prompt, TextDelta, TokenLogprob
+from gpt2_chinese.decoding.completion import MISSING, Completion, EngineStopped, Prompt, TextDelta, TokenLogprob
 from gpt2_chinese.decoding.decoder import Decoder, PrefilledPrompt
 from gpt2_chinese.decoding.detokenizer import IncrementalDetokenizer
+from gpt2_chinese.decoding.distinct import STUCK, UNIT, first_code
 from gpt2_chinese.decoding.graph_decoder import make_gpu_decoder
-from gpt2_chinese.decoding.sampling import BatchSampler, sequence_seed
+from gpt2_chinese.decoding.request_words import RequestWords, VocabularyWords
+from gpt2_chinese.decoding.sampling import request_bits, sequence_seed
+from gpt2_chinese.decoding.whole_characters import CharacterMasks
 from gpt2_chinese.precision import to_device
-from gpt2_chinese.text.tokenizers import Tokenizer
+from gpt2_chinese.text.tokenizers import Tokenizer, bytes_of_tokens
 
 LOGGER = logging.getLogger(__name__)
 MAX_PREFILL_TOKENS_PER_STEP = 512
 """Prompt tokens that are prefilled between two decode steps; more would interrupt the running sequences for longer."""
+MAX_ROUNDS = 4
+"""How often samples that have found no text of their own begin again, without the ways that lead to no other text."""
+TAKEN, BAD = "taken", "bad"
+ROUNDING = 64
+"""By so much the interval of a token that has no alternative may differ from that of the tokens before it."""
+MAX_REDRAWS = 100
+"""Draws of one token, each without those that were unwanted, before the sample is taken to have no other text."""
 
 
 @dataclass(eq=False)
@@ -40,9 +51,18 @@ class _EngineRequest(Request):
     """A request and its progress.
 
     Attributes:
-        num_admitted: samples that have, or had, a batch slot.
+        order: the samples in the order of their admission; those that begin again are there again.
+        num_admitted: how many of `order` have, or had, a batch slot.
         prefilled: the prompt's prefill, kept while some samples still wait for a slot.
         completions: of the samples that have ended.
+        num_finished: samples that have ended, those without a text included.
+        words: what its settings mean for the vocabulary.
+        texts: of the samples that have ended, if these must be different.
+        round: how often samples have begun again.
+        num_in_round: samples that have begun in this round.
+        stuck: samples of this round that have found no text of their own.
+        dead_ends: by the tokens so far, those that lead to texts of other samples only.
+        has_new_dead_end: whether one was found in this round.
     """
 
     cancelled: bool = False
@@ -50,6 +70,25 @@ class _EngineRequest(Request):
     num_admitted: int = 0
     prefilled: PrefilledPrompt | None = None
     completions: dict[int, Completion] = field(default_factory=dict)
+    num_finished: int = 0
+    words: RequestWords | None = None
+    texts: set[str] = field(default_factory=set)
+    round: int = 0
+    num_in_round: int = 0
+    stuck: list[int] = field(default_factory=list)
+    dead_ends: dict[tuple[int, ...], set[int]] = field(default_factory=dict)
+    has_new_dead_end: bool = False
+
+    def __post_init__(self) -> None:
+        self.order = list(range(self.samples))
+        self.num_in_round = self.samples
+        params = self.sampling_params
+        self.must_differ = self.distinct and self.samples > 1
+        """Whether each sample must have a text of its own."""
+        self.checks_tokens = self.must_differ or bool(params.bad_words)
+        """Whether a token may be drawn again for the text that it makes."""
+        self.checks_all_tokens = bool(params.bad_words or self.stop or self.until_sentence or params.stop_token_ids)
+        """Whether any token may be, and not only one that ends a document or reaches the length."""
 
     def cancel(self, sample: int | None = None) -> None:
         if sample is None:
@@ -70,6 +109,10 @@ class _Sequence:
         cache_length: tokens whose keys and values are in the slot; all but the last token after a step.
         num_detokenized: how many of `ids` the detokenizer has got.
         num_logprobs_sent: how many of `logprobs` were in a TextDelta.
+        unsent: text that is settled and was in no TextDelta.
+        logprob_sum, num_scored: of the sampled tokens, if scores were asked for.
+        masses: before each token, of a sample with a code that shares all its tokens with another one (distinct.py).
+        is_taken: whether all texts that it could have become are those of other samples.
     """
 
     request: _EngineRequest
@@ -80,15 +123,39 @@ class _Sequence:
     num_detokenized: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
     num_logprobs_sent: int = 0
+    unsent: str = ""
+    logprob_sum: float = 0.0
+    num_scored: int = 0
+    masses: list[int] = field(default_factory=list)
+    is_taken: bool = False
 
-    def detokenize(self) -> str:
-        """Detokenize the new ids; return the text that is settled by them."""
-        text = self.detokenizer.push(*self.ids[self.num_detokenized :])
+    def dead_end(self) -> int | None:
+        """The place of the last token that had an alternative; None if there was none.
+
+        A token without one has got the whole interval.
+        """
+        assert len(self.masses) == len(self.ids) + 1
+        ends = [*self.masses[1:], 0]  # the last token was not found: its place is no dead end
+        places = [
+            place
+            for place, (mass, after) in enumerate(zip(self.masses, ends, strict=True))
+            if abs(after - mass) > ROUNDING
+        ]
+        return next((place for place in reversed(places) if place < len(self.ids)), None)
+
+    @property
+    def score(self) -> float | None:
+        """The mean log-probability of the sampled tokens, None if it was not asked for."""
+        return self.logprob_sum / self.num_scored if self.num_scored else None
+
+    def detokenize(self) -> None:
+        """Detokenize the new ids."""
+        self.unsent += self.detokenizer.push(*self.ids[self.num_detokenized :])
         self.num_detokenized = len(self.ids)
-        return text
 
-    def send_delta(self, text: str, finish_reason: str | None) -> None:
-        """Call `on_delta` with this text and the logprobs of the tokens that begin in the text sent so far."""
+    def send_delta(self, finish_reason: str | None) -> None:
+        """Call `on_delta` with the unsent text and the logprobs of the tokens that begin in the text sent so far."""
+        text, self.unsent = self.unsent, ""
         if self.request.on_delta is None or not (text or finish_reason):
             return
         begin, sent = self.num_logprobs_sent, self.detokenizer.num_emitted
@@ -97,7 +164,8 @@ class _Sequence:
         ):
             self.num_logprobs_sent += 1
         logprobs = tuple(self.logprobs[begin : self.num_logprobs_sent])
-        self.request.on_delta(TextDelta(self.sample, text, logprobs, finish_reason))
+        score = self.score if finish_reason else None
+        self.request.on_delta(TextDelta(self.sample, text, logprobs, finish_reason, score))
 
 
 class Engine(CompletionBackend):
@@ -157,12 +225,9 @@ class Engine(CompletionBackend):
         self.max_waiting = max_waiting
         self.device = str(self.decoder.device)
         self._on_step_end = on_step_end
-        self.sampler = BatchSampler(
-            max_num_seqs,
-            vocab_size,
-            suppressed_ids=[*tokenizer.marks.never_produced, *range(len(tokenizer), vocab_size)],
-            device=self.decoder.device,
-        )
+        masks = CharacterMasks(bytes_of_tokens(tokenizer), vocab_size, tokenizer.marks.never_produced)
+        self.sampler = BatchSampler(max_num_seqs, masks, end_id=tokenizer.marks.end, device=self.decoder.device)
+        self._vocabulary_words = VocabularyWords(tokenizer, vocab_size)
         self._sequences: list[_Sequence] = []  # sequence i is in slot i of the decoder and of the sampler
         self._waiting: deque[_EngineRequest] = deque()
         self._num_enqueued = 0  # sequences so far
@@ -278,10 +343,12 @@ class Engine(CompletionBackend):
             cancelled = [request for request in self._waiting if request.cancelled]
             if cancelled:
                 self._waiting = deque(request for request in self._waiting if not request.cancelled)
-                self.num_dequeued += sum(request.samples - request.num_admitted for request in cancelled)
+                self.num_dequeued += sum(
+                    request.samples - request.num_admitted for request in cancelled if not request.round
+                )
         for request in cancelled:
             request.prefilled = None
-            for sample in range(request.num_admitted, request.samples):
+            for sample in request.order[request.num_admitted :]:
                 self._finish(self._new_sequence(request, sample), "cancelled")
 
     # Admission.
@@ -304,7 +371,8 @@ class Engine(CompletionBackend):
                 self._finish_scored(request)
                 continue
             num_tokens += len(request.prompt.ids)
-            if request.prefilled is not None or request.samples > free:
+            count = len(request.order) - request.num_admitted
+            if request.prefilled is not None or count > free:
                 if not prompts:
                     self._admit_partly(request, free)
                     return
@@ -312,8 +380,8 @@ class Engine(CompletionBackend):
             if prompts and num_tokens > MAX_PREFILL_TOKENS_PER_STEP:
                 break
             prompts.append((len(self._sequences), request.prompt.ids))
-            samples.append(request.samples)
-            self._allocate_slots(request, request.samples)
+            samples.append(count)
+            self._allocate_slots(request, count)
         if not prompts:
             return
         logits = self.decoder.prefill_batch(prompts)
@@ -330,7 +398,7 @@ class Engine(CompletionBackend):
             request.prefilled = self.decoder.prefill(request.prompt.ids)
             self.prompt_tokens += len(request.prompt.ids)
         prefilled, first_slot = request.prefilled, len(self._sequences)
-        self._allocate_slots(request, min(free, request.samples - request.num_admitted))
+        self._allocate_slots(request, min(free, len(request.order) - request.num_admitted))
         slots = range(first_slot, len(self._sequences))
         for slot in slots:
             self.decoder.load_prefill(slot, prefilled)
@@ -338,20 +406,40 @@ class Engine(CompletionBackend):
 
     def _allocate_slots(self, request: _EngineRequest, count: int) -> None:
         """Put the next samples of the request at the head of the queue into the next slots."""
-        for sample in range(request.num_admitted, request.num_admitted + count):
-            seed = sequence_seed(request.seed, sample)
-            self.sampler.assign(len(self._sequences), request.sampling_params, seed, request.prompt.ids)
+        if request.words is None:
+            request.words = self._vocabulary_words.of_request(request)
+        first_of_round = len(request.order) - request.num_in_round
+        for place in range(request.num_admitted, request.num_admitted + count):
+            sample, code = request.order[place], None
+            if request.must_differ:
+                # In a later round a unit is left for the texts that are taken.
+                bits, codes = request_bits(request.seed + request.round), request.num_in_round + bool(request.round)
+                code = first_code(bits, place - first_of_round, codes), codes * UNIT
+            self.sampler.assign(
+                len(self._sequences),
+                request.sampling_params,
+                sequence_seed(request.seed, sample),
+                request.prompt.ids,
+                length=request.length,
+                bad_words=request.words.bad_words,
+                code=code,
+                end_table=request.words.end_table,
+            )
             self._sequences.append(self._new_sequence(request, sample))
         with self._changed:
             request.num_admitted += count
-            self.num_dequeued += count
-            if request.num_admitted == request.samples:
+            self.num_dequeued += count if not request.round else 0
+            if request.num_admitted == len(request.order):
                 self._waiting.popleft()
                 request.prefilled = None
 
     def _new_sequence(self, request: _EngineRequest, sample: int) -> _Sequence:
-        detokenizer = IncrementalDetokenizer(self.tokenizer, request.prompt, request.stop)
-        return _Sequence(request, sample, detokenizer, cache_length=len(request.prompt.ids))
+        return _Sequence(request, sample, self._new_detokenizer(request), cache_length=len(request.prompt.ids))
+
+    def _new_detokenizer(self, request: _EngineRequest) -> IncrementalDetokenizer:
+        return IncrementalDetokenizer(
+            self.tokenizer, request.prompt, request.stop, until_sentence=request.until_sentence
+        )
 
     def _score_prompt(self, prompt: Prompt, num_alternatives: int) -> tuple[TokenLogprob, ...]:
         """The log-probabilities of the tokens of a prompt that the caller has given."""
@@ -413,17 +501,34 @@ class Engine(CompletionBackend):
         }
         rows = list(num_alternatives)
         raw_logits = logits[rows] if rows else logits  # a copy: the sampler suppresses some
-        tokens = self.sampler.sample(slice(slots.start, slots.stop), logits, self.decoder.compiled_sampler)
+        scored = [row for row, one in enumerate(sequences) if one.request.scores]
+        if scored:
+            scored_logits = logits[scored]  # a copy, too
+            raw_scored = scored_logits, torch.logsumexp(scored_logits, dim=-1)
+        where = slice(slots.start, slots.stop)
+        for slot, sequence in zip(slots, sequences, strict=True):
+            if sequence.request.must_differ and not self._is_settled(slot, sequence):
+                sequence.masses.append(self.sampler.mass(slot))
+        tokens = self.sampler.sample(where, logits, self.decoder.compiled_sampler)
+        if any(one.request.checks_tokens for one in sequences):
+            self._redraw_unwanted(slots, sequences, tokens, logits)
+        self.sampler.commit(where, tokens.numpy())
         logprobs = {}
         if rows:
             reported = self._logprobs(list(num_alternatives.values()), tokens[rows].tolist(), raw_logits)
             logprobs = {slots[row]: logprob for row, logprob in zip(rows, reported, strict=True)}
+        if scored:
+            self._add_scores(sequences, scored, tokens, raw_scored)
         now = time.monotonic()
         # From the last slot on, since the last sequence moves into a slot that is released.
         for slot, sequence, token in reversed(list(zip(slots, sequences, tokens.tolist(), strict=True))):
             request = sequence.request
             request.first_token_at = request.first_token_at or now
-            if token == self.tokenizer.marks.end:
+            if token == STUCK:
+                reason = self._why_stuck(slot, sequence)
+                self._release(slot, reason, begins_again=reason == MISSING and not self._is_settled(slot, sequence))
+                continue
+            if token == self.tokenizer.marks.end or token in request.sampling_params.stop_token_ids:
                 self._release(slot, "stop")
                 continue
             sequence.ids.append(token)
@@ -431,12 +536,100 @@ class Engine(CompletionBackend):
             if slot in logprobs:
                 offset = len(sequence.detokenizer.text)
                 sequence.logprobs.append(TokenLogprob(self.tokenizer.vocabulary[token], *logprobs[slot], offset))
-            if request.stop or request.on_delta is not None or slot in logprobs:
-                sequence.send_delta(sequence.detokenize(), None)
+            if request.stop or request.until_sentence or request.on_delta is not None or slot in logprobs:
+                sequence.detokenize()
+                # What another sample may still end as is not sent.
+                if not request.must_differ or self._is_settled(slot, sequence):
+                    sequence.send_delta(None)
             if sequence.detokenizer.stopped:
                 self._release(slot, "stop")
             elif len(sequence.ids) == request.length:
                 self._release(slot, "length")
+
+    # Tokens that are drawn again: those that would give a text twice, or complete a bad word.
+
+    def _redraw_unwanted(self, slots: range, sequences: Sequence[_Sequence], tokens: Tensor, logits: Tensor) -> None:
+        """Have unwanted tokens drawn again, each from its row of logits, which `sample` has processed."""
+        for row, (slot, sequence, drawn) in enumerate(zip(slots, sequences, tokens.tolist(), strict=True)):
+            request = sequence.request
+            if not request.checks_tokens:
+                continue
+            if request.dead_ends and (dead := request.dead_ends.get(tuple(sequence.ids))):
+                drawn = tokens[row] = self._redraw(slot, logits[row : row + 1], dead, within_filters=True)
+            # Most tokens need no look: they end nothing.
+            is_end = drawn == self.tokenizer.marks.end or len(sequence.ids) + 1 == request.length
+            if not (is_end or request.checks_all_tokens):
+                continue
+            for _ in range(MAX_REDRAWS):
+                token = int(tokens[row])
+                if token == STUCK or not (unwanted := self._why_unwanted(sequence, token)):
+                    break
+                sequence.is_taken = unwanted == TAKEN
+                tokens[row] = self._redraw(slot, logits[row : row + 1], [token], within_filters=sequence.is_taken)
+            else:
+                tokens[row] = STUCK
+
+    def _redraw(self, slot: int, logits: Tensor, without: Iterable[int], *, within_filters: bool) -> int:
+        compiled = self.decoder.compiled_sampler
+        return self.sampler.redraw(slot, logits, without, compiled, within_filters=within_filters)
+
+    def _why_unwanted(self, sequence: _Sequence, token: int) -> str | None:
+        """TAKEN if a token would end the text as another sample's has ended, BAD if it would complete a bad word.
+
+        The text of a wanted token is detokenized by this.
+        """
+        request, words = sequence.request, sequence.request.words
+        assert words is not None
+        is_end = token == self.tokenizer.marks.end or token in request.sampling_params.stop_token_ids
+        is_last = is_end or len(sequence.ids) + 1 == request.length
+        before, unsent = len(sequence.detokenizer.text), sequence.unsent
+        if not is_end:
+            sequence.ids.append(token)
+        sequence.detokenize()
+        text = sequence.detokenizer.text
+        ends = is_last or sequence.detokenizer.stopped
+        unwanted = TAKEN if request.must_differ and ends and text in request.texts else None
+        if words.has_bad_text(request.prompt.context, text, before):
+            unwanted = BAD
+        if not is_end:
+            sequence.ids.pop()  # whoever has asked appends it
+        if unwanted and not is_end:
+            sequence.detokenizer = self._new_detokenizer(request)
+            sequence.detokenizer.push(*sequence.ids)
+            sequence.num_detokenized, sequence.unsent = len(sequence.ids), unsent
+        elif not unwanted and ends:
+            request.texts.add(text)
+        return unwanted
+
+    def _is_settled(self, slot: int, sequence: _Sequence) -> bool:
+        """Whether the text so far is this sample's own and may be sent: it will not begin again."""
+        return not sequence.request.round and self.sampler.is_settled(slot)
+
+    def _why_stuck(self, slot: int, sequence: _Sequence) -> str:
+        """The finish_reason of a sequence that has no token left: its text ends, unless another sample has it."""
+        if not sequence.request.must_differ:
+            return "stop"
+        sequence.detokenize()
+        text = sequence.detokenizer.text
+        if sequence.is_taken or not self._is_settled(slot, sequence) or text in sequence.request.texts:
+            return MISSING
+        sequence.request.texts.add(text)
+        return "stop"
+
+    # Scores.
+
+    def _add_scores(
+        self, sequences: Sequence[_Sequence], rows: list[int], tokens: Tensor, raw: tuple[Tensor, Tensor]
+    ) -> None:
+        """Add the log-probabilities of these rows' tokens, by their raw logits and the logarithm of the sum of all."""
+        raw_logits, log_sums = raw
+        chosen = tokens[rows].clamp_min(0)
+        indices = to_device(chosen, raw_logits.device)[:, None]
+        logprobs = (raw_logits.gather(1, indices)[:, 0] - log_sums).tolist()
+        for row, logprob in zip(rows, logprobs, strict=True):
+            if tokens[row] != STUCK:
+                sequences[row].logprob_sum += logprob
+                sequences[row].num_scored += 1
 
     def _logprobs(
         self, num_alternatives: Sequence[int], tokens: Sequence[int], logits: Tensor
@@ -452,8 +645,11 @@ class Engine(CompletionBackend):
             results.append((top[token], names))
         return results
 
-    def _release(self, slot: int, finish_reason: str) -> None:
-        """End the sequence of a slot; the last sequence moves there, so that the batch stays dense."""
+    def _release(self, slot: int, finish_reason: str, *, begins_again: bool = False) -> None:
+        """End the sequence of a slot; the last sequence moves there, so that the batch stays dense.
+
+        With `begins_again` its sample has found no text of its own, and may begin again when the others have ended.
+        """
         sequence = self._sequences[slot]
         last = len(self._sequences) - 1
         if slot != last:
@@ -461,24 +657,60 @@ class Engine(CompletionBackend):
             self.decoder.copy_slot(last, slot, moved.cache_length)
             self.sampler.move(last, slot)
         self._sequences.pop()
-        self._finish(sequence, finish_reason)
+        if begins_again:
+            self._set_aside(sequence)
+        else:
+            self._finish(sequence, finish_reason)
+
+    def _set_aside(self, sequence: _Sequence) -> None:
+        """Keep the sample of a sequence that is stuck for another round, and note where it should not go again."""
+        request = sequence.request
+        request.stuck.append(sequence.sample)
+        if (place := sequence.dead_end()) is not None:
+            dead = request.dead_ends.setdefault(tuple(sequence.ids[:place]), set())
+            request.has_new_dead_end |= sequence.ids[place] not in dead
+            dead.add(sequence.ids[place])
+        self._end_round(request)
+
+    def _end_round(self, request: _EngineRequest) -> None:
+        """If all other samples of a request have ended: let those that are stuck begin again, or end without a text."""
+        if not request.stuck or request.num_finished + len(request.stuck) < request.samples:
+            return
+        stuck, request.stuck = sorted(request.stuck), []
+        if request.has_new_dead_end and request.round < MAX_ROUNDS and not request.cancelled:
+            request.round, request.num_in_round, request.has_new_dead_end = request.round + 1, len(stuck), False
+            request.order += stuck
+            with self._changed:
+                self._waiting.appendleft(request)
+        else:
+            for sample in stuck:
+                self._finish(self._new_sequence(request, sample), MISSING)
 
     def _finish(self, sequence: _Sequence, finish_reason: str) -> None:
         """Complete a sequence, and its request if it was the last one."""
-        request, detokenizer = sequence.request, sequence.detokenizer
-        text = sequence.detokenize() + detokenizer.flush()
+        request = sequence.request
+        sequence.detokenize()
+        detokenizer = sequence.detokenizer
+        sequence.unsent += detokenizer.flush()
         if detokenizer.stopped:
             # The tokens of the stop string are among the ids, but not in the text.
             sequence.logprobs = [one for one in sequence.logprobs if one.offset < len(detokenizer.text)]
-        request.completions[sequence.sample] = Completion(
-            text=request.prompt.context + detokenizer.text,
-            ids=tuple(sequence.ids),
-            finish_reason=finish_reason,
-            logprobs=tuple(sequence.logprobs),
-        )
-        sequence.send_delta(text, finish_reason)
-        if len(request.completions) == request.samples:
-            request.future.set_result([request.completions[sample] for sample in range(request.samples)])
+        if finish_reason == MISSING:
+            sequence.unsent = ""
+        else:
+            request.completions[sequence.sample] = Completion(
+                text=request.prompt.context + detokenizer.text,
+                ids=tuple(sequence.ids),
+                finish_reason=finish_reason,
+                logprobs=tuple(sequence.logprobs),
+                score=sequence.score,
+            )
+        sequence.send_delta(finish_reason)
+        request.num_finished += 1
+        if request.num_finished == request.samples:
+            request.future.set_result([request.completions[sample] for sample in sorted(request.completions)])
+        else:
+            self._end_round(request)
 
 
 def _gather_rows(logits: Tensor, rows: list[int]) -> Tensor:

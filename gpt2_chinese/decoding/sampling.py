@@ -1,14 +1,13 @@
-"""From logits to tokens: repetition penalty, temperature, top-k, top-p and seeded sampling, for a batch at once.
+"""From logits to tokens: temperature, top-k, top-p, min-p and seeded sampling, for a batch at once.
 
 The functions take logits [B, V] and one value of each parameter for each of the B sequences. The token of a sequence
 depends on its own logits, parameters and random number only, never on the other sequences of the batch.
-
-`BatchSampler` keeps the parameters and the random state of every batch slot; the engine calls it once in a decode step.
+batch_sampler.py keeps the parameters and the random state of every batch slot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor
 
 from gpt2_chinese.compiled import load_function
-from gpt2_chinese.decoding.completion import SamplingParams
+from gpt2_chinese.decoding import distinct
+from gpt2_chinese.decoding.distinct import STUCK, UNIT, Codes
 from gpt2_chinese.precision import to_device
 
 # With a top-k below MAX_PARTIAL_TOP_K only the top_k + EXTRA_CANDIDATES greatest logits are sorted, unless ties at the
@@ -28,100 +28,10 @@ BLOCK_SIZE = 16
 MAX_CANDIDATES = 512
 """Candidates, ties included, that the compiled sampler has room for; PyTorch samples sequences with more."""
 KERNEL_MODULE = "gpt2_chinese.decoding.sampling_kernel"
-KERNEL_SOURCES = (Path(__file__), Path(__file__).with_name("sampling_kernel.py"))
-
-
-class BatchSampler:
-    """Samples the next tokens of a batch, with the sampling parameters and the random state of each of its slots.
-
-    Args:
-        max_num_seqs: slots of the batch.
-        vocab_size: logits of a sequence.
-        suppressed_ids: tokens that are never sampled.
-        device: where the logits are.
-    """
-
-    def __init__(
-        self, max_num_seqs: int, vocab_size: int, *, suppressed_ids: Iterable[int], device: torch.device
-    ) -> None:
-        self.suppressed_ids = torch.tensor([*suppressed_ids], dtype=torch.int64, device=device)
-        self._vocab_size = vocab_size
-        self._seeds = np.zeros(max_num_seqs, dtype=np.uint64)
-        self._num_sampled = np.zeros(max_num_seqs, dtype=np.uint64)
-        # NumPy keeps Python's global lock; PyTorch releases it, and the busy event loop of a server would take it.
-        self._temperature, self._top_p, self._penalty = np.zeros((3, max_num_seqs), dtype=np.float32)
-        self._top_k = np.zeros(max_num_seqs, dtype=np.int64)
-        # For the repetition penalty: the tokens of the prompt and of the completion so far. Not kept where it is off.
-        self._seen = torch.zeros(max_num_seqs, vocab_size, dtype=torch.bool, device=device)
-
-    def assign(self, slot: int, params: SamplingParams, seed: int, prompt_ids: Sequence[int]) -> None:
-        """Begin a sequence in a slot; `seed` is the sequence's own, see `sequence_seed`."""
-        self._seeds[slot], self._num_sampled[slot] = seed, 0
-        self._temperature[slot], self._top_p[slot] = params.temperature, params.top_p
-        self._top_k[slot] = min(params.top_k, self._vocab_size)
-        self._penalty[slot] = params.repetition_penalty
-        if self._penalty[slot] != 1:
-            self._seen[slot] = False
-            self._seen[slot, list(prompt_ids)] = True
-
-    def move(self, source: int, target: int) -> None:
-        """Move a sequence to another slot."""
-        for values in (
-            self._seeds,
-            self._num_sampled,
-            self._temperature,
-            self._top_p,
-            self._top_k,
-            self._penalty,
-        ):
-            values[target] = values[source]
-        if self._penalty[target] != 1:
-            self._seen[target] = self._seen[source]
-
-    def sample(self, slots: slice, logits: Tensor, compiled: CompiledSampler | None = None) -> Tensor:
-        """Sample one token for each of these slots.
-
-        Args:
-            slots: B slots that follow each other.
-            logits: float32 [B, V], overwritten: a copy of them would take as long as the sampling.
-            compiled: samples the sequences that it can.
-
-        Returns:
-            Token ids [B], int64, on the CPU.
-        """
-        is_penalized = bool((self._penalty[slots] != 1).any())
-        if is_penalized:
-            penalty = to_device(torch.from_numpy(self._penalty[slots]), logits.device)
-            logits = apply_repetition_penalty(logits, self._seen[slots], penalty)
-        if logits.is_cpu:  # by NumPy, see above
-            logits.numpy()[:, self.suppressed_ids.numpy()] = -np.inf
-        else:
-            logits.index_fill_(1, self.suppressed_ids, -torch.inf)
-        tokens = sample_tokens(
-            logits,
-            uniform_random(self._seeds[slots], self._num_sampled[slots]),
-            *(torch.from_numpy(values[slots]) for values in (self._temperature, self._top_k, self._top_p)),
-            compiled=compiled,
-        )
-        self._num_sampled[slots] += np.uint64(1)
-        if is_penalized:
-            self._seen[slots].scatter_(1, to_device(tokens[:, None], self._seen.device), True)
-        return tokens
+KERNEL_SOURCES = tuple(Path(__file__).with_name(f"{name}.py") for name in ("sampling", "sampling_kernel", "distinct"))
 
 
 # The sampling parameters.
-
-
-def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
-    """CTRL's repetition penalty: positive logits of seen tokens are divided by it, negative ones are multiplied.
-
-    Args:
-        logits: [B, V].
-        seen: [B, V], true for the tokens so far.
-        penalty: [B]; 1 changes nothing.
-    """
-    penalty = penalty.to(logits.dtype)[:, None]
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def apply_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
@@ -130,16 +40,20 @@ def apply_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
     return shifted / temperature.to(logits.dtype).clamp_min(torch.finfo(logits.dtype).tiny)[:, None]
 
 
-def top_k_top_p_mask(sorted_logits: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
-    """Which candidates pass top-k, and then top-p on what top-k leaves.
+def top_k_top_p_mask(
+    sorted_logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Which candidates pass top-k, then top-p on what top-k leaves, then min-p.
 
     Top-k keeps every logit that is not below the k-th, so all ties with it stay. Top-p keeps a token while the
-    probability of those before it is not above `top_p`, so the first one always stays.
+    probability of those before it is not above `top_p`, so the first one always stays. Min-p keeps a token whose
+    probability is at least that share of the greatest one.
 
     Args:
         sorted_logits: [B, C], descending.
         top_k: [B] integers; 0 is off.
         top_p: [B]; 0 and everything from 1 on is off.
+        min_p: [B]; 0 is off, as None.
 
     Returns:
         The mask [B, C] of those that stay and their unnormalized probabilities [B, C] in float64, 0 for the others.
@@ -152,6 +66,8 @@ def top_k_top_p_mask(sorted_logits: Tensor, top_k: Tensor, top_p: Tensor) -> tup
     cumulative = weights.cumsum(dim=1)
     limit = torch.where((top_p > 0) & (top_p < 1), top_p.double(), torch.inf)
     keep[:, 1:] &= cumulative[:, :-1] <= limit[:, None] * cumulative[:, -1:]
+    if min_p is not None:
+        keep &= weights >= min_p.double()[:, None]
     return keep, weights * keep
 
 
@@ -186,6 +102,12 @@ def sequence_seed(seed: int, sample: int) -> int:
     return int(splitmix64(mixed, [sample + 1])[0])
 
 
+def request_bits(seed: int) -> int:
+    """64 random bits that all samples of a request share; those of `sequence_seed` are others."""
+    mixed = splitmix64([seed % 2**64], [0])
+    return int(splitmix64(mixed, [0])[0])
+
+
 def uniform_random(seeds: Sequence[int] | np.ndarray, indices: Sequence[int] | np.ndarray) -> Tensor:
     """A random number above 0 and below 1 for each sequence, from its seed and the index of its token: float64 [B].
 
@@ -203,14 +125,14 @@ def uniform_random(seeds: Sequence[int] | np.ndarray, indices: Sequence[int] | n
 def load_sampling_kernel() -> Callable[..., None]:
     """The compiled code; see sampling_kernel.sample_batch for its arguments."""
     # It keeps Python's global lock, since getting that back may take longer than the sampling.
-    return load_function(KERNEL_MODULE, KERNEL_SOURCES, arguments=12)
+    return load_function(KERNEL_MODULE, KERNEL_SOURCES, arguments=21)
 
 
 class CompiledSampler:
     """Compiled sampling on the CPU, for temperature 0 and for a top-k from 1 to MAX_PARTIAL_TOP_K - 1.
 
-    A call takes the arguments of `sample_tokens` and returns the tokens [B], -1 for a sequence left to PyTorch: the
-    place to leave those with a new parameter that sampling_kernel.py does not know.
+    A call takes the arguments of `sample_tokens` and returns the tokens [B], NOT_SAMPLED for a sequence left to
+    PyTorch: the place to leave those with a new parameter that sampling_kernel.py does not know.
     """
 
     def __init__(self, vocab_size: int) -> None:
@@ -225,16 +147,45 @@ class CompiledSampler:
         self._vocab_size, self._scratch = vocab_size, scratch
         self._addresses = [array.ctypes.data for array in scratch]
 
-    def __call__(self, logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    def __call__(
+        self,
+        logits: Tensor,
+        uniform: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor | None = None,
+        codes: Codes | None = None,
+    ) -> Tensor:
         batch = len(logits)
         tokens = np.empty(batch, dtype=np.int64)
-        inputs = (logits, uniform, temperature, top_k, top_p)
-        dtypes = (torch.float32, torch.float64, torch.float32, torch.int64, torch.float32)
+        min_p = torch.zeros(batch) if min_p is None else min_p
+        inputs = (logits, uniform, temperature, top_k, top_p, min_p)
+        dtypes = (torch.float32, torch.float64, torch.float32, torch.int64, torch.float32, torch.float32)
         assert logits.shape == (batch, self._vocab_size)
         assert all(part.is_contiguous() and part.dtype == dtype for part, dtype in zip(inputs, dtypes, strict=True))
         addresses = [part.data_ptr() for part in inputs[1:]]
-        self._function(logits.data_ptr(), self._vocab_size, batch, *addresses, tokens.ctypes.data, *self._addresses)
+        if codes is None:
+            code_addresses = [0] * 7
+        else:
+            arrays = (codes.mass, codes.code, codes.remaining, codes.ends, codes.doubt)
+            assert all(array.flags.c_contiguous for array in (*arrays, codes.next_code, codes.next_mass))
+            code_addresses = [array.ctypes.data for array in (*arrays, codes.next_code, codes.next_mass)]
+        self._function(
+            logits.data_ptr(),
+            self._vocab_size,
+            batch,
+            *addresses,
+            int(codes is not None),
+            *code_addresses,
+            tokens.ctypes.data,
+            *self._addresses,
+        )
         return torch.from_numpy(tokens)
+
+
+NOT_SAMPLED = -1
+"""A token that the compiled sampler, or sampling among the greatest logits, has left to another method."""
 
 
 def sample_tokens(
@@ -243,14 +194,16 @@ def sample_tokens(
     temperature: Tensor,
     top_k: Tensor,
     top_p: Tensor,
+    min_p: Tensor | None = None,
     *,
+    codes: Codes | None = None,
     compiled: CompiledSampler | None = None,
 ) -> Tensor:
     """Sample one token for each sequence: the greatest logit at temperature 0, else one of what the filters keep.
 
     This is inverse transform sampling from one uniform number: the candidates are in descending order (equal ones by
-    their id; in the order of the vocabulary where neither top-k nor top-p is on), and the first one is taken whose
-    cumulative probability is above the number.
+    their id; in the order of the vocabulary where no filter is on), and the first one is taken whose cumulative
+    probability is above the number.
 
     The parameters and the numbers are on the CPU wherever the logits are, so that the choice of a method for each
     sequence needs no synchronization with a GPU; there is one, for the tokens.
@@ -261,31 +214,41 @@ def sample_tokens(
         temperature: [B], 0 or more.
         top_k: [B] integers; 0 is off.
         top_p: [B]; 0 and everything from 1 on is off.
+        min_p: [B]; 0 is off, as None.
+        codes: of sequences that take their tokens by distinct.py; their next codes are written there.
         compiled: samples the sequences that it can; the tokens are the same.
 
     Returns:
-        Token ids [B], int64, on the CPU.
+        Token ids [B], int64, on the CPU; STUCK where nothing is left for a sequence with a code.
     """
+    min_p = torch.zeros(len(logits)) if min_p is None else min_p
     if compiled is not None:
-        tokens = compiled(logits, uniform, temperature, top_k, top_p)
-        if rows := np.flatnonzero(tokens.numpy() < 0).tolist():
-            parameters = (part[rows] for part in (uniform, temperature, top_k, top_p))
-            tokens[rows] = sample_tokens(_select_rows(logits, rows), *parameters)
+        tokens = compiled(logits, uniform, temperature, top_k, top_p, min_p, codes)
+        if rows := np.flatnonzero(tokens.numpy() == NOT_SAMPLED).tolist():
+            parameters = (part[rows] for part in (uniform, temperature, top_k, top_p, min_p))
+            part_of_codes = None if codes is None else select_codes(codes, rows)
+            tokens[rows] = sample_tokens(_select_rows(logits, rows), *parameters, codes=part_of_codes)
+            if codes is not None and part_of_codes is not None:
+                for name in ("doubt", "next_code", "next_mass"):
+                    getattr(codes, name)[rows] = getattr(part_of_codes, name)
         return tokens
-    is_random = temperature > 0
-    has_top_p = (top_p > 0) & (top_p < 1)
+    has_code = torch.zeros(len(logits), dtype=torch.bool)
+    if codes is not None:
+        has_code = torch.from_numpy(codes.mass > UNIT) & (temperature > 0)
+    is_random = (temperature > 0) & ~has_code
+    has_filter = ((top_p > 0) & (top_p < 1)) | (min_p > 0)
     is_partial = is_random & (top_k > 0) & (top_k < min(MAX_PARTIAL_TOP_K, logits.shape[1]))
-    is_sorted = is_random & ~is_partial & ((top_k > 0) | has_top_p)
+    is_sorted = is_random & ~is_partial & ((top_k > 0) | has_filter)
     is_unfiltered = is_random & ~is_partial & ~is_sorted
 
     def sample_rows(method: Callable[..., Tensor], rows: list[int]) -> Tensor:
-        parameters = (to_device(part[rows], logits.device) for part in (uniform, temperature, top_k, top_p))
+        parameters = (to_device(part[rows], logits.device) for part in (uniform, temperature, top_k, top_p, min_p))
         return method(_select_rows(logits, rows), *parameters)
 
     # As many candidates for all as the greatest top_k needs; more candidates do not change a token.
     num_candidates = min(int((top_k * is_partial).max()) + EXTRA_CANDIDATES, logits.shape[1])
     methods: list[tuple[Tensor, Callable[..., Tensor]]] = [
-        (~is_random, _sample_greedy),
+        (~is_random & ~has_code, _sample_greedy),
         (is_partial, partial(_sample_from_top_k, num_candidates=num_candidates)),
         (is_sorted, _sample_from_sorted),
         (is_unfiltered, _sample_from_all),
@@ -294,11 +257,47 @@ def sample_tokens(
         (rows, sample_rows(method, rows)) for mask, method in methods if (rows := mask.nonzero().flatten().tolist())
     ]
     tokens = torch.empty(len(logits), dtype=torch.int64)
-    # .cpu() synchronizes with a GPU.
-    tokens[[row for rows, _ in groups for row in rows]] = torch.cat([part for _, part in groups]).cpu()
-    if rows := (tokens < 0).nonzero().flatten().tolist():
+    if groups:  # .cpu() synchronizes with a GPU
+        tokens[[row for rows, _ in groups for row in rows]] = torch.cat([part for _, part in groups]).cpu()
+    if rows := ((tokens == NOT_SAMPLED) & ~has_code).nonzero().flatten().tolist():
         tokens[rows] = sample_rows(_sample_from_sorted, rows).cpu()
+    if codes is not None and (rows := has_code.nonzero().flatten().tolist()):
+        parameters = (to_device(part[rows], logits.device) for part in (temperature, top_k, top_p, min_p))
+        tokens[rows] = _choose_by_codes(codes, rows, _select_rows(logits, rows), *parameters)
     return tokens
+
+
+def select_codes(codes: Codes, rows: list[int]) -> Codes:
+    """Copies of some rows; what a draw writes into them must be copied back."""
+    fields = {name: part[rows] for name, part in vars(codes).items() if isinstance(part, np.ndarray)}
+    return Codes(**fields, end_tables=[codes.end_tables[row] for row in rows])
+
+
+def _choose_by_codes(
+    codes: Codes, rows: list[int], logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> Tensor:
+    """The tokens of sequences with codes, see distinct.py."""
+    best, ids = apply_temperature(logits, temperature).sort(dim=-1, descending=True, stable=True)
+    _, weights = top_k_top_p_mask(best, top_k, top_p, min_p)
+    tokens = np.full(len(rows), STUCK, dtype=np.int64)
+    for index, row in enumerate(rows):
+        kept = weights[index].nonzero().flatten()
+        if not len(kept) or not bool(torch.isfinite(weights[index]).all()):
+            continue
+        candidates = ids[index, kept].cpu().numpy()
+        table = codes.end_tables[row]
+        is_end = np.zeros(len(candidates), dtype=bool) if table is None else table[candidates] > 0
+        chosen, codes.next_code[row], codes.next_mass[row] = distinct.choose(
+            weights[index, kept].cpu().numpy(),
+            is_end,
+            int(codes.code[row]),
+            int(codes.mass[row]),
+            codes.doubt[row],
+            int(codes.remaining[row]),
+        )
+        if chosen != STUCK:
+            tokens[index] = candidates[chosen]
+    return torch.from_numpy(tokens)
 
 
 def _sample_greedy(logits: Tensor, *_: Tensor) -> Tensor:
@@ -306,25 +305,34 @@ def _sample_greedy(logits: Tensor, *_: Tensor) -> Tensor:
 
 
 def _sample_from_top_k(
-    logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, *, num_candidates: int
+    logits: Tensor,
+    uniform: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    *,
+    num_candidates: int,
 ) -> Tensor:
-    """Sample with top-k from the greatest logits; -1 where these may not be all that top-k keeps."""
+    """Sample with top-k from the greatest logits; NOT_SAMPLED where these may not be all that top-k keeps."""
     # The temperature keeps the order, so only the candidates need it. Logits that it makes equal are ties, see below.
     best, ids = _greatest(logits, num_candidates)
     best = apply_temperature(best, temperature)
     # topk promises no order among equal logits: sort by id first, then stably by logit.
     ids, by_id = ids.sort(dim=-1)
     best, by_logit = best.gather(1, by_id).sort(dim=-1, descending=True, stable=True)
-    _, weights = top_k_top_p_mask(best, top_k, top_p)
+    _, weights = top_k_top_p_mask(best, top_k, top_p, min_p)
     tokens = _sample_from_weights(weights, uniform, ids.gather(1, by_logit))
     # If ties with the k-th logit reach the last candidate, there may be more of them: such rows are sorted as a whole.
     kth = best.gather(1, top_k[:, None] - 1)[:, 0]
-    return tokens.masked_fill((best[:, -1] == kth) & kth.isfinite(), -1)
+    return tokens.masked_fill((best[:, -1] == kth) & kth.isfinite(), NOT_SAMPLED)
 
 
-def _sample_from_sorted(logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+def _sample_from_sorted(
+    logits: Tensor, uniform: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> Tensor:
     best, ids = apply_temperature(logits, temperature).sort(dim=-1, descending=True, stable=True)
-    _, weights = top_k_top_p_mask(best, top_k, top_p)
+    _, weights = top_k_top_p_mask(best, top_k, top_p, min_p)
     return _sample_from_weights(weights, uniform, ids)
 
 

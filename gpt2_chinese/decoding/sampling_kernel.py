@@ -15,9 +15,10 @@ import math
 import numpy as np
 from numba import carray, cfunc, njit, types
 
-from gpt2_chinese.decoding.sampling import BLOCK_SIZE, MAX_CANDIDATES, MAX_PARTIAL_TOP_K
+from gpt2_chinese.decoding.decoder_kernel import int8_at
+from gpt2_chinese.decoding.distinct import END_LIMIT, MAX_ROUNDS, MIN_ESCAPE, STUCK, UNIT
+from gpt2_chinese.decoding.sampling import BLOCK_SIZE, MAX_CANDIDATES, MAX_PARTIAL_TOP_K, NOT_SAMPLED
 
-NOT_SAMPLED = -1  # the sequence is left to PyTorch
 MAX_DISTANCE = np.float32(1e30)  # below the greatest logit; no candidate is so far below it
 MAX_BISECTIONS = 24
 INVERSE_OF_LN_2 = 1.4426950408889634
@@ -141,18 +142,9 @@ def insert_candidate(logits, index, greatest, temperature, threshold, ids, candi
 
 
 @compiled
-def sample_sequence(logits, vocab_size, uniform, temperature, top_k, top_p, maxima, ids, candidates, weights):
-    if temperature > 0 and not 0 < top_k < min(MAX_PARTIAL_TOP_K, vocab_size):
-        return NOT_SAMPLED
+def find_candidates(logits, vocab_size, greatest, temperature, top_k, maxima, ids, candidates):
+    """Find what top-k keeps, sorted; returns the number of candidates, NOT_SAMPLED if there is no room for them."""
     num_blocks = vocab_size // BLOCK_SIZE
-    if num_blocks:
-        block_maxima(logits, num_blocks, maxima)
-    greatest = maximum(maxima, 0, num_blocks, np.float32(-np.inf))
-    greatest = maximum(logits, BLOCK_SIZE * num_blocks, vocab_size, greatest)
-    if not temperature > 0:
-        return first_index(logits, vocab_size, greatest)
-    if not -np.inf < greatest < np.inf:
-        return NOT_SAMPLED
     if num_blocks >= top_k:
         threshold = find_threshold(maxima, num_blocks, top_k, greatest)
     else:
@@ -173,25 +165,36 @@ def sample_sequence(logits, vocab_size, uniform, temperature, top_k, top_p, maxi
         count -= 1
     while count > 1 and candidates[count - 1] == -np.inf:
         count -= 1
-    return sample_from_candidates(ids, candidates, weights, count, uniform, top_p)
+    return count
 
 
 @compiled
-def sample_from_candidates(ids, candidates, weights, count, uniform, top_p):
-    """Top-p, as sampling.top_k_top_p_mask, and inverse transform sampling."""
+def filter_candidates(candidates, weights, count, top_p, min_p):
+    """Top-p, then min-p, as sampling.top_k_top_p_mask; returns how many stay and the sum of their weights."""
     total = 0.0
     for rank in range(count):
         weights[rank] = exp(np.float64(candidates[rank]))
         total += weights[rank]
-    kept_total = total
+    kept, kept_total = count, total
     if 0 < top_p < 1:
         limit = np.float64(top_p) * total
-        kept_total = weights[0]
-        for rank in range(1, count):
-            if kept_total > limit:
-                break
-            kept_total += weights[rank]
-    target = uniform * kept_total
+        kept, kept_total = 1, weights[0]
+        while kept < count and kept_total <= limit:
+            kept_total += weights[kept]
+            kept += 1
+    if min_p > 0:
+        few, few_total = 1, weights[0]
+        while few < kept and weights[few] >= min_p:
+            few_total += weights[few]
+            few += 1
+        kept, kept_total = few, few_total
+    return kept, kept_total
+
+
+@compiled
+def sample_from_candidates(ids, weights, count, total, uniform):
+    """Inverse transform sampling."""
+    target = uniform * total
     cumulative = 0.0
     for rank in range(count):
         cumulative += weights[rank]
@@ -200,16 +203,112 @@ def sample_from_candidates(ids, candidates, weights, count, uniform, top_p):
     return ids[count - 1]
 
 
+@compiled
+def is_limited(probability, escape, scale):
+    return (1.0 - escape) * scale * probability > END_LIMIT
+
+
+@compiled
+def choose_by_code(ids, weights, count, total, code, mass, remaining, ends, doubt, next_code, next_mass):
+    """A token by the code of a sequence, as distinct.choose; each of the last three arguments is an array of its own.
+
+    `ends` tells by token whether it ends a text.
+    """
+    others = 0.0
+    for rank in range(count):
+        weights[rank] /= total
+        if rank:
+            others += weights[rank]
+    doubt[0] += others
+    doubt[1] += 1
+    mean, escape = doubt[0] / doubt[1], 0.0
+    for _ in range(remaining - 1):
+        escape += mean * (1.0 - escape)
+    escape = max(MIN_ESCAPE, escape)
+    scale = np.float64(mass)
+    limited_before = 0
+    exhausted = False
+    for _ in range(MAX_ROUNDS):
+        limited, slope = 0, 0.0
+        for rank in range(count):
+            own = 0.0 if remaining <= 1 or ends[ids[rank]] else escape
+            if limited_before and is_limited(weights[rank], own, scale):
+                limited += 1
+                slope += weights[rank] * own
+            else:
+                slope += weights[rank]
+        if slope <= 0:
+            exhausted = True
+            break
+        scale = (mass - END_LIMIT * limited) / slope
+        now = 0
+        for rank in range(count):
+            own = 0.0 if remaining <= 1 or ends[ids[rank]] else escape
+            now += is_limited(weights[rank], own, scale)
+        if now == limited:
+            break
+        limited_before = now
+    cumulative = 0.0
+    begin = np.int64(0)
+    for rank in range(count):
+        own = 0.0 if remaining <= 1 or ends[ids[rank]] else escape
+        length = scale * weights[rank]
+        if exhausted:
+            length = END_LIMIT if weights[rank] > 0 else 0.0
+        elif is_limited(weights[rank], own, scale):
+            length = length * own + END_LIMIT
+        cumulative += length
+        end = np.int64(cumulative)
+        if code < end or (rank == count - 1 and not cumulative < mass - 64.0 * count):
+            next_code[0] = code - begin
+            next_mass[0] = max(end, code + 1) - begin
+            return ids[rank]
+        begin = end
+    return STUCK
+
+
+@compiled
+def sample_sequence(
+    logits, vocab_size, uniform, temperature, top_k, top_p, min_p, has_code, code, mass, remaining, ends, doubt,
+    next_code, next_mass, maxima, ids, candidates, weights,
+):  # fmt: skip
+    """A token for one sequence, or NOT_SAMPLED; STUCK if nothing is left."""
+    if temperature > 0 and not 0 < top_k < min(MAX_PARTIAL_TOP_K, vocab_size):
+        return NOT_SAMPLED
+    num_blocks = vocab_size // BLOCK_SIZE
+    if num_blocks:
+        block_maxima(logits, num_blocks, maxima)
+    greatest = maximum(maxima, 0, num_blocks, np.float32(-np.inf))
+    greatest = maximum(logits, BLOCK_SIZE * num_blocks, vocab_size, greatest)
+    if greatest == -np.inf and logits[0] == -np.inf:  # it is also -inf where all logits are NaN
+        return STUCK
+    if not temperature > 0:
+        return first_index(logits, vocab_size, greatest)
+    if not -np.inf < greatest < np.inf:
+        return NOT_SAMPLED
+    count = find_candidates(logits, vocab_size, greatest, temperature, top_k, maxima, ids, candidates)
+    if count == NOT_SAMPLED:
+        return NOT_SAMPLED
+    count, total = filter_candidates(candidates, weights, count, top_p, min_p)
+    if has_code:
+        return choose_by_code(ids, weights, count, total, code, mass, remaining, ends, doubt, next_code, next_mass)
+    return sample_from_candidates(ids, weights, count, total, uniform)
+
+
 def sample_batch(
-    logits, vocab_size, batch, uniform, temperature, top_k, top_p, tokens, maxima, ids, candidates, weights
-):
+    logits, vocab_size, batch, uniform, temperature, top_k, top_p, min_p, has_codes, mass, code, remaining, ends,
+    doubt, next_code, next_mass, tokens, maxima, ids, candidates, weights,
+):  # fmt: skip
     """A token for each row of logits [batch, vocab_size], or NOT_SAMPLED; see sampling.sample_tokens.
 
-    All but `vocab_size` and `batch` are addresses; the last four are those of CompiledSampler's scratch memory.
+    All but `vocab_size`, `batch` and `has_codes` are addresses; those from `mass` to `next_mass` are 0 where no
+    sequence has a code, and the last four are those of CompiledSampler's scratch memory.
     """
     results = carray(tokens, batch)
     for row in range(batch):
         row_logits = carray(logits, batch * vocab_size)[row * vocab_size : (row + 1) * vocab_size]
+        has_code = has_codes != 0 and mass[row] > UNIT
+        place = row if has_code else 0
         results[row] = sample_sequence(
             row_logits,
             vocab_size,
@@ -217,6 +316,15 @@ def sample_batch(
             temperature[row],
             top_k[row],
             top_p[row],
+            min_p[row],
+            has_code,
+            code[row] if has_code else 0,
+            mass[row] if has_code else 0,
+            remaining[row] if has_code else 0,
+            carray(int8_at(ends[row] if has_code else 0), vocab_size),
+            carray(doubt, 2 * place + 2)[2 * place :],
+            carray(next_code, place + 1)[place:],
+            carray(next_mass, place + 1)[place:],
             carray(maxima, vocab_size),
             carray(ids, MAX_CANDIDATES),
             carray(candidates, MAX_CANDIDATES),
@@ -228,6 +336,7 @@ def compile_entry():
     """Compile sample_batch; compiled.py caches the machine code."""
     float32, float64, int64 = (types.CPointer(kind) for kind in (types.float32, types.float64, types.int64))
     size = types.int64
-    inputs = (float32, size, size, float64, float32, int64, float32)
-    arguments = (*inputs, int64, float32, int64, float32, float64)
+    inputs = (float32, size, size, float64, float32, int64, float32, float32)
+    codes = (size, int64, int64, int64, int64, float64, int64, int64)
+    arguments = (*inputs, *codes, int64, float32, int64, float32, float64)
     return cfunc(types.void(*arguments), error_model="numpy")(sample_batch)

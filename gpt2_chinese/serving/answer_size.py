@@ -42,7 +42,7 @@ def largest_answer(request: CompletionRequest, token_bytes: int, n_ctx: int) -> 
         prompt_tokens = min(n_ctx, context_bytes + 1 if is_text else len(context) + 1) if request.scored else 0
         choice = CHOICE_BYTES + context_bytes + request.length * (token_bytes + 1)
         total += choice + (request.length + prompt_tokens) * logprob_bytes
-    return total * request.samples
+    return total * max(request.samples, request.sequences)
 
 
 def check_answer_size(request: CompletionRequest, size: int, limits: Limits) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NoReturn
 
@@ -19,6 +19,11 @@ DEFAULT_SAMPLES = 5
 V1_DEFAULT_LENGTH = 16
 MAX_STOP_STRINGS = 4
 MAX_STOP_LENGTH = 256
+MAX_BAD_WORDS = 32
+MAX_BAD_WORD_LENGTH = 64
+MAX_STOP_TOKENS = 32
+MAX_LOGIT_BIASES = 300
+MAX_LOGIT_BIAS = 100
 
 MAX_TOKENS = 2**31
 """Larger than any vocabulary; stands for the size of one that is not loaded yet."""
@@ -58,6 +63,11 @@ class CompletionRequest:
         scored: report the logprobs of the contexts' own tokens too.
         model: the name of the model; None is the first one.
         length_field: what the request calls `length`, for error messages.
+        distinct: no two completions of a context have the same text.
+        until_sentence: a completion ends with its first sentence.
+        sort_likely: order the completions of a context by score.
+        with_scores: report the scores.
+        best_of: completions that are decoded, of which the `samples` likeliest are returned; None is `samples`.
     """
 
     contexts: tuple[str | tuple[int, ...], ...]
@@ -73,6 +83,21 @@ class CompletionRequest:
     include_usage: bool = False
     model: str | None = None
     length_field: str = "maxlength"
+    distinct: bool = True
+    until_sentence: bool = False
+    sort_likely: bool = False
+    with_scores: bool = False
+    best_of: int | None = None
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that are decoded for each context."""
+        return self.best_of or self.samples
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the completions must have scores."""
+        return self.sort_likely or self.with_scores or self.sequences > self.samples
 
 
 # The fields. A field that is null is treated as absent.
@@ -92,8 +117,16 @@ def _number(default: float | None, low: float, high: float, description: str) ->
     }
 
 
-def _flag(description: str) -> Schema:
-    return {"type": ["boolean", "null"], "default": False, "description": description}
+def _flag(description: str, default: bool = False) -> Schema:
+    return {"type": ["boolean", "null"], "default": default, "description": description}
+
+
+def _choice(description: str, *values: str) -> Schema:
+    return {"type": ["string", "null"], "enum": [None, *values], "description": description}
+
+
+def _array_of(items: Schema, most: int, description: str) -> Schema:
+    return {"type": ["array", "null"], "maxItems": most, "items": items, "description": description}
 
 
 def _neutral(description: str, *values: Any) -> Schema:
@@ -101,8 +134,27 @@ def _neutral(description: str, *values: Any) -> Schema:
     return {"enum": [None, *values], "description": description}
 
 
-def _sampling(top_k: int, top_p: float) -> dict[str, Schema]:
+def pattern_up_to(last: int) -> str:
+    """A regular expression for the decimal numbers from 0 to this one.
+
+    Example:
+        >>> pattern_up_to(25)
+        '0|[1-9][0-9]{0,0}|[1-1][0-9]{1}|2[0-4][0-9]{0}|25'
+    """
+    digits = str(last)
+    parts = ["0"]
+    if len(digits) > 1:
+        parts.append(f"[1-9][0-9]{{0,{len(digits) - 2}}}")
+    for place, digit in enumerate(digits):
+        least = 0 if place else 1
+        if int(digit) > least:
+            parts.append(f"{digits[:place]}[{least}-{int(digit) - 1}][0-9]{{{len(digits) - place - 1}}}")
+    return "|".join([*parts, digits])
+
+
+def _sampling(top_k: int, top_p: float, vocab_size: int) -> dict[str, Schema]:
     setting = SamplingParams()
+    id_ = {"type": "integer", "minimum": 0, "maximum": vocab_size - 1}
     return {
         "temperature": _number(setting.temperature, *SAMPLING_LIMITS["temperature"], "0 is greedy decoding"),
         "top_k": _whole(top_k, *SAMPLING_LIMITS["top_k"], "sample from the k most likely tokens; 0 is off"),
@@ -116,6 +168,35 @@ def _sampling(top_k: int, top_p: float) -> dict[str, Schema]:
             *SAMPLING_LIMITS["repetition_penalty"],
             "above 1 makes repetition less likely",
         ),
+        "min_p": _number(0.0, *SAMPLING_LIMITS["min_p"], "at least this share of the likeliest probability; 0 is off"),
+        "presence_penalty": _number(
+            0.0, *SAMPLING_LIMITS["presence_penalty"], "subtracted from the logits of tokens that the completion has"
+        ),
+        "frequency_penalty": _number(
+            0.0, *SAMPLING_LIMITS["frequency_penalty"], "the same for each time that the completion has the token"
+        ),
+        "no_repeat_ngram_size": _whole(
+            0, *SAMPLING_LIMITS["no_repeat_ngram_size"], "no n-gram of so many tokens occurs twice; 0 is off"
+        ),
+        "logit_bias": {
+            "type": ["object", "null"],
+            "propertyNames": {"pattern": f"^({pattern_up_to(vocab_size - 1)})$"},
+            "additionalProperties": {"type": "number", "minimum": -MAX_LOGIT_BIAS, "maximum": MAX_LOGIT_BIAS},
+            "maxProperties": MAX_LOGIT_BIASES,
+            "description": "from token ids of the vocabulary to what is added to their logits",
+        },
+        "bad_words": _array_of(
+            {"type": "string", "minLength": 1, "maxLength": MAX_BAD_WORD_LENGTH, "pattern": r"\S"},
+            MAX_BAD_WORDS,
+            "texts that a completion never has",
+        ),
+        "min_tokens": _whole(
+            0, *SAMPLING_LIMITS["min_tokens"], "tokens before a document's end or a token of stop_token_ids may come"
+        ),
+        "ignore_eos": _flag("the token that ends a document is never sampled"),
+        "stop_token_ids": _array_of(id_, MAX_STOP_TOKENS, "tokens that end a completion; they are not part of it"),
+        "distinct": _flag("the completions of a prompt are different texts", default=True),
+        "until": _choice("end a completion with its first sentence", "sentence"),
         "seed": _whole(None, *SAMPLING_LIMITS["seed"], "the same seed gives the same texts"),
         "stop": {
             "anyOf": [
@@ -140,15 +221,17 @@ _MODEL: Schema = {
 
 
 @cache
-def generate_fields(limits: Limits) -> dict[str, Schema]:
-    """The fields of POST /generate and POST /, as JSON schemas."""
+def generate_fields(limits: Limits, vocab_size: int = MAX_TOKENS) -> dict[str, Schema]:
+    """The fields of POST /generate and POST /, as JSON schemas; `vocab_size` is the largest of the models."""
     length, samples = min(DEFAULT_LENGTH, limits.length), min(DEFAULT_SAMPLES, limits.samples)
     return {
         "context": {"type": "string", "description": "the text to complete"},
         "maxlength": _whole(length, 1, limits.length, "maximum tokens of a completion"),
         "samples": _whole(samples, 1, limits.samples, "number of completions"),
         "model": _MODEL,
-        **_sampling(SamplingParams().top_k, SamplingParams().top_p),
+        **_sampling(SamplingParams().top_k, SamplingParams().top_p, vocab_size),
+        "sort": _choice("order the completions by mean log-probability, the likeliest first", "likely"),
+        "scores": _flag("answer with objects of text, score (the mean log-probability) and finish_reason"),
     }
 
 
@@ -174,8 +257,9 @@ def v1_fields(limits: Limits, vocab_size: int = MAX_TOKENS) -> dict[str, Schema]
             "maximum tokens of a completion; 0 with echo and logprobs scores the prompt alone",
         ),
         "n": _whole(1, 1, limits.samples, "number of completions of each prompt"),
-        "best_of": _whole(None, 1, limits.samples, "must equal n if given"),
-        **_sampling(0, 1.0),
+        "max_completion_tokens": _whole(None, 0, limits.length, "another name of max_tokens"),
+        "best_of": _whole(None, 1, limits.samples, "decode so many, and return the n likeliest; not with stream"),
+        **_sampling(0, 1.0, vocab_size),
         "echo": _flag("return the prompt before the completion, in the text and in logprobs"),
         "logprobs": _whole(None, 0, MAX_LOGPROBS, "return each token's logprob and this many most likely tokens"),
         "stream_options": {
@@ -183,13 +267,6 @@ def v1_fields(limits: Limits, vocab_size: int = MAX_TOKENS) -> dict[str, Schema]
             "properties": {"include_usage": {"type": ["boolean", "null"]}},
             "additionalProperties": False,
             "description": "include_usage sends a last chunk with the usage",
-        },
-        "presence_penalty": _neutral("only 0 is accepted; use repetition_penalty", 0),
-        "frequency_penalty": _neutral("only 0 is accepted; use repetition_penalty", 0),
-        "logit_bias": {
-            "type": ["object", "null"],
-            "maxProperties": 0,
-            "description": "only an empty object is accepted",
         },
         "suffix": _neutral("only an empty string is accepted", ""),
         "user": {"type": ["string", "null"], "description": "accepted and ignored"},
@@ -238,13 +315,60 @@ def parse_json_object(body: bytes, example: str) -> dict[str, Any]:
     return value
 
 
-def parse_generate(body: bytes, limits: Limits) -> CompletionRequest:
+def tokenize_fields(add_special_tokens: bool = True) -> dict[str, Schema]:
+    """The fields of POST /tokenize, with vLLM's names, as JSON schemas."""
+    return {
+        "model": _MODEL,
+        "prompt": {"type": "string", "description": "the text"},
+        "add_special_tokens": _flag("begin with the token that begins a document", default=add_special_tokens),
+        "return_token_strs": _flag("also give the tokens as the vocabulary spells them"),
+    }
+
+
+@cache
+def detokenize_fields(limits: Limits, vocab_size: int = MAX_TOKENS) -> dict[str, Schema]:
+    """The fields of POST /detokenize, with vLLM's names, as JSON schemas."""
+    id_ = {"type": "integer", "minimum": 0, "maximum": vocab_size - 1}
+    return {
+        "model": _MODEL,
+        "tokens": {"type": "array", "maxItems": limits.body_bytes, "items": id_, "description": "token ids"},
+    }
+
+
+VocabSizeOf = Callable[[str | None], int | None]
+"""From the name of a model (None is the first one) to the size of its vocabulary, None while it is loading; raises
+ApiError for an unknown name."""
+
+
+def parse_tokenize(body: bytes, example: str = '{"prompt": "你好"}') -> dict[str, Any]:
+    """Check a request of /tokenize: its fields."""
+    fields = _checked_fields(parse_json_object(body, example), tokenize_fields())
+    if fields["prompt"] is None:
+        raise ApiError(400, "missing_field", f"prompt is missing; send JSON such as {example}", "prompt")
+    if not isinstance(fields["prompt"], str):
+        raise _wrong_type("prompt", "a string", fields["prompt"])
+    _characters("prompt", fields["prompt"])
+    return fields
+
+
+def parse_detokenize(body: bytes, limits: Limits, vocab_size_of: VocabSizeOf) -> dict[str, Any]:
+    """Check a request of /detokenize: its fields."""
+    example = '{"tokens": [5, 6]}'
+    fields = _checked_fields(parse_json_object(body, example), detokenize_fields(limits))
+    if fields["tokens"] is None:
+        raise ApiError(400, "missing_field", f"tokens is missing; send JSON such as {example}", "tokens")
+    vocab_size = vocab_size_of(fields["model"]) or MAX_TOKENS
+    return fields | {"tokens": _id_array("tokens", fields["tokens"], vocab_size, limits.body_bytes)}
+
+
+def parse_generate(body: bytes, limits: Limits, vocab_size_of: VocabSizeOf = lambda _: None) -> CompletionRequest:
     """Check a request of /generate.
 
     Raises:
         ApiError: the first fault, with the name of its field.
     """
     fields = _checked_fields(parse_json_object(body, '{"context": "你好"}'), generate_fields(limits))
+    vocab_size = vocab_size_of(fields["model"]) or MAX_TOKENS
     context = fields["context"]
     if context is None:
         raise ApiError(400, "missing_field", 'context is missing; send JSON such as {"context": "你好"}', "context")
@@ -254,20 +378,20 @@ def parse_generate(body: bytes, limits: Limits) -> CompletionRequest:
         contexts=(_characters("context", context),),
         length=fields["maxlength"],
         samples=fields["samples"],
-        settings=_settings(fields),
+        settings=_settings(fields, vocab_size),
         seed=fields["seed"],
         stop=_stop(fields["stop"]),
         stream=fields["stream"],
         model=fields["model"],
+        distinct=fields["distinct"],
+        until_sentence=fields["until"] == "sentence",
+        sort_likely=fields["sort"] == "likely",
+        with_scores=fields["scores"] or fields["stream"],
     )
 
 
-def parse_v1(body: bytes, limits: Limits, vocab_size_of: Callable[[str | None], int | None]) -> CompletionRequest:
+def parse_v1(body: bytes, limits: Limits, vocab_size_of: VocabSizeOf) -> CompletionRequest:
     """Check a request of /v1/completions.
-
-    Args:
-        vocab_size_of: from the name of a model (None is the first model) to the size of its vocabulary, None while
-            it is loading; raises ApiError for an unknown name.
 
     Raises:
         ApiError: the first fault, with the name of its field.
@@ -277,18 +401,23 @@ def parse_v1(body: bytes, limits: Limits, vocab_size_of: Callable[[str | None], 
     if fields["prompt"] is None:
         raise ApiError(400, "missing_field", 'prompt is missing; send JSON such as {"prompt": "你好"}', "prompt")
     contexts = _prompts(fields["prompt"], limits.prompts, vocab_size)
-    if fields["best_of"] not in (None, fields["n"]):
-        raise ApiError(400, "unsupported", f"best_of must equal n, which is {fields['n']}; leave it out", "best_of")
+    best_of, n = fields["best_of"], fields["n"]
+    if best_of is not None and best_of < n:
+        raise ApiError(400, "out_of_range", f"best_of must not be less than n, which is {n}", "best_of")
+    if best_of is not None and best_of > n and fields["stream"]:
+        raise ApiError(400, "unsupported", "best_of is not supported with stream; leave one of them out", "best_of")
     scored = bool(fields["echo"]) and fields["logprobs"] is not None
-    if fields["max_tokens"] == 0 and not scored:
-        message = "max_tokens 0 needs echo and logprobs; otherwise it must be 1 or more"
-        raise ApiError(400, "out_of_range", message, "max_tokens")
-    settings = _settings(fields)
+    length_field = "max_tokens" if fields["max_completion_tokens"] is None else "max_completion_tokens"
+    length = fields[length_field]
+    if length == 0 and not scored:
+        message = f"{length_field} 0 needs echo and logprobs; otherwise it must be 1 or more"
+        raise ApiError(400, "out_of_range", message, length_field)
+    settings = _settings(fields, vocab_size)
     if settings.top_p < MIN_TOP_P:
-        settings = SamplingParams(settings.temperature, settings.top_k, MIN_TOP_P, settings.repetition_penalty)
+        settings = replace(settings, top_p=MIN_TOP_P)
     return CompletionRequest(
         contexts=contexts,
-        length=fields["max_tokens"],
+        length=length,
         samples=fields["n"],
         settings=settings,
         seed=fields["seed"],
@@ -299,7 +428,10 @@ def parse_v1(body: bytes, limits: Limits, vocab_size_of: Callable[[str | None], 
         scored=scored,
         include_usage=_include_usage(fields["stream_options"]),
         model=fields["model"],
-        length_field="max_tokens",
+        length_field=length_field,
+        distinct=fields["distinct"],
+        until_sentence=fields["until"] == "sentence",
+        best_of=best_of,
     )
 
 
@@ -341,21 +473,85 @@ def _check_scalar(name: str, value: Any, schema: Schema) -> None:
         if not isinstance(value, str):
             raise _wrong_type(name, "a string", value)
         _characters(name, value)
+        if value not in schema.get("enum", [value]):
+            words = " or ".join(json.dumps(one) for one in schema["enum"] if one is not None)
+            raise ApiError(400, "out_of_range", f"{name} must be {words}", name)
     elif kind == "object" and not isinstance(value, dict):
         raise _wrong_type(name, "an object", value)
-    elif value == {} or "enum" not in schema and "maxProperties" not in schema:
-        return
-    elif isinstance(value, bool) or "maxProperties" in schema or value not in schema["enum"]:
+    elif "enum" in schema and (isinstance(value, bool) or value not in schema["enum"]):
         raise ApiError(400, "unsupported", f"{name} is not supported: {schema['description']}", name)
 
 
-def _settings(fields: dict[str, Any]) -> SamplingParams:
+def _settings(fields: dict[str, Any], vocab_size: int) -> SamplingParams:
     return SamplingParams(
         temperature=float(fields["temperature"]),
         top_k=fields["top_k"],
         top_p=float(fields["top_p"]),
         repetition_penalty=float(fields["repetition_penalty"]),
+        min_p=float(fields["min_p"]),
+        presence_penalty=float(fields["presence_penalty"]),
+        frequency_penalty=float(fields["frequency_penalty"]),
+        no_repeat_ngram_size=fields["no_repeat_ngram_size"],
+        logit_bias=_logit_bias(fields["logit_bias"], vocab_size),
+        bad_words=_bad_words(fields["bad_words"]),
+        min_tokens=fields["min_tokens"],
+        ignore_eos=fields["ignore_eos"],
+        stop_token_ids=_id_array("stop_token_ids", fields["stop_token_ids"], vocab_size, MAX_STOP_TOKENS),
     )
+
+
+def _logit_bias(value: dict[str, Any] | None, vocab_size: int) -> tuple[tuple[int, float], ...]:
+    biases = []
+    if value and len(value) > MAX_LOGIT_BIASES:
+        message = f"logit_bias may have at most {MAX_LOGIT_BIASES} tokens, it has {len(value)}"
+        raise ApiError(400, "out_of_range", message, "logit_bias")
+    for name, bias in (value or {}).items():
+        if not name.isascii() or not name.isdecimal() or len(name) > 9 or (len(name) > 1 and name[0] == "0"):
+            message = f"logit_bias has {_quoted(name)}, which is no token id; write ids as strings, such as 5"
+            raise ApiError(400, "out_of_range", message, "logit_bias")
+        if int(name) >= vocab_size:
+            message = f"logit_bias has a token id outside the vocabulary, whose ids are 0 to {vocab_size - 1}"
+            raise ApiError(400, "out_of_range", message, "logit_bias")
+        if type(bias) not in (int, float):
+            raise _wrong_type("logit_bias", "an object of numbers", bias)
+        if not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
+            message = f"the numbers of logit_bias must be from {-MAX_LOGIT_BIAS} to {MAX_LOGIT_BIAS}"
+            raise ApiError(400, "out_of_range", message, "logit_bias")
+        biases.append((int(name), float(bias)))
+    return tuple(biases)
+
+
+def _bad_words(value: Any) -> tuple[str, ...]:
+    words = [] if value is None else value
+    if not isinstance(words, list):
+        raise _wrong_type("bad_words", "an array of strings", value)
+    if len(words) > MAX_BAD_WORDS:
+        message = f"bad_words may have at most {MAX_BAD_WORDS} strings, it has {len(words)}"
+        raise ApiError(400, "out_of_range", message, "bad_words")
+    for word in words:
+        if not isinstance(word, str):
+            raise _wrong_type("bad_words", "an array of strings", word)
+        _characters("bad_words", word)
+        if not word.strip() or len(word) > MAX_BAD_WORD_LENGTH:
+            message = f"each string of bad_words must have 1 to {MAX_BAD_WORD_LENGTH} characters, not only white space"
+            raise ApiError(400, "out_of_range", message, "bad_words")
+    return tuple(words)
+
+
+def _id_array(name: str, value: Any, vocab_size: int, most: int) -> tuple[int, ...]:
+    ids = [] if value is None else value
+    if not isinstance(ids, list):
+        raise _wrong_type(name, "an array of token ids", value)
+    if len(ids) > most:
+        raise ApiError(400, "out_of_range", f"{name} may have at most {most} ids, it has {len(ids)}", name)
+    ids = [_to_whole_number(id_) for id_ in ids]
+    for id_ in ids:
+        if type(id_) is not int:
+            raise _wrong_type(name, "an array of token ids", id_)
+        if not 0 <= id_ < vocab_size:
+            message = f"{name} has a token id outside the vocabulary, whose ids are 0 to {vocab_size - 1}"
+            raise ApiError(400, "out_of_range", message, name)
+    return tuple(ids)
 
 
 def _characters(name: str, text: str) -> str:

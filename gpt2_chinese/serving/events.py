@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from aiohttp import web
 
-from gpt2_chinese.decoding.completion import Completion, EngineStopped, TextDelta
+from gpt2_chinese.decoding.completion import MISSING, Completion, EngineStopped, TextDelta
 from gpt2_chinese.serving.connections import abort_after
 from gpt2_chinese.serving.errors import ApiError, engine_stopped_error
 from gpt2_chinese.serving.running_request import RunningRequest, count_tokens
@@ -72,14 +72,25 @@ class GenerateEvents:
     """The stream of /generate: `text` and `end` events by sample, then `done`."""
 
     def __init__(self, running: RunningRequest) -> None:
+        self._running = running
         self._arrived = running.arrived
+        self._scores: dict[int, float] = {}
 
     def delta(self, _: int, delta: TextDelta) -> bytes:
         text = format_event({"sample": delta.sample, "text": delta.text}, "text") if delta.text else b""
         if delta.finish_reason is None:
             return text
-        return text + format_event({"sample": delta.sample, "finish_reason": delta.finish_reason}, "end")
+        end: dict[str, Any] = {"sample": delta.sample, "finish_reason": delta.finish_reason}
+        if delta.score is not None and delta.finish_reason != MISSING:
+            self._scores[delta.sample] = delta.score
+            end["score"] = round(delta.score, 4)
+        return text + format_event(end, "end")
 
     def end(self, completions: Sequence[Sequence[Completion]]) -> bytes:
         seconds = round(time.monotonic() - self._arrived, 3)
-        return format_event({"tokens": count_tokens(completions), "seconds": seconds}, "done")
+        done: dict[str, Any] = {"tokens": count_tokens(completions), "seconds": seconds}
+        if self._running.completion_request.sort_likely:
+            done["order"] = sorted(self._scores, key=lambda sample: -self._scores[sample])
+        if missing := self._running.num_missing:
+            done["missing"] = missing
+        return format_event(done, "done")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from gpt2_chinese.decoding.completion import Completion, TextDelta, TokenLogprob
+from gpt2_chinese.decoding.completion import MISSING, Completion, TextDelta, TokenLogprob
 from gpt2_chinese.serving.events import format_event
 from gpt2_chinese.serving.running_request import RunningRequest, count_tokens
 from gpt2_chinese.serving.service import ServedModel, Service
@@ -38,11 +38,13 @@ class OpenAICompletion:
                 choices.append(
                     self._choice(prompt_index, sample, text, completion.logprobs, completion.finish_reason, first=True)
                 )
-        return {**self._head, "choices": choices, "usage": self._usage(completions)}
+        return {**self._head, "choices": choices, "usage": self._usage(completions), **self._missing()}
 
     def delta(self, prompt_index: int, delta: TextDelta) -> bytes:
         """A chunk; the first one of a sample has the prompt, if it is echoed."""
         sample = (prompt_index, delta.sample)
+        if delta.finish_reason == MISSING:  # OpenAI's clients know no such reason, and would take it for a text
+            return b""
         first = sample not in self._begun
         self._begun.add(sample)
         choice = self._choice(*sample, delta.text, delta.logprobs, delta.finish_reason, first=first)
@@ -50,8 +52,16 @@ class OpenAICompletion:
         return format_event({**self._head, "choices": [choice], **no_usage})
 
     def end(self, completions: Sequence[Sequence[Completion]]) -> bytes:
-        usage = {**self._head, "choices": [], "usage": self._usage(completions)}
-        return (format_event(usage) if self._request.include_usage else b"") + b"data: [DONE]\n\n"
+        last = {**self._head, "choices": [], **self._missing()}
+        if self._request.include_usage:
+            last["usage"] = self._usage(completions)
+        has_news = self._request.include_usage or self._running.num_missing
+        return (format_event(last) if has_news else b"") + b"data: [DONE]\n\n"
+
+    def _missing(self) -> dict[str, int]:
+        """How many texts were asked for that the model does not have, if any."""
+        missing = self._running.num_missing
+        return {"missing_samples": missing} if missing else {}
 
     def _choice(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpt2_chinese.serving.api import Limits, Schema, generate_fields, v1_fields
+from gpt2_chinese.serving.api import Limits, Schema, detokenize_fields, generate_fields, tokenize_fields, v1_fields
 from gpt2_chinese.serving.keys import PUBLIC_PATHS
 
 COMPLETION_ERRORS = (400, 404, 408, 413, 415, 429, 500, 503, 504)
@@ -25,11 +25,13 @@ def openapi(limits: Limits, vocab_size: int, *, needs_key: bool) -> dict[str, An
 
 
 def _paths(limits: Limits, vocab_size: int) -> dict[str, Any]:
-    texts = _response(_array(TEXT), "application/json", "text/event-stream")
+    texts = _response({"anyOf": [_array(TEXT), _array(SCORED)]}, "application/json", "text/event-stream")
     completion = _response(COMPLETION, "application/json", "text/event-stream")
 
     def generate() -> Schema:
-        return _operation("complete a text", texts, *COMPLETION_ERRORS) | _body(generate_fields(limits), "context")
+        return _operation("complete a text", texts, *COMPLETION_ERRORS) | _body(
+            generate_fields(limits, vocab_size), "context"
+        )
 
     return {
         "/generate": {"post": generate()},
@@ -37,6 +39,14 @@ def _paths(limits: Limits, vocab_size: int) -> dict[str, Any]:
         "/v1/completions": {
             "post": _operation("complete texts, as OpenAI's API does", completion, *COMPLETION_ERRORS)
             | _body(v1_fields(limits, vocab_size), "prompt")
+        },
+        "/tokenize": {
+            "post": _operation("the tokens of a text", _response(TOKENS), *COMPLETION_ERRORS)
+            | _body(tokenize_fields(), "prompt")
+        },
+        "/detokenize": {
+            "post": _operation("the text of tokens", _response(_object(prompt=TEXT)), *COMPLETION_ERRORS)
+            | _body(detokenize_fields(limits, vocab_size), "tokens")
         },
         "/v1/models": {"get": _operation("the models", _response(MODELS))},
         "/v1/models/{model}": {
@@ -96,6 +106,13 @@ LOGPROBS = _object(
     token_logprobs=_array(_or_null("number")),
     top_logprobs=_or_null("array") | {"items": _or_null("object")},
     text_offset=_array(INTEGER),
+)
+SCORED = _object(text=TEXT, score={"type": "number"}, finish_reason={"enum": ["stop", "length"]})
+TOKENS = _object(
+    count=INTEGER,
+    max_model_len=INTEGER,
+    tokens=_array(INTEGER),
+    token_strs=_or_null("array") | {"items": TEXT},
 )
 CHOICE = _object(
     text=TEXT,

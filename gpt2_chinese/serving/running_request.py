@@ -95,6 +95,12 @@ class RunningRequest:
                 raise self._timeout_error() from None
         return self.finished_completions()
 
+    @property
+    def num_missing(self) -> int:
+        """Completions of an ended request that the model has no different texts for."""
+        asked = self.completion_request.samples * len(self.prompts)
+        return asked - sum(len(group) for group in self.finished_completions(observe=False))
+
     async def next_deltas(self, timeout: float) -> list[tuple[int, TextDelta]] | None:
         """Wait for the next deltas of a streamed request, each with the index of its prompt.
 
@@ -118,18 +124,25 @@ class RunningRequest:
                 return deltas
         return None
 
-    def finished_completions(self) -> list[list[Completion]]:
-        """All completions of a request that has ended; its times go to /metrics.
+    def finished_completions(self, *, observe: bool = True) -> list[list[Completion]]:
+        """All completions of a request that has ended, as it orders them; with `observe` its times go to /metrics.
 
         Raises:
             EngineStopped: the model has stopped.
         """
         completions = [request.future.result() for request in self.requests]
         first_tokens = [request.first_token_at for request in self.requests if request.first_token_at is not None]
-        longest = max(len(completion.ids) for group in completions for completion in group)
-        if first_tokens:
+        longest = max((len(completion.ids) for group in completions for completion in group), default=0)
+        if first_tokens and observe:
             self.model.timings.observe_request(self.arrived, min(first_tokens), time.monotonic(), longest)
-        return completions
+        return [self._ranked(group) for group in completions]
+
+    def _ranked(self, group: list[Completion]) -> list[Completion]:
+        """The likeliest of a prompt's completions, if more were decoded, or all in the order that was asked for."""
+        request = self.completion_request
+        if not request.sort_likely and request.sequences == request.samples:
+            return group
+        return sorted(group, key=lambda one: -(one.score or 0.0))[: request.samples]
 
     def _timeout_error(self) -> ApiError:
         return timeout_error(self.limits.request_seconds, self.completion_request.length_field)
@@ -176,7 +189,7 @@ async def submit(service: Service, completion_request: CompletionRequest) -> Asy
 async def _queue(running: RunningRequest) -> None:
     model, completion_request, queue = running.model, running.completion_request, running.delta_queue
     engine = running.engine  # the model may get another one meanwhile
-    sequences = model.last_sequences = completion_request.samples * len(completion_request.contexts)
+    sequences = model.last_sequences = completion_request.sequences * len(completion_request.contexts)
     try:
         # Checked before tokenizing too, which a refused request need not pay for.
         engine.check_room(sequences + model.tokenizing_sequences)
@@ -188,13 +201,16 @@ async def _queue(running: RunningRequest) -> None:
         for index, prompt in enumerate(running.prompts):
             request = engine.submit(
                 prompt,
-                samples=completion_request.samples,
+                samples=completion_request.sequences,
                 length=completion_request.length,
                 sampling_params=completion_request.settings,
                 seed=completion_request.seed,
                 stop=completion_request.stop,
                 logprobs=completion_request.logprobs,
                 score_prompt=completion_request.scored,
+                distinct=completion_request.distinct,
+                until_sentence=completion_request.until_sentence,
+                scores=completion_request.needs_scores,
                 on_delta=None if queue is None else partial(queue.put, index),
             )
             running.requests.append(request)

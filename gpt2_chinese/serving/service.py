@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from gpt2_chinese.decoding.backend import CompletionBackend
 from gpt2_chinese.decoding.completion import Prompt
@@ -18,6 +18,7 @@ from gpt2_chinese.serving.api import Limits
 from gpt2_chinese.serving.errors import ApiError, engine_stopped_error
 from gpt2_chinese.serving.timings import Timings
 
+Result = TypeVar("Result")
 WARM_UP_CONTEXT = "你好"
 MAX_INLINE_LENGTH = 200
 """Characters or ids of contexts that are tokenized in the event loop; longer ones go to a thread."""
@@ -128,13 +129,16 @@ class ServedModel:
                 for context in contexts
             ]
 
+        return await self.with_tokenizer(tokenize_all, sum(map(len, contexts)))
+
+    async def with_tokenizer(self, work: Callable[[], Result], size: int) -> Result:
+        """Call a function that uses the tokenizer on so many characters or ids, in a thread if they are many."""
         # Tokenizers may be used by several threads at once, under Python's lock.
-        size = sum(map(len, contexts))
         if size <= MAX_INLINE_LENGTH:  # handing it to another thread would take longer
-            return tokenize_all()
+            return work()
         # Short contexts do not wait behind long ones: each kind has its own thread, which Python gives its turn.
         thread = self.tokenizer_threads[size > MAX_SHORT_LENGTH]
-        return await asyncio.get_running_loop().run_in_executor(thread, tokenize_all)
+        return await asyncio.get_running_loop().run_in_executor(thread, work)
 
 
 @dataclass

@@ -12,6 +12,7 @@ from gpt2_chinese.artifacts import read_json
 from gpt2_chinese.text.char_tokenizer import CharTokenizer
 from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS, Marks, check_tokens, read_vocabulary
 from gpt2_chinese.text.word_tokenizer import (
+    BYTE_TOKENS,
     KEEP_CASE,
     KEEP_SPACES,
     RULES,
@@ -161,6 +162,22 @@ class TokenizerSpec:
         if self.kind == "word":
             raise ValueError("--document_marks is for vocabularies of characters and BPE; words have [MASK] and [CLS]")
         return replace(self, begin=begin, end=end, line_break=None if end == self.line_break else self.line_break)
+
+
+def bytes_of_tokens(tokenizer: Tokenizer) -> list[bytes | None]:
+    """What each token adds to the bytes of a text; None for one that is whole characters, or a special token.
+
+    Words have tokens for single bytes, byte-level BPE has tokens that begin or end within a character. A token that is
+    U+FFFD itself gives its bytes, so that who draws tokens can see it.
+    """
+    if isinstance(tokenizer, HasDefinition):
+        return [data or None for data in tokenizer.token_bytes]
+    has_bytes = isinstance(tokenizer, WordTokenizer) and not tokenizer.compat
+    values = {token: byte for byte, token in enumerate(BYTE_TOKENS)} if has_bytes else {}
+    return [
+        bytes([values[token]]) if token in values else token.encode() if "\ufffd" in token else None
+        for token in tokenizer.vocabulary
+    ]
 
 
 def spec_of(tokenizer: Tokenizer) -> TokenizerSpec:

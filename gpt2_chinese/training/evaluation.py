@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import GPT2LMHeadModel
 
 from gpt2_chinese.decoding.sampling import sample_tokens, uniform_random
+from gpt2_chinese.decoding.whole_characters import CharacterMasks
 from gpt2_chinese.text.pieces import document_begins
 from gpt2_chinese.text.tokenizers import Tokenizer
 from gpt2_chinese.text.vocabulary import Marks
@@ -244,23 +245,35 @@ def evaluating(model: GPT2LMHeadModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def complete(model: GPT2LMHeadModel, prompt: list[int], *, rows: int, marks: Marks, seed: int) -> list[int]:
+def complete(
+    model: GPT2LMHeadModel,
+    prompt: list[int],
+    *,
+    rows: int,
+    marks: Marks,
+    seed: int,
+    masks: CharacterMasks | None = None,
+) -> list[int]:
     """Continue a prompt, at temperature 1 among the 30 likeliest tokens, until the document or the window ends.
 
     There is no cache of keys and values: it is a look at the model now and then, with the model as it stands. The
-    random numbers come from `seed` alone.
+    random numbers come from `seed` alone. With `masks` the text has whole characters only.
     """
     device = next(model.parameters()).device
     ids = prompt[-(model.config.n_ctx - 1) :]
     begin = len(ids)
     one = torch.ones(1)
+    masks = masks or CharacterMasks([None] * rows, rows, marks.never_produced)
+    state = masks.state_after(ids)
+    length = min(_COMPLETION_LENGTH, model.config.n_ctx - len(ids))
     with evaluating(model):
-        for step in range(min(_COMPLETION_LENGTH, model.config.n_ctx - len(ids))):
+        for step in range(length):
             hidden = model.transformer(torch.tensor([ids], device=device), use_cache=False).last_hidden_state
             logits = model.lm_head(hidden[:, -1])[:, :rows].float().cpu()
-            logits[:, list(marks.never_produced)] = -torch.inf
+            logits.masked_fill_(torch.from_numpy(masks.banned(state, length - step - 1)), -torch.inf)
             id_ = int(sample_tokens(logits, uniform_random([seed], [step]), one, torch.tensor([30]), one))
             if id_ == marks.end:
                 break
             ids = [*ids, id_]
+            state = int(masks.next_state[state, id_])
     return ids[begin:]

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import torch
 
+from gpt2_chinese.decoding.whole_characters import CharacterMasks
 from gpt2_chinese.model_folder import load_model
 from gpt2_chinese.precision import Precision, choose_devices, choose_precision
 from gpt2_chinese.text.pieces import check_vocabulary, read_manifest
-from gpt2_chinese.text.tokenizers import vocabulary_of_folder
+from gpt2_chinese.text.tokenizers import bytes_of_tokens, vocabulary_of_folder
 from gpt2_chinese.training.evaluation import Documents, Evaluation, complete, evaluate, sum_of_losses
 from gpt2_chinese.training.loss import WindowLoss
 from gpt2_chinese.training.ranks import Rank
@@ -56,7 +57,14 @@ def validate(run: Run, rank: Rank, trainable: Trainable, documents: Documents, s
             )
             for text, ids in run.prompts.items() if rank.is_main else ():
                 completion = complete(
-                    trainable.model, ids, rows=trainable.vocab_rows, marks=run.tokenizer.marks, seed=run.args.seed
+                    trainable.model,
+                    ids,
+                    rows=trainable.vocab_rows,
+                    marks=run.tokenizer.marks,
+                    seed=run.args.seed,
+                    masks=CharacterMasks(
+                        bytes_of_tokens(run.tokenizer), trainable.vocab_rows, run.tokenizer.marks.never_produced
+                    ),
                 )
                 completions[text] = run.tokenizer.decode(completion)
     except Interrupted:

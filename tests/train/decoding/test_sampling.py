@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper
 
 from gpt2_chinese.decoding import sampling
+from gpt2_chinese.decoding.logits_processing import apply_repetition_penalty
 from gpt2_chinese.decoding.sampling import (
     CompiledSampler,
-    apply_repetition_penalty,
     apply_temperature,
     apply_top_k_top_p,
     sample_tokens,

@@ -155,7 +155,17 @@ def test_fast_typing_asks_once_with_the_settings_and_choices_stand_where_the_car
         await tab.type("天气很好")
         await tab.until(FRESH)
         assert scripted.requests == [
-            {"context": "天气很好", "temperature": 1, "top_k": 30, "top_p": 0.9, "maxlength": 50, "samples": 3}
+            {
+                "context": "天气很好",
+                "temperature": 1,
+                "top_k": 30,
+                "top_p": 0.9,
+                "min_p": 0,
+                "frequency_penalty": 0,
+                "maxlength": 50,
+                "samples": 3,
+                "until": "sentence",
+            }
         ]
         await tab.js("document.querySelector('#text').setSelectionRange(2, 2)")
         await tab.type("真")

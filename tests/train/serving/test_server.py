@@ -65,7 +65,8 @@ def test_a_seed_repeats_and_the_settings_reach_the_engine(server):
         async with client.post("/generate", json=fields) as response:
             texts = await response.json()
         params = SamplingParams(temperature=0.5, top_k=3, top_p=0.9, repetition_penalty=1.5)
-        expected = await asyncio.to_thread(engine.complete, "一丁", samples=2, length=6, sampling_params=params, seed=1)
+        fields = {"samples": 2, "length": 6, "sampling_params": params, "seed": 1, "distinct": True}
+        expected = await asyncio.to_thread(engine.complete, "一丁", **fields)
         assert texts == expected
 
     served(test, engine=engine)

@@ -42,6 +42,50 @@ async def check_both(client: Client) -> None:
 
 
 CONTEXT = '"context": "一丁"'
+SETTINGS_OF_BOTH = [
+    *(
+        (name, value, "wrong_type")
+        for name in ("min_p", "presence_penalty", "frequency_penalty")
+        for value in ('"1"', "true")
+    ),
+    *((name, value, "wrong_type") for name in ("no_repeat_ngram_size", "min_tokens") for value in ("1.5", '"3"', "[]")),
+    *((name, value, "wrong_type") for name in ("ignore_eos", "distinct") for value in ("1", '"true"')),
+    ("min_p", -0.1, "out_of_range"),
+    ("min_p", 1.1, "out_of_range"),
+    ("presence_penalty", 2.5, "out_of_range"),
+    ("frequency_penalty", -2.5, "out_of_range"),
+    ("no_repeat_ngram_size", -1, "out_of_range"),
+    ("no_repeat_ngram_size", 1001, "out_of_range"),
+    ("min_tokens", -1, "out_of_range"),
+    ("min_tokens", 2**31, "out_of_range"),
+    ("until", '"paragraph"', "out_of_range"),
+    ("until", "5", "wrong_type"),
+    ("logit_bias", "[]", "wrong_type"),
+    ("logit_bias", '{"5": "1"}', "wrong_type"),
+    ("logit_bias", '{"5": true}', "wrong_type"),
+    ("logit_bias", '{"5": 101}', "out_of_range"),
+    ("logit_bias", '{"200": 1}', "out_of_range"),
+    ("logit_bias", '{"-1": 1}', "out_of_range"),
+    ("logit_bias", '{"05": 1}', "out_of_range"),
+    ("logit_bias", '{"\u0665": 1}', "out_of_range"),
+    ("logit_bias", '{"' + "9" * 30 + '": 1}', "out_of_range"),
+    ("logit_bias", json.dumps({str(id_): 1 for id_ in range(301)}), "out_of_range"),
+    ("bad_words", '"一"', "wrong_type"),
+    ("bad_words", "[5]", "wrong_type"),
+    ("bad_words", '[""]', "out_of_range"),
+    ("bad_words", '["  "]', "out_of_range"),
+    ("bad_words", '["' + "一" * 65 + '"]', "out_of_range"),
+    ("bad_words", json.dumps(["一"] * 33), "out_of_range"),
+    ("bad_words", '["\\ud800"]', "invalid_character"),
+    ("stop_token_ids", "5", "wrong_type"),
+    ("stop_token_ids", "[5.5]", "wrong_type"),
+    ("stop_token_ids", "[true]", "wrong_type"),
+    ("stop_token_ids", "[200]", "out_of_range"),
+    ("stop_token_ids", "[-1]", "out_of_range"),
+    ("stop_token_ids", json.dumps([5] * 33), "out_of_range"),
+]
+"""Settings that /generate and /v1/completions share."""
+
 BAD_BODIES = [
     # not JSON
     ("", "empty_body", None),
@@ -128,6 +172,11 @@ BAD_BODIES = [
     *(
         (f'{{{CONTEXT}, "{name}": {value}}}', code, name)
         for name, value, code in [
+            *SETTINGS_OF_BOTH,
+            ("sort", '"newest"', "out_of_range"),
+            ("sort", 1, "wrong_type"),
+            ("scores", 1, "wrong_type"),
+            ("best_of", 2, "unknown_field"),
             ("stop", 5, "wrong_type"),
             ("stop", "{}", "wrong_type"),
             ("stop", '["一", 5]', "wrong_type"),
@@ -180,16 +229,15 @@ V1_BAD_BODIES = [
     *(
         (f'{{{PROMPT}, "{name}": {value}}}', "unsupported", name)
         for name, value in [
-            ("presence_penalty", 0.5),
-            ("presence_penalty", "false"),
-            ("frequency_penalty", -2),
-            ("frequency_penalty", '"0"'),
-            ("logit_bias", '{"50256": -100}'),
             ("suffix", '"。"'),
             ("suffix", "[]"),
-            ("best_of", 2),
         ]
     ),
+    *((f'{{{PROMPT}, "{name}": {value}}}', code, name) for name, value, code in SETTINGS_OF_BOTH),
+    (f'{{{PROMPT}, "n": 3, "best_of": 2}}', "out_of_range", "best_of"),
+    (f'{{{PROMPT}, "best_of": 2, "stream": true}}', "unsupported", "best_of"),
+    (f'{{{PROMPT}, "max_completion_tokens": 0}}', "out_of_range", "max_completion_tokens"),
+    (f'{{{PROMPT}, "sort": "likely"}}', "unknown_field", "sort"),
     (f'{{{PROMPT}, "max_tokens": 0, "echo": true}}', "out_of_range", "max_tokens"),
     (f'{{{PROMPT}, "max_tokens": 0, "logprobs": 1}}', "out_of_range", "max_tokens"),
     (f'{{{PROMPT}, "logit_bias": []}}', "wrong_type", "logit_bias"),

@@ -162,11 +162,13 @@ def test_models_and_errors_are_those_that_the_client_knows():
             client.models.retrieve("gpt-4")
         for fields, param in [
             ({"temperature": 99}, "temperature"),
-            ({"n": 2, "best_of": 3}, "best_of"),
-            ({"presence_penalty": 1}, "presence_penalty"),
+            ({"n": 2, "best_of": 1}, "best_of"),
+            ({"n": 2, "best_of": 3, "stream": True}, "best_of"),
+            ({"presence_penalty": 2.1}, "presence_penalty"),
             ({"suffix": "。"}, "suffix"),
             ({"echo": True, "max_tokens": 0}, "max_tokens"),
-            ({"extra_body": {"min_p": 0.1}}, "min_p"),
+            ({"extra_body": {"min_p": 1.1}}, "min_p"),
+            ({"extra_body": {"mirostat": 2}}, "mirostat"),
         ]:
             with pytest.raises(openai.BadRequestError) as raised:
                 client.completions.create(model="tiny", prompt="一", **fields)
@@ -242,12 +244,14 @@ def test_schemathesis_finds_no_answer_that_the_description_does_not_have(mode, c
             return False
         n = body.get("n") or 1
         scored = bool(body.get("echo")) and body.get("logprobs") is not None
-        return body.get("best_of") not in (None, n) or (body.get("max_tokens") == 0 and not scored)
+        best_of = body.get("best_of") or n
+        lengths = [body.get("max_tokens"), body.get("max_completion_tokens")]
+        return best_of < n or (best_of > n and bool(body.get("stream"))) or (0 in lengths and not scored)
 
     async def test(client):
         async with client.get("/openapi.json") as response:
             document = await response.json()
-        for path in ("/generate", "/", "/v1/completions"):
+        for path in ("/generate", "/", "/v1/completions", "/tokenize", "/detokenize"):
             body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
             body["properties"]["model"] = {"enum": ["tiny", None]}
         schema = schemathesis.openapi.from_dict(document)
