@@ -13,25 +13,36 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import logging
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import aiohttp_cors
 from aiohttp import web
 
-from gpt2_chinese.command_line import print_settings, run_script
+from gpt2_chinese.best_model import note_of_a_better_model
+from gpt2_chinese.command_line import print_settings, run_script, say
+from gpt2_chinese.decoding.completion import Completion, EngineStopped
 from gpt2_chinese.decoding.process import EngineOptions, EngineProcess
-from gpt2_chinese.model_folder import note_of_a_better_model
-from gpt2_chinese.serving.api import MAX_TOKENS, parse_detokenize, parse_generate, parse_tokenize, parse_v1
+from gpt2_chinese.serving.api import (
+    MAX_TOKENS,
+    parse_detokenize,
+    parse_generate,
+    parse_json_object,
+    parse_tokenize,
+    parse_v1,
+)
 from gpt2_chinese.serving.connections import open_socket, url_of
 from gpt2_chinese.serving.devices import run_for_each_device
 from gpt2_chinese.serving.errors import ApiError
 from gpt2_chinese.serving.events import GenerateEvents, stream_sse
+from gpt2_chinese.serving.fast_path import COMPLETION_PATHS
 from gpt2_chinese.serving.flags import (
     check_flags,
     limits_of,
@@ -40,25 +51,36 @@ from gpt2_chinese.serving.flags import (
     parse_devices,
     parse_origins,
 )
-from gpt2_chinese.serving.keys import read_keys, require_key
+from gpt2_chinese.serving.hosts import allowed_hosts
+from gpt2_chinese.serving.keys import ADMIN_PATH, read_admin_keys, read_keys, require_key, restart_without_keys
 from gpt2_chinese.serving.lifecycle import serve
 from gpt2_chinese.serving.metrics import CONTENT_TYPE, metrics_page
-from gpt2_chinese.serving.middlewares import count_responses, errors_as_json, expect_continue, vary_by_origin
+from gpt2_chinese.serving.middlewares import (
+    check_host,
+    count_responses,
+    errors_as_json,
+    expect_continue,
+    set_headers,
+)
 from gpt2_chinese.serving.openai_completions import OpenAICompletion, openai_model
 from gpt2_chinese.serving.openapi import openapi
-from gpt2_chinese.serving.responses import json_response
+from gpt2_chinese.serving.responses import encoded_response, json_pieces, json_response
 from gpt2_chinese.serving.running_request import RunningRequest, count_tokens, submit
-from gpt2_chinese.serving.service import ServedModel, Service, run_models
+from gpt2_chinese.serving.service import ServedModel, Service
+from gpt2_chinese.serving.supervision import newest_model, run_models
 
 SERVICE = web.AppKey("service", Service)
 PAGE = Path(__file__).resolve().parent / "gpt2_chinese" / "serving" / "web" / "index.html"
 PAGE_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 )
 CUT_HEADER = "X-Context-Cut"
 """The number of tokens of the context that did not fit into the model's window."""
 TOKENS_HEADER = "X-Tokens"
 """The number of tokens generated for the answer."""
+MAX_INLINE_ANSWER = 1 << 16
+"""Bytes of an answer that is turned into JSON in the event loop."""
 MISSING_HEADER = "X-Samples-Missing"
 """The number of samples that were asked for and are not there, since the model has no more different texts."""
 SWITCH_SECONDS = 0.0005
@@ -71,23 +93,30 @@ SWITCH_SECONDS = 0.0005
 def build_app(service: Service, cors_origins: Sequence[str] = ("*",)) -> web.Application:
     """Make the application; its models are loaded when it starts, and closed with it."""
     app = web.Application(
-        middlewares=[count_responses(service), errors_as_json, require_key(service.keys)],
+        middlewares=[
+            count_responses(service),
+            errors_as_json,
+            check_host(service),
+            require_key(service.keys, service.admin_keys),
+        ],
         client_max_size=service.limits.body_bytes,
     )
     app[SERVICE] = service
     app.cleanup_ctx.append(models_context)
-    app.on_response_prepare.append(vary_by_origin)
-    app.router.add_get("/", handle_page, allow_head=False)
+    app.on_response_prepare.append(set_headers)
+    app.router.add_get("/", handle_page, allow_head=False, expect_handler=expect_continue)
     app.router.add_post("/", handle_generate, expect_handler=expect_continue)
     app.router.add_post("/generate", handle_generate, expect_handler=expect_continue)
     app.router.add_post("/v1/completions", handle_v1_completions, expect_handler=expect_continue)
+    app.router.add_get("/v1/models", handle_v1_models, allow_head=False, expect_handler=expect_continue)
+    app.router.add_get("/v1/models/{model}", handle_v1_model, allow_head=False, expect_handler=expect_continue)
+    app.router.add_get("/health", handle_health, allow_head=False, expect_handler=expect_continue)
+    app.router.add_get("/metrics", handle_metrics, allow_head=False, expect_handler=expect_continue)
+    app.router.add_get("/openapi.json", handle_openapi, allow_head=False, expect_handler=expect_continue)
+    if service.admin_keys:
+        app.router.add_post(ADMIN_PATH + "reload", handle_reload, expect_handler=expect_continue)
     app.router.add_post("/tokenize", handle_tokenize, expect_handler=expect_continue)
     app.router.add_post("/detokenize", handle_detokenize, expect_handler=expect_continue)
-    app.router.add_get("/v1/models", handle_v1_models, allow_head=False)
-    app.router.add_get("/v1/models/{model}", handle_v1_model, allow_head=False)
-    app.router.add_get("/health", handle_health, allow_head=False)
-    app.router.add_get("/metrics", handle_metrics, allow_head=False)
-    app.router.add_get("/openapi.json", handle_openapi, allow_head=False)
     if cors_origins:
         allow_cors(app, cors_origins)
     return app
@@ -99,7 +128,7 @@ async def models_context(app: web.Application) -> AsyncIterator[None]:
 
 
 def allow_cors(app: web.Application, origins: Sequence[str]) -> None:
-    """Let the pages of these sites use every route from a browser."""
+    """Let the pages of these sites complete texts from a browser; of the other routes they can read nothing."""
     options = aiohttp_cors.ResourceOptions(
         allow_credentials=False,
         allow_headers="*",
@@ -108,7 +137,8 @@ def allow_cors(app: web.Application, origins: Sequence[str]) -> None:
     )
     cors = aiohttp_cors.setup(app, defaults=dict.fromkeys(origins, options))
     for route in list(app.router.routes()):
-        cors.add(route)
+        if route.method == "POST" and route.resource is not None and route.resource.canonical in COMPLETION_PATHS:
+            cors.add(route)
 
 
 # Completions.
@@ -124,14 +154,19 @@ async def handle_generate(request: web.Request) -> web.StreamResponse:
         if completion_request.stream:
             return await stream_sse(request, running, GenerateEvents(running), cut_header(running))
         completions = await running.completions()
-    headers = {**cut_header(running), **missing_header(running), TOKENS_HEADER: str(count_tokens(completions))}
-    if not completion_request.with_scores:
-        return json_response([completion.text for completion in completions[0]], headers=headers)
-    scored = [
+        headers = {**cut_header(running), **missing_header(running), TOKENS_HEADER: str(count_tokens(completions))}
+        body = await encode(service, running, lambda: generate_answer(completions[0], completion_request.with_scores))
+        return encoded_response(body, headers=headers)
+
+
+def generate_answer(completions: Sequence[Completion], with_scores: bool) -> list[Any]:
+    """What /generate answers: texts, or objects with their scores."""
+    if not with_scores:
+        return [completion.text for completion in completions]
+    return [
         {"text": one.text, "score": round(one.score or 0.0, 4), "finish_reason": one.finish_reason}
-        for one in completions[0]
+        for one in completions
     ]
-    return json_response(scored, headers=headers)
 
 
 async def handle_v1_completions(request: web.Request) -> web.StreamResponse:
@@ -144,7 +179,8 @@ async def handle_v1_completions(request: web.Request) -> web.StreamResponse:
         if completion_request.stream:
             return await stream_sse(request, running, response, cut_header(running))
         completions = await running.completions()
-    return json_response(response.body(completions), headers=cut_header(running) | missing_header(running))
+        body = await encode(service, running, lambda: response.body(completions))
+        return encoded_response(body, headers=cut_header(running) | missing_header(running))
 
 
 async def handle_tokenize(request: web.Request) -> web.Response:
@@ -170,14 +206,25 @@ async def handle_detokenize(request: web.Request) -> web.Response:
     return json_response({"prompt": await model.with_tokenizer(lambda: tokenizer.decode(ids), len(ids))})
 
 
-async def read_body(request: web.Request) -> bytes:
-    """Read a body of limited size in limited time, if requests are accepted at all.
+async def encode(service: Service, running: RunningRequest, value: Callable[[], Any]) -> bytes:
+    """The JSON of an answer; if it may be large, by another thread in pieces, so that others are answered meanwhile."""
+
+    def in_pieces() -> bytes:
+        return "".join(json_pieces(value())).encode("utf-8")
+
+    if running.answer_bytes <= MAX_INLINE_ANSWER:
+        return json.dumps(value(), ensure_ascii=False).encode("utf-8")
+    return await asyncio.get_running_loop().run_in_executor(service.encoder_thread, in_pieces)
+
+
+async def read_body(request: web.Request, *, admitted: bool = True) -> bytes:
+    """Read a body of limited size in limited time; one that is `admitted` only if requests are accepted at all.
 
     Raises:
         ApiError: the server accepts no requests, or the body is not as it must be.
     """
     service = request.app[SERVICE]
-    if error := service.admission_error():
+    if admitted and (error := service.admission_error()):
         raise error
     limits = service.limits
     if "Content-Encoding" in request.headers:
@@ -248,7 +295,31 @@ def model_health(model: ServedModel) -> dict[str, str | int | bool | None]:
         "waiting": model.waiting,
         "full_speed": model.at_full_speed,
         "n_ctx": model.engine.n_ctx if model.engine else None,
+        "restarts": model.restarts,
     }
+
+
+async def handle_reload(request: web.Request) -> web.Response:
+    """POST /admin/reload: load every model's folder again, or that of {"model": name}, and serve what is there now.
+
+    A folder that cannot be loaded leaves the old model serving, and is answered with 409 and the reason.
+    """
+    service = request.app[SERVICE]
+    body = await read_body(request, admitted=False)
+    fields = parse_json_object(body, '{"model": "final_model"}') if body.strip() else {}
+    name = fields.get("model")
+    if set(fields) - {"model"} or not isinstance(name, (str, type(None))):
+        raise ApiError(400, "unknown_field", 'the only field is model, a name: {"model": "final_model"}', "model")
+    models = list(service.models) if name is None else [service.model(name)]
+    if service.draining or service.supervisor is None or any(model.status == "loading" for model in models):
+        raise ApiError(503, service.status, "models are being loaded or the server is shutting down; try again later")
+    for model in models:
+        try:
+            await asyncio.to_thread(service.supervisor.reload, model)
+        except (ValueError, OSError, EngineStopped) as error:
+            message = f"{model.name} is served as before, its folder cannot be loaded: {error}"
+            raise ApiError(409, "not_reloaded", message, "model") from None
+    return json_response({"reloaded": [model.name for model in models]})
 
 
 async def handle_metrics(request: web.Request) -> web.Response:
@@ -275,37 +346,41 @@ async def handle_page(_: web.Request) -> web.Response:
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = parse_args(argv, "Serve completions of a trained model over HTTP.")
     check_flags(args)
-    keys = read_keys(args)
+    keys, admin_keys = read_keys(args), read_admin_keys(args)
     sys.setswitchinterval(SWITCH_SECONDS)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     devices = parse_devices(args.device)
     is_child = args.listen_fd is not None
     if not is_child:
-        print_settings(printable(args, len(keys)))
+        print_settings(printable(args, len(keys), len(admin_keys)))
     with socket.socket(fileno=args.listen_fd) if is_child else open_socket(args.host, args.port) as sock:
         if not is_child:
-            print(f"listening on {url_of(sock)}, loading {', '.join(args.model_path)}", flush=True)
+            say(f"listening on {url_of(sock)}, loading {', '.join(args.model_path)}")
             for better in filter(None, map(note_of_a_better_model, args.model_path)):
-                print(f"note: {better}", flush=True)
+                say(f"note: {better}")
         if len(devices) > 1:
             return run_for_each_device(Path(__file__).resolve(), sys.argv[1:] if argv is None else argv, devices, sock)
-        service = Service(served_models(args), limits_of(args), keys)
+        hosts = allowed_hosts(args.host, args.allowed_hosts)
+        service = Service(served_models(args), limits_of(args), keys, admin_keys=admin_keys, hosts=hosts)
         app = build_app(service, parse_origins(args.cors_origins))
         asyncio.run(serve(app, service, sock, ready_fd=args.ready_fd))
+    if isinstance(service.error, EngineStopped):
+        raise OSError(f"{service.error}; was it killed, or is the memory too small for it?")
     if service.error is not None:
         raise service.error
-    if is_child and any(model.engine and model.engine.error for model in service.models):
+    if service.has_failed:
+        print("error: a model has stopped, and it is not to be started again (--no-restart)", file=sys.stderr)
         return 1
-    print("stopped", flush=True)
+    say("stopped")
     if not service.loading_done.is_set():
         os._exit(0)  # the thread that loads would fail in the middle of an import
     return None
 
 
-def printable(args: argparse.Namespace, keys: int) -> argparse.Namespace:
+def printable(args: argparse.Namespace, keys: int, admin_keys: int = 0) -> argparse.Namespace:
     """The flags for the log: how many API keys there are instead of the keys, and no internal flags."""
     flags = {name: value for name, value in vars(args).items() if name not in ("listen_fd", "ready_fd")}
-    return argparse.Namespace(**flags | {"api_key": f"<{keys} keys>"})
+    return argparse.Namespace(**flags | {"api_key": f"<{keys} keys>", "admin_key": f"<{admin_keys} keys>"})
 
 
 def served_models(args: argparse.Namespace) -> list[ServedModel]:
@@ -314,11 +389,33 @@ def served_models(args: argparse.Namespace) -> list[ServedModel]:
     def load(folder: str) -> EngineProcess:
         marks = tuple(args.document_marks) if args.document_marks else None
         options = EngineOptions(folder, args.vocab_file, args.device, args.batch_size, args.precision, marks)
-        return EngineProcess(options, max_waiting=args.max_waiting)
+        return EngineProcess(options, max_waiting=args.max_waiting, hang_timeout=args.hang_timeout)
 
-    names = model_names(args)
-    return [ServedModel(name, partial(load, folder)) for name, folder in zip(names, args.model_path, strict=True)]
+    models = []
+    for name, path in zip(model_names(args), args.model_path, strict=True):
+        folder, watched = watched_folder(path) if args.watch else (path, None)
+        models.append(
+            ServedModel(
+                name, partial(load, folder), Path(folder), load_from=load, restart=args.restart, watched=watched
+            )
+        )
+    return models
+
+
+def watched_folder(path: str) -> tuple[str, Path]:
+    """The model folder to begin with, and the folder of train.py in which new ones are looked for.
+
+    Raises:
+        FileNotFoundError: there is no model folder yet.
+    """
+    if (Path(path) / "config.json").is_file():
+        return path, Path(path).resolve().parent
+    newest = newest_model(Path(path))
+    if newest is None:
+        raise FileNotFoundError(f"--watch: there is no model folder in {path} yet; train.py writes one after an epoch")
+    return str(newest), Path(path)
 
 
 if __name__ == "__main__":
+    restart_without_keys()
     run_script(main)

@@ -68,7 +68,9 @@ class Server:
         """The server's process and its children (Linux)."""
         found = [self.process.pid]
         for one in found:
-            found += map(int, Path(f"/proc/{one}/task/{one}/children").read_text(encoding="utf-8").split())
+            for thread in Path(f"/proc/{one}/task").iterdir():  # a process belongs to the thread that started it
+                with contextlib.suppress(FileNotFoundError):
+                    found += map(int, (thread / "children").read_text(encoding="utf-8").split())
         return found
 
     def resources(self) -> dict[str, int]:
@@ -206,7 +208,7 @@ class Connections:
     def __init__(self, port: int, fields: dict[str, Any]) -> None:
         self.port = port
         body = json.dumps(fields).encode()
-        self.request = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        self.request = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
         self.selector = selectors.DefaultSelector()
         self.free: deque[socket.socket] = deque()
         self.sent: dict[socket.socket, float] = {}
@@ -375,7 +377,7 @@ async def abort(url: str, port: int) -> float:
 
         body = json.dumps({"context": "孩子", "maxlength": 1024, "samples": 16}).encode()
         _, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        writer.write(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         deadline = time.perf_counter() + 20
         while not await running():
             assert time.perf_counter() < deadline, "the request did not begin"
@@ -441,7 +443,7 @@ async def abuse(server: Server, *, requests: int, clients: int = 32, idle: float
 
 async def left_in_the_middle(port: int, number: int) -> None:
     body = json.dumps({"context": "孩子", "maxlength": 200, "samples": 3, "stream": number % 20 < 10}).encode()
-    data = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    data = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
     _, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(data if number % 3 else data[: len(data) // 2])
     with contextlib.suppress(ConnectionError):
@@ -502,7 +504,7 @@ async def slow(url: str, port: int, *, connections: int, seconds: float) -> dict
             (b"", b""),
             (b"POST /generate HTT", b""),
             (b"POST /generate HTTP/1.1\r\n", b"X"),
-            (b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n", b" "),
+            (b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000\r\n\r\n", b" "),
         ]
         begin, drip = begins[number % len(begins)]
         reader, writer = await asyncio.open_connection("127.0.0.1", port)

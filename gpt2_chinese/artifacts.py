@@ -60,6 +60,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
                 os.replace(temporary, path)  # while the lock is held, so that no other run takes the file up
         if fcntl is None:
             os.replace(temporary, path)
+        flush_folder(path.parent)
     except BaseException as error:
         if locked:
             temporary.unlink(missing_ok=True)
@@ -69,10 +70,17 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         raise
 
 
+def _no_links(path: str, flags: int) -> int:
+    """Open a file, but not where a link leads: in a folder that others may write, it could lead to any file of ours."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 @contextmanager
 def _locked(temporary: Path, mode: str, text: dict[str, str]) -> Iterator[IO[Any]]:
     """Open a temporary file, empty, for this run alone; the lock ends with the process, however that ends."""
-    with open(temporary, mode.replace("w", "a"), **text) as file:  # type: ignore[call-overload]
+    with open(temporary, mode.replace("w", "a"), opener=_no_links, **text) as file:  # type: ignore[call-overload]
+        if os.fstat(file.fileno()).st_nlink > 1:
+            raise OSError(errno.EEXIST, f"{temporary.name} is another name of a file; delete it")
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -99,7 +107,7 @@ def exclusive_lock(folder: str | Path) -> Iterator[None]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a", encoding="utf-8") as file:
+    with open(folder / ".lock", "a", opener=_no_links, encoding="utf-8") as file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -112,6 +120,50 @@ def exclusive_lock(folder: str | Path) -> Iterator[None]:
             yield
         finally:
             _locked_descriptors.discard(file.fileno())
+
+
+@contextmanager
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """Let a full disk be an OSError that names `path`, in whatever way a library tells it.
+
+    torch ends with "unexpected pos …" when what it writes does not arrive, and safetensors with a text of the system.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from error
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__cause__ or cause.__context__
+        if isinstance(cause, OSError):
+            raise type(cause)(cause.errno, cause.strerror, str(path)) from error
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            if f"os error {number}" in str(error):
+                raise OSError(number, os.strerror(number), str(path)) from error
+        raise
+
+
+def flush_file(path: str | Path) -> None:
+    """Write a file's contents to the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def flush_folder(folder: str | Path) -> None:
+    """Write a folder's names to the disk, so that a rename outlives a power cut (POSIX only)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # some network file systems flush no folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def sha256_of(path: str | Path) -> str:
@@ -149,3 +201,7 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path} is not UTF-8: byte {error.start}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from error
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply; it is damaged, copy it again") from None
+    except ValueError:  # Python converts no numbers of thousands of digits
+        raise ValueError(f"{path} has a number of too many digits; it is damaged, copy it again") from None

@@ -68,4 +68,19 @@ def print_settings(args: argparse.Namespace, *, file: TextIO | None = None) -> N
     """Print the resolved flags of a run, in one line, as they would be typed; nothing with --quiet."""
     if getattr(args, "quiet", False):
         return
-    print("settings:", " ".join(f"--{name}={value}" for name, value in vars(args).items()), file=file)
+    say("settings: " + " ".join(f"--{name}={value}" for name, value in vars(args).items()), file=file)
+
+
+def say(text: str, *, file: TextIO | None = None) -> None:
+    """Print a line at once. If its reader has gone (`server.py | head -1`), this line and the next ones go nowhere."""
+    stream = file or sys.stdout
+    if stream is None:
+        return
+    try:
+        print(text, file=stream, flush=True)
+    except UnicodeEncodeError:
+        print(text.encode("ascii", "backslashreplace").decode(), file=stream, flush=True)
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)

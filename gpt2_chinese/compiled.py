@@ -7,9 +7,11 @@ first. Here the object code is kept in a file and loaded with llvmlite alone, in
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import importlib
 import os
+import stat
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -120,15 +122,52 @@ def cache_folders() -> list[Path]:
 
 
 def read_cached_code(file_name: str) -> bytes | None:
-    """The code in the first cache folder that has it whole: it begins with its own digest."""
+    """The code in the first cache folder that has it whole: it begins with its digest.
+
+    The digest tells damaged files, not forged ones: code is run only if nobody else can have written it.
+    """
     for folder in cache_folders():
         try:
-            data = (folder / file_name).read_bytes()
+            data = read_trusted(folder / file_name)
         except OSError:
             continue
-        if hashlib.sha256(data[DIGEST_SIZE:]).digest() == data[:DIGEST_SIZE]:
+        if code_digest(file_name, data[DIGEST_SIZE:]) == data[:DIGEST_SIZE]:
             return data[DIGEST_SIZE:]
     return None
+
+
+def code_digest(file_name: str, code: bytes) -> bytes:
+    return hashlib.sha256(file_name.encode() + b"\n" + code).digest()
+
+
+def read_trusted(path: Path) -> bytes:
+    """Read a file that belongs to this user, to root or to whom this program belongs, and that no other may write.
+
+    Raises:
+        OSError: there is none, or it is not such a file.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NOFOLLOW", 0))) as file:
+        found = os.fstat(file.fileno())
+        if os.name == "posix":
+            owners = {0, os.geteuid(), os.stat(__file__).st_uid}
+            by_others = found.st_mode & stat.S_IWOTH or (
+                found.st_mode & stat.S_IWGRP and not is_private_group(found.st_gid, found.st_uid)
+            )
+            if found.st_uid not in owners or by_others:
+                raise PermissionError(errno.EPERM, "others may write this file, so its code is not run", str(path))
+        return file.read()
+
+
+def is_private_group(group: int, user: int) -> bool:
+    """Whether a group has nobody in it but the user that it is named after."""
+    import grp
+    import pwd
+
+    try:
+        entry, name = grp.getgrgid(group), pwd.getpwuid(user).pw_name
+    except KeyError:
+        return False
+    return entry.gr_name == name and set(entry.gr_mem) <= {name}
 
 
 def write_cached_code(file_name: str, code: bytes) -> None:
@@ -136,7 +175,9 @@ def write_cached_code(file_name: str, code: bytes) -> None:
     for folder in cache_folders():
         try:
             with atomic_write(folder / file_name, "wb") as file:
-                file.write(hashlib.sha256(code).digest() + code)
+                file.write(code_digest(file_name, code) + code)
+                if os.name == "posix":
+                    os.fchmod(file.fileno(), 0o644)
             return
         except OSError:
             continue

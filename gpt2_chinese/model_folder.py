@@ -15,22 +15,22 @@ as tensors alone, and the tokenizer's code is for other programs.
 
 from __future__ import annotations
 
+import hashlib
 import os
-import pickle
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from gpt2_chinese.artifacts import read_json, sha256_of, write_json, write_lines
+from gpt2_chinese.artifacts import disk_errors, flush_file, flush_folder, read_json, sha256_of, write_json, write_lines
+from gpt2_chinese.best_model import BEST_MODEL, MANIFEST, note_of_a_better_model
 from gpt2_chinese.text.char_tokenizer import CharTokenizer
 from gpt2_chinese.text.tokenizers import (
     TOKENIZER_CONFIG,
@@ -43,19 +43,21 @@ from gpt2_chinese.text.tokenizers import (
 )
 from gpt2_chinese.text.vocabulary import Marks
 from gpt2_chinese.text.word_tokenizer import WordTokenizer
+from gpt2_chinese.weights_file import Shapes, read_weights_file
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel
 
 # transformers is imported where a model is built from it: that takes seconds, and to decode a model it is not needed.
 
+__all__ = ["BEST_MODEL", "MANIFEST", "note_of_a_better_model"]  # for those who know them from here
 FORMAT = 1
-CONFIG, MANIFEST = "config.json", "manifest.json"
-BEST_MODEL = "best_model"  # the folder that train.py writes beside the others
+CONFIG = "config.json"
 WEIGHTS, OLD_WEIGHTS = "model.safetensors", "pytorch_model.bin"
 
 # transformers before 4.3x stored the causal mask of every layer beside the weights.
 _MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+_MEND = "copy the folder again, or train again"
 TOKENIZER_CODE = ("tokenization_gpt2_chinese.py", "word_tokenizer.py", "vocabulary.py")
 _EMBEDDING, _HEAD = "transformer.wte.weight", "lm_head.weight"
 _SHAPE_KEYS = (
@@ -83,6 +85,43 @@ _DEFAULTS = {
     "scale_attn_by_inverse_layer_idx": False,
 }
 """transformers' defaults of what decides the forward pass and may be left out of a configuration."""
+
+
+_LARGEST = {
+    "n_ctx": 1 << 22,
+    "n_positions": 1 << 22,
+    "n_embd": 1 << 17,
+    "n_head": 1 << 14,
+    "n_layer": 1_000,
+    "vocab_size": 1 << 26,
+    "n_inner": 1 << 20,
+}
+"""Far above every GPT-2; a configuration beyond is damaged, and would fill the memory."""
+_BOOLEANS = (
+    "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx",
+    "reorder_and_upcast_attn",
+    "tie_word_embeddings",
+)
+_COMPILED_ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "relu")
+
+
+def _short(value: Any) -> str:
+    """A value of a file, for a message of one line."""
+    try:
+        text = repr(value)
+    except ValueError:  # a number of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else text[:60] + "…"
+
+
+def _check_activation(path: Path, name: Any) -> None:
+    if name in _COMPILED_ACTIVATIONS:
+        return
+    from transformers.activations import ACT2FN  # takes seconds, and hardly any model has another
+
+    if not isinstance(name, str) or name not in ACT2FN:
+        raise ValueError(f"{path}: activation_function must be one that transformers has, it is {_short(name)}")
 
 
 def read_config(path: str | Path, *, vocab_size: int | None = None, marks: Marks | None = None) -> GPT2Config:
@@ -126,14 +165,28 @@ def _read_shape(path: str | Path, *, vocab_size: int | None = None) -> dict[str,
         shape["vocab_size"] = vocab_size
     for key, other in (("n_ctx", "n_positions"), ("n_positions", "n_ctx")):
         shape.setdefault(key, shape.get(other))
-    for key in ("n_ctx", "n_positions", "n_embd", "n_head", "n_layer", "vocab_size"):
+    for key, most in _LARGEST.items():
         value = shape.get(key)
+        if key == "n_inner" and value is None:
+            continue
         if type(value) is not int or value < 1:
-            raise ValueError(f"{path}: {key} must be a whole number above 0, it is {value!r}")
+            raise ValueError(f"{path}: {key} must be a whole number above 0, it is {_short(value)}")
+        if value > most:
+            raise ValueError(f"{path}: {key} must be at most {most}, it is {_short(value)}")
     for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
         value = shape.get(key, 0.1)
         if type(value) not in (int, float) or not 0 <= value < 1:
-            raise ValueError(f"{path}: {key} must be a number from 0 to below 1, it is {value!r}")
+            raise ValueError(f"{path}: {key} must be a number from 0 to below 1, it is {_short(value)}")
+    for key, value in (
+        ("layer_norm_epsilon", shape.get("layer_norm_epsilon", 1e-5)),
+        ("initializer_range", shape.get("initializer_range", 0.02)),
+    ):
+        if type(value) not in (int, float) or not 0 <= value <= 1 or (key == "layer_norm_epsilon" and value == 0):
+            raise ValueError(f"{path}: {key} must be a number above 0, at most 1, it is {_short(value)}")
+    for key in _BOOLEANS:
+        if type(shape.get(key, True)) is not bool:
+            raise ValueError(f"{path}: {key} must be true or false, it is {_short(shape[key])}")
+    _check_activation(path, shape.get("activation_function", "gelu_new"))
     if shape["n_embd"] % shape["n_head"]:
         raise ValueError(f"{path}: n_embd {shape['n_embd']} is not a multiple of n_head {shape['n_head']}")
     if shape["n_ctx"] > shape["n_positions"]:
@@ -178,7 +231,8 @@ def save_model(
         **ids,
     }
     with atomic_write_folder(folder) as new:
-        save_file(state, str(new / WEIGHTS), metadata={"format": "pt"})
+        with disk_errors(folder):
+            save_file(state, str(new / WEIGHTS), metadata={"format": "pt"})
         write_json(new / CONFIG, dict(sorted(saved.items())))
         generation = {"suppress_tokens": list(marks.never_produced)}
         generation["transformers_version"] = saved["transformers_version"]
@@ -193,6 +247,7 @@ def save_model(
                     "sha256": sha256_of(new / vocabulary),
                     "size": len(tokenizer),
                 },
+                "files": {WEIGHTS: {"bytes": (new / WEIGHTS).stat().st_size, "sha256": sha256_of(new / WEIGHTS)}},
                 "tokenizer": tokenizer.kind,
                 "compat": tokenizer.compat,
                 "facts": dict(facts),
@@ -252,7 +307,7 @@ def load_weights(
     """
     shape, state, tokenizer = _read_model_files(Path(folder), vocab_file, document_marks)
     shape = _DEFAULTS | shape
-    if shape["activation_function"] not in ("gelu_new", "gelu_pytorch_tanh", "relu"):
+    if shape["activation_function"] not in _COMPILED_ACTIVATIONS:
         # transformers has the function
         return load_model(folder, device=device, vocab_file=vocab_file, document_marks=document_marks)
     state = {name: tensor.to(device=device, dtype=torch.float32) for name, tensor in state.items()}
@@ -286,9 +341,22 @@ def _read_model_files(
     """The shape, the weights (the head only where it is not the embedding), and the tokenizer, which fit each other."""
     config_file = find_config(folder)
     tokenizer = _read_tokenizer(folder, vocab_file, document_marks)
-    state = _read_weights(folder)
+    shape = _read_shape(config_file, vocab_size=1)
+
+    def check(shapes: Shapes) -> None:
+        """Compare what a file has with the configuration, as far as that says it: the vocabulary decides the rest."""
+        bare = {_bare(name): value for name, value in _weight_shapes(shape | {"tie_word_embeddings": True}).items()}
+        del bare["wte.weight"]  # the rows of the vocabulary
+        wrong = {name: value for name, value in shapes.items() if bare.get(_bare(name), value) != value}
+        if wrong:
+            _check_shapes(folder, {name: bare[_bare(name)] for name in wrong}, wrong)
+
+    stated = StatedHashes(folder)
+    state = _read_weights(folder, check, stated)
     embedding = state[_EMBEDDING]
-    shape = _read_shape(config_file, vocab_size=len(embedding))
+    if embedding.dim() != 2:
+        raise ValueError(f"{folder}: {_EMBEDDING} is {list(embedding.shape)} and should be a matrix; {_MEND}")
+    shape["vocab_size"] = len(embedding)
     if len(tokenizer) > len(embedding):
         raise ValueError(
             f"the vocabulary has {len(tokenizer)} tokens, but {folder} knows only {len(embedding)}; "
@@ -300,8 +368,16 @@ def _read_model_files(
         for name in {_EMBEDDING, _HEAD} & state.keys():
             state[name] = state[name][: len(tokenizer)]
     shape["tie_word_embeddings"] = _HEAD not in state
-    _check_weights(folder, _weight_shapes(shape), state)
+    _check_shapes(folder, _weight_shapes(shape), {name: tuple(tensor.shape) for name, tensor in state.items()})
+    stated.compare()
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"the weights in {folder}: {name} is of {tensor.dtype}, not of fractions; {_MEND}")
     return shape, state, tokenizer
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("transformer.")
 
 
 def _weight_shapes(shape: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -413,9 +489,9 @@ def write_tokenizer_files(folder: Path, tokenizer: Tokenizer, *, n_ctx: int) -> 
     return VOCABULARY
 
 
-def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+def _read_weights(folder: Path, check: Callable[[Shapes], None], stated: StatedHashes) -> dict[str, torch.Tensor]:
     """Read the weights under today's names, without the old causal masks; the head only if it is another matrix."""
-    path, state = _read_weights_files(folder)
+    path, state = _read_weights_files(folder, check, stated)
     weights: dict[str, torch.Tensor] = {}
     masks = 0
     for name, tensor in state.items():
@@ -435,14 +511,16 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _read_weights_files(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+def _read_weights_files(
+    folder: Path, check: Callable[[Shapes], None], stated: StatedHashes
+) -> tuple[Path, dict[str, torch.Tensor]]:
     """The tensors of a folder by name, of one file or of the shards that an index names; and the file to speak of."""
     for name in (WEIGHTS, WEIGHTS + ".index.json", OLD_WEIGHTS, OLD_WEIGHTS + ".index.json"):
         path = folder / name
         if not path.is_file():
             continue
         if path.suffix != ".json":
-            return path, _read_tensors(path)
+            return path, read_weights_file(path, check=check, digest=stated.digest_of(name))
         index = read_json(path)
         shards = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
@@ -451,31 +529,48 @@ def _read_weights_files(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
         for shard in sorted(set(shards.values())):
             if Path(shard).name != shard or not (folder / shard).is_file():
                 raise FileNotFoundError(f"{path} names {shard}, which is not in {folder}; copy it there")
-            state |= _read_tensors(folder / shard)
+            state |= read_weights_file(folder / shard, check=check, digest=stated.digest_of(shard))
         return path, state
     raise FileNotFoundError(f"{folder} has no weights: neither {WEIGHTS} nor {OLD_WEIGHTS}, nor an index of shards")
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of one file by name."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # weights_only: a pickle can run code, and model folders come from the network
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "it ends too early"
-        raise ValueError(f"{path} is damaged or no weights file: {reason}; copy it again, or train again") from error
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
-    ):
-        raise ValueError(f"{path} does not hold a model's weights by name; copy it again, or take another")
-    return dict(state)
+class StatedHashes:
+    """The SHA-256 that the manifest of a folder states of its weights, and those of the bytes that were read."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        manifest = folder / MANIFEST
+        files = read_json(manifest).get("files") if manifest.is_file() else None
+        self._stated = files if isinstance(files, dict) else {}
+        self._digests: dict[str, Any] = {}
+
+    def digest_of(self, name: str) -> Any:
+        """What is to be told the bytes of a file; None where the manifest states no hash."""
+        stated = self._stated.get(name)
+        if (
+            not isinstance(stated, dict)
+            or not isinstance(stated.get("sha256"), str)
+            or not name.endswith("safetensors")
+        ):
+            return None
+        return self._digests.setdefault(name, hashlib.sha256())
+
+    def compare(self) -> None:
+        """Refuse files that are not those that were written.
+
+        Raises:
+            ValueError: a file has been changed, or has been read while it was written.
+        """
+        for name, digest in self._digests.items():
+            if digest.hexdigest() != self._stated[name]["sha256"]:
+                raise ValueError(
+                    f"{self._folder / name} is not the file that {self._folder / MANIFEST} describes: it is damaged or "
+                    f"another program has written it; copy it again, or delete {MANIFEST} if it is what you want"
+                )
 
 
-def _check_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, torch.Tensor]) -> None:
+def _check_shapes(folder: Path, shapes: Shapes, found: Shapes) -> None:
     """Compare names and shapes with those that there should be, and name what does not fit."""
-    found = {name: tuple(value.shape) for name, value in state.items()}
     problems = [f"{name} is missing" for name in sorted(shapes.keys() - found.keys())]
     problems += [f"{name} is not part of the model" for name in sorted(found.keys() - shapes.keys())]
     problems += [
@@ -507,7 +602,8 @@ def atomic_write_folder(folder: str | Path) -> Iterator[Path]:
     try:
         yield new
         for path in new.iterdir():
-            _flush(path)
+            flush_file(path)
+        flush_folder(new)
         if folder.exists():
             # A folder that is not empty cannot be replaced in one step; between the two there is none, never half.
             os.replace(folder, old)
@@ -517,39 +613,10 @@ def atomic_write_folder(folder: str | Path) -> Iterator[Path]:
             if old.exists():
                 os.replace(old, folder)
             raise
+        flush_folder(folder.parent)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def note_of_a_better_model(folder: str | Path) -> str | None:
-    """A sentence about the best model of the same run, if it lies beside this one and is another one."""
-    folder = Path(folder)
-    beside = folder.resolve().parent / BEST_MODEL
-    if beside == folder.resolve():
-        return None
-    own, best = _facts(folder), _facts(beside)
-    measured = best.get("best_validation")
-    bits = measured.get("bits_per_character") if isinstance(measured, dict) else None
-    updates, best_updates = own.get("updates"), best.get("updates")
-    if not isinstance(bits, float) or not isinstance(updates, int) or not isinstance(best_updates, int):
-        return None
-    if updates == best_updates:
-        return None
-    return (
-        f"{beside} is the best model of this run on its validation set, {bits:.4f} bits per character after update "
-        f"{best_updates:,}; {folder} is of update {updates:,}"
-    )
-
-
-def _facts(folder: Path) -> dict[str, Any]:
-    """What train.py has written about a model, or nothing if there is nothing that can be read."""
-    try:
-        manifest = read_json(folder / MANIFEST)
-    except (OSError, ValueError):
-        return {}
-    facts = manifest.get("facts") if isinstance(manifest, dict) else None
-    return facts if isinstance(facts, dict) else {}
 
 
 def check_replaceable(folder: str | Path) -> None:
@@ -563,11 +630,6 @@ def check_replaceable(folder: str | Path) -> None:
         return
     if not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).is_file()):
         raise FileExistsError(f"{folder} is there already and is not a model folder; move it away, or save elsewhere")
-
-
-def _flush(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _note(message: str) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from gpt2_chinese.artifacts import drop_inherited_locks
@@ -28,6 +29,21 @@ def default_workers() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@contextmanager
+def safe_folder() -> Iterator[str]:
+    """Stand in this program's own folder while `multiprocessing` starts processes that are not forked.
+
+    It starts them with `python -c`, so that the folder one stands in comes first on their path until they have set it,
+    and a `signal.py` that lies there would run. They must go back to the folder of the run, which is given, themselves.
+    """
+    folder = os.getcwd()
+    os.chdir(Path(__file__).resolve().parents[1])
+    try:
+        yield folder
+    finally:
+        os.chdir(folder)
 
 
 @contextmanager
@@ -57,8 +73,12 @@ def open_workers(workers: int, scheduler: str | None = None) -> Iterator[MapInOr
         # A forked worker has this process's compiled code and mapped models; where there is no fork it loads its own.
         can_fork = sys.platform == "linux" and hasattr(os, "fork")
         context = multiprocessing.get_context("fork" if can_fork else None)
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(os.getpid(),))
+        arguments = (os.getpid(), os.getcwd())
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=arguments)
         try:
+            if not can_fork:
+                with safe_folder():
+                    pool.submit(os.getpid).result()  # starts all of them
             yield lambda function, items: _in_order(lambda item: pool.submit(function, item), items, 2 * workers + 2)
         except BrokenProcessPool:
             raise OSError(
@@ -78,8 +98,9 @@ def _in_order(submit: Callable[[Any], Future[Any]], items: Iterable[Any], window
         yield waiting.popleft().result()
 
 
-def _begin_worker(parent: int) -> None:
-    """Drop the parent's locks, and end this worker when its parent is gone: after kill -9 nobody else would."""
+def _begin_worker(parent: int, run_folder: str) -> None:
+    """Go to the run's folder, drop the parent's locks, and end when it is gone: after kill -9 nobody else would."""
+    os.chdir(run_folder)
     drop_inherited_locks()
 
     def watch() -> None:

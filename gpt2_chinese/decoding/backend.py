@@ -9,7 +9,7 @@ import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -23,7 +23,13 @@ from gpt2_chinese.decoding.completion import (
     TextDelta,
     TokenLogprob,
 )
+from gpt2_chinese.text.tail import encode_tail
 from gpt2_chinese.text.tokenizers import Tokenizer
+
+MIN_TOP_P = 1e-30
+"""The smallest top-p that keeps its meaning in float32."""
+TAIL_CHARACTERS = 8
+"""Characters of a context for each token of n_ctx, beyond which only its end is tokenized."""
 
 Self = TypeVar("Self", bound="CompletionBackend")
 
@@ -134,7 +140,16 @@ class CompletionBackend(ABC):
                 f"character {error.start + 1} is half of a surrogate pair (U+{ord(context[error.start]):04X}), "
                 "not a character; send the text as UTF-8"
             ) from None
-        return self._truncate(context, [self.tokenizer.marks.begin, *self.tokenizer.encode(context)], length, added=1)
+        left_out = 0
+        if len(context) > TAIL_CHARACTERS * self.n_ctx:
+            ids, left_out = encode_tail(self.tokenizer, context, self.n_ctx + 1)
+        else:
+            ids = self.tokenizer.encode(context)
+        if not left_out:
+            return self._truncate(context, [self.tokenizer.marks.begin, *ids], length, added=1)
+        prompt = self._truncate(context, ids, length, added=0)
+        estimate = round(left_out * len(ids) / (len(context) - left_out))
+        return replace(prompt, truncated=prompt.truncated + max(1, estimate))
 
     def prompt_from_ids(self, ids: Sequence[int], length: int) -> Prompt:
         """The same for a context of one or more ids; `[MASK]` is added at the beginning unless it is there.
@@ -200,6 +215,8 @@ class CompletionBackend(ABC):
         if not 1 <= len(prompt.ids) <= self.n_ctx:
             raise ValueError(f"a prompt must have 1 to {self.n_ctx} ids, this one has {len(prompt.ids)}")
         params = sampling_params or SamplingParams()
+        if 0 < params.top_p < MIN_TOP_P:  # as a float32 it could be 0, which is off
+            params = replace(params, top_p=MIN_TOP_P)
         for id_ in (*params.stop_token_ids, *(id_ for id_, _ in params.logit_bias)):
             if not 0 <= id_ < len(self.tokenizer):
                 raise ValueError(f"token id {id_} is not in the vocabulary of {len(self.tokenizer)} tokens")

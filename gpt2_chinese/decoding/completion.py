@@ -66,7 +66,8 @@ class Prompt:
     Attributes:
         context: the text as it was given.
         ids: `[MASK]` (the beginning of a document) and the context's ids, 1 to n_ctx in all.
-        truncated: tokens that were cut off from the left, since the context did not fit.
+        truncated: tokens that were cut off from the left, since the context did not fit; of a very long context, whose
+            end alone is tokenized, an estimate.
         added: special tokens at the beginning of `ids` that the caller did not give: 1 for an added `[MASK]`, else 0.
     """
 

@@ -5,9 +5,11 @@ when memory runs out, so that a server can still report that. `run_child` is the
 length and a pickle, through the child's stdin and stdout:
 
     to the child    first EngineOptions; then ("submit", number, fields) and ("cancel", number, sample or None)
-    from the child  first Ready, or the exception that prevents it; then (EngineState, messages), where a message is
-                    ("prompt_logprobs", number, logprobs), ("delta", number, delta),
-                    ("done", number, completions, prompt logprobs, first_token_at) or ("stopped", number)
+    from the child  first None now and then while it loads, then Ready, or the exception that prevents it; then
+                    (EngineState, messages), where a message is
+                    ("prompt_logprobs", number, logprobs), ("delta", number, delta), ("logprobs", number, sample, part),
+                    ("done", number, completions without logprobs, prompt logprobs, first_token_at) or
+                    ("stopped", number)
 
 `number` is that of a request. The child exits when its stdin ends, since its parent is gone then.
 """
@@ -29,12 +31,12 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from gpt2_chinese.decoding.backend import CompletionBackend, Request
-from gpt2_chinese.decoding.completion import EngineStopped, TextDelta
+from gpt2_chinese.decoding.completion import EngineStopped, TextDelta, TokenLogprob
 from gpt2_chinese.text.tokenizers import TokenizerSpec, spec_of
 
 if TYPE_CHECKING:  # needs torch
@@ -42,7 +44,15 @@ if TYPE_CHECKING:  # needs torch
 
 LOGGER = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[2]
+CHILD = Path(__file__).resolve().with_name("child.py")
 FRAME_LENGTH = struct.Struct("<I")
+HEARTBEAT_SECONDS = 1.0
+"""A child that loads or decodes sends something at least so often, so that its parent can tell that it lives."""
+WATCH_SECONDS = 0.5
+FRAME_LOGPROBS = 256
+"""Logprobs of a frame: while it is read, the other threads of the server's process wait."""
+DONE_WEIGHT = 64
+"""What a completed request counts in a frame, in logprobs."""
 SHUTDOWN_SECONDS = 10.0
 """After which a child that was told to exit is killed."""
 
@@ -107,6 +117,7 @@ class _ChildRequest(Request):
     """A request that the child decodes."""
 
     on_cancel: Callable[[int | None], None] = lambda _: None
+    logprobs_of: dict[int, list[TokenLogprob]] = field(default_factory=dict)
 
     def cancel(self, sample: int | None = None) -> None:
         if not self.future.done():
@@ -119,14 +130,18 @@ class EngineProcess(CompletionBackend):
     Args:
         options: what the child loads.
         max_waiting: sequences that may wait in the queue.
+        hang_timeout: seconds after which a child is killed that loads or has requests and sends nothing.
 
     Raises (by `start`):
         ValueError, OSError: as model_folder.load_weights and Engine do.
         EngineStopped: the child has died while it loaded.
     """
 
-    def __init__(self, options: EngineOptions, *, max_waiting: int = 1024) -> None:
+    def __init__(self, options: EngineOptions, *, max_waiting: int = 1024, hang_timeout: float | None = None) -> None:
         self.options = options
+        self._hang_timeout = hang_timeout
+        self._num_frames = 0
+        self._ended = threading.Event()
         self.max_waiting = max_waiting
         self._numbers = itertools.count()
         self._requests: dict[int, _ChildRequest] = {}
@@ -136,30 +151,53 @@ class EngineProcess(CompletionBackend):
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        # The child ignores Ctrl-C, and a SIGTERM that is sent to all processes of a server: the parent handles them.
-        code = (
-            "import signal, sys\n"
-            "for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)\n"
-            f"sys.path[0] = {str(ROOT)!r}; from {__name__} import run_child; run_child()"
-        )
+        command = [sys.executable, str(CHILD), str(ROOT)]
         # Not in a session of its own, since Linux divides the CPUs among sessions first.
-        self._process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         assert self._process.stdin is not None and self._process.stdout is not None
         self._send_queue = SendQueue(self._process.stdin)
         self._send_queue.send(encode_frame(self.options))
-        frames = read_frames(self._process.stdout)
-        first = next(frames, None)
+        self._loading = True
+        if self._hang_timeout is not None:
+            threading.Thread(target=self._watch, args=(self._hang_timeout,), name="watchdog", daemon=True).start()
+        frames = self._count(read_frames(self._process.stdout))
+        first = next((frame for frame in frames if frame is not None), None)
+        self._loading = False
         if not isinstance(first, Ready):
+            self._ended.set()
             self._stop_child()
             self._process.stdout.close()
-            raise first or EngineStopped(f"the model's process has ended with status {self._process.returncode}")
+            raise first or self.error or EngineStopped(_ended(self._process.returncode) + " while it loaded")
         self.tokenizer = first.tokenizer.build()
         self.n_ctx, self.device = first.n_ctx, first.device
         self._state = self._state._replace(alive=True, at_full_speed=first.at_full_speed)
         self._thread = threading.Thread(target=self._listen, args=(frames,), name="engine-process", daemon=True)
         self._thread.start()
 
+    def _count(self, frames: Iterator[Any]) -> Iterator[Any]:
+        for frame in frames:
+            self._num_frames += 1
+            yield frame
+
+    def _watch(self, timeout: float) -> None:
+        """Kill the child when it has made no step for so long while there was work."""
+        silent, frames, last = 0.0, -1, time.monotonic()
+        while not self._ended.wait(WATCH_SECONDS):
+            # A server that was suspended itself (Ctrl-Z) has not waited all that time.
+            now = time.monotonic()
+            passed, last = min(now - last, 2 * WATCH_SECONDS), now
+            if self._num_frames != frames or not (self._loading or self._requests):
+                silent, frames = 0.0, self._num_frames
+                continue
+            silent += passed
+            if silent >= timeout:
+                self.error = EngineStopped(f"the model's process has made no step for {timeout:g} seconds")
+                LOGGER.error("%s: it is killed", self.error)
+                self._process.kill()
+                return
+
     def close(self) -> None:
+        self._ended.set()
         with self._lock:
             self._closing = True
         self._stop_child()
@@ -213,7 +251,10 @@ class EngineProcess(CompletionBackend):
     def _listen(self, frames: Iterator[tuple[EngineState, list[tuple[Any, ...]]]]) -> None:
         """Handle the messages of the child until it ends."""
         try:
-            for state, messages in frames:
+            for frame in frames:
+                if frame is None:  # the child was still loading
+                    continue
+                state, messages = frame
                 self._update_state(state)
                 for kind, number, *arguments in messages:
                     self._handle_message(kind, number, arguments)
@@ -221,9 +262,10 @@ class EngineProcess(CompletionBackend):
             LOGGER.exception("a message of the model's process cannot be handled")
             self._process.kill()
         status = self._process.wait()
+        self._ended.set()
         with self._lock:
             if not self._closing and self.error is None:
-                self.error = EngineStopped(f"the model's process has ended with status {status}")
+                self.error = EngineStopped(_ended(status))
                 LOGGER.error("%s", self.error)
             self._state = self._state._replace(alive=False, running=0, num_dequeued=self._num_enqueued)
             unfinished = list(self._requests)
@@ -243,14 +285,23 @@ class EngineProcess(CompletionBackend):
             request.on_delta(arguments[0])
         elif kind == "prompt_logprobs":
             request.prompt_logprobs = arguments[0]
+        elif kind == "logprobs":
+            request.logprobs_of.setdefault(arguments[0], []).extend(arguments[1])
         else:
             with self._lock:
                 del self._requests[number]
             if kind == "done":
                 completions, request.prompt_logprobs, request.first_token_at = arguments
+                for sample, logprobs in request.logprobs_of.items():
+                    completions[sample] = replace(completions[sample], logprobs=tuple(logprobs))
+                request.logprobs_of.clear()
                 request.future.set_result(completions)
             else:
                 request.future.set_exception(EngineStopped(self._why_stopped()))
+
+
+def _ended(status: int) -> str:
+    return f"the model's process has ended with status {status}"
 
 
 class SendQueue:
@@ -324,6 +375,7 @@ class RequestHandler:
         self._messages: deque[tuple[Any, ...]] = deque()
         self._is_ready = False
         self._sent_state: EngineState | None = None
+        self._sent_at = 0.0
 
     def send_ready(self) -> None:
         """Tell the parent that the engine has started. No messages are sent before, even if a step ends."""
@@ -361,8 +413,13 @@ class RequestHandler:
 
     def _queue_result(self, number: int, request: Request) -> None:
         if request.future.exception() is None:
-            result = (request.future.result(), request.prompt_logprobs, request.first_token_at)
-            self._messages.append(("done", number, *result))
+            completions = list(request.future.result())
+            for sample, completion in enumerate(completions):
+                for begin in range(0, len(completion.logprobs), FRAME_LOGPROBS):
+                    part = completion.logprobs[begin : begin + FRAME_LOGPROBS]
+                    self._messages.append(("logprobs", number, sample, part))
+                completions[sample] = replace(completion, logprobs=())
+            self._messages.append(("done", number, completions, request.prompt_logprobs, request.first_token_at))
         else:
             self._messages.append(("stopped", number))
 
@@ -378,14 +435,32 @@ class RequestHandler:
                 if number in self._unsent_prompt_logprobs:
                     self._unsent_prompt_logprobs.remove(number)
                     messages.append(("prompt_logprobs", number, self._requests[number].prompt_logprobs))
-                if kind != "delta":
+                if kind not in ("delta", "logprobs"):
                     self._requests.pop(number, None)
                 messages.append(message)
             state, sent = engine_state(self.engine), self._sent_state
-            # New token counts alone are sent with the next message.
-            if messages or sent is None or sent.without_token_counts != state.without_token_counts:
-                self._sent_state = state
-                self._write(encode_frame((state, messages)))
+            # New token counts alone are sent with the next message, or when the parent has heard nothing for a while.
+            now = time.monotonic()
+            is_new = sent is None or sent.without_token_counts != state.without_token_counts
+            if messages or is_new or now - self._sent_at > HEARTBEAT_SECONDS:
+                self._sent_state, self._sent_at = state, now
+                for part in in_frames(messages):
+                    self._write(encode_frame((state, part)))
+
+
+def in_frames(messages: list[tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...]]]:
+    """The messages of a step in parts that the parent reads in milliseconds; one of none, if there are none."""
+    part: list[tuple[Any, ...]] = []
+    weight = 0
+    for message in messages:
+        if part and weight >= FRAME_LOGPROBS:
+            yield part
+            part, weight = [], 0
+        part.append(message)
+        weight += {"logprobs": FRAME_LOGPROBS, "prompt_logprobs": FRAME_LOGPROBS, "done": DONE_WEIGHT}.get(
+            message[0], 1
+        )
+    yield part
 
 
 def engine_state(engine: Engine) -> EngineState:
@@ -425,6 +500,8 @@ def run_child() -> None:
     """The child's main function."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     to_parent = os.fdopen(os.dup(1), "wb")
+    write_lock = threading.Lock()
+    loaded = threading.Event()
     os.dup2(2, 1)  # what any library prints goes to stderr: stdout is for frames
     frames = read_frames(sys.stdin.buffer)
     options = next(frames, None)
@@ -433,12 +510,19 @@ def run_child() -> None:
 
     def write(data: bytes) -> None:
         try:
-            to_parent.write(data)
-            to_parent.flush()
+            with write_lock:
+                to_parent.write(data)
+                to_parent.flush()
         except OSError:
             os._exit(0)  # the parent is gone
 
     handler = RequestHandler(write)
+
+    def send_heartbeats() -> None:
+        while not loaded.wait(HEARTBEAT_SECONDS):
+            write(encode_frame(None))
+
+    threading.Thread(target=send_heartbeats, name="heartbeat", daemon=True).start()
 
     def listen() -> None:
         try:
@@ -454,12 +538,18 @@ def run_child() -> None:
     try:
         handler.engine = load_engine(options, handler.send_messages)
         handler.engine.start()
+    except MemoryError:
+        size = options.max_num_seqs
+        loaded.set()
+        write(encode_frame(ValueError(f"the memory does not suffice for {options.folder} and --batch_size {size}")))
     except Exception as error:
+        loaded.set()
         if not isinstance(error, (ValueError, OSError)):
             traceback.print_exc()
         write(encode_frame(picklable(error)))
     else:
         gc.collect()
+        loaded.set()
         gc.freeze()  # these objects stay; a collection that scans them all would interrupt every sequence
         handler.send_ready()
     listener.join()

@@ -36,12 +36,19 @@ Schema = dict[str, Any]
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest request that is accepted, its time limits, and the number of connections."""
+    """The largest request that is accepted, its time limits, and the number of connections.
+
+    Attributes:
+        answer_bytes: the most that an answer may be able to have, see answer_size.py.
+        pending_bytes: the same of all requests that are under way together.
+    """
 
     samples: int = 32
     length: int = 1024
     prompts: int = 16
     body_bytes: int = 65_536
+    answer_bytes: int = 8 << 20
+    pending_bytes: int = 64 << 20
     body_seconds: float = 5.0
     request_seconds: float = 120.0
     idle_seconds: float = 5.0

@@ -14,7 +14,7 @@ from aiohttp import web
 
 from gpt2_chinese.serving.errors import INTERNAL_ERROR, ApiError
 from gpt2_chinese.serving.fast_path import FastPath, simple_post
-from gpt2_chinese.serving.responses import error_response
+from gpt2_chinese.serving.responses import SECURITY_HEADERS, SERVER_NAME, error_response
 
 LOGGER = logging.getLogger("server")
 MAX_ACCEPTS = 16
@@ -23,6 +23,8 @@ BACKLOG = 1024
 """Connections that the system queues until they are accepted."""
 LINGERING_SECONDS = 1.0
 """How long the rest of a refused body is read, so that its sender gets to read the answer."""
+PROGRESS_CHECKS = 5
+"""How often, in the time that a client has for reading, it is looked whether it reads."""
 SHUTDOWN_SECONDS = 5.0
 """How long the requests that are left may take when the server stops."""
 
@@ -104,7 +106,7 @@ class Connection(web.RequestHandler):
             error = ApiError(status, "bad_http", f"the request is not valid HTTP: {problem}")
         if request.writer.output_size > 0:
             raise ConnectionError("the response has begun")
-        response = error_response(error)
+        response = error_response(error, {"Server": SERVER_NAME, **SECURITY_HEADERS})
         response.force_close()
         return response
 
@@ -117,7 +119,9 @@ class OverloadedProtocol(asyncio.Protocol):
         body = ApiError(503, "too_many_connections", message).body()
         head = (
             "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json; charset=utf-8\r\n"
-            f"Content-Length: {len(body)}\r\nRetry-After: 1\r\nConnection: close\r\n\r\n"
+            f"Content-Length: {len(body)}\r\nRetry-After: 1\r\nConnection: close\r\n"
+            + "".join(f"{name}: {value}\r\n" for name, value in SECURITY_HEADERS.items())
+            + "\r\n"
         )
         self.response = head.encode("ascii") + body
 
@@ -131,15 +135,33 @@ class OverloadedProtocol(asyncio.Protocol):
 
 
 @contextmanager
-def abort_after(seconds: float, request: web.Request) -> Iterator[None]:
-    """Abort the connection of a client that does not read what is written in this block within `seconds`.
+def abort_after(seconds: float, request: web.Request, *, most: float | None = None) -> Iterator[None]:
+    """Abort the connection of a client that reads nothing of what is written in this block for `seconds`.
+
+    Args:
+        most: seconds for a client that reads slowly but steadily; as many as `seconds` if None.
 
     Raises:
         ConnectionResetError: the client has disconnected already.
     """
-    if request.transport is None:
+    transport = request.transport
+    if transport is None:
         raise ConnectionResetError("the client has disconnected")
-    timer = asyncio.get_running_loop().call_later(seconds, request.transport.abort)
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + (most or seconds)
+    unread, progress_at = transport.get_write_buffer_size(), loop.time()
+    timer = loop.call_later(seconds / PROGRESS_CHECKS, lambda: check())
+
+    def check() -> None:
+        nonlocal timer, unread, progress_at
+        before, unread = unread, transport.get_write_buffer_size()
+        if unread < before:
+            progress_at = loop.time()
+        if loop.time() < min(deadline, progress_at + seconds):
+            timer = loop.call_later(seconds / PROGRESS_CHECKS, check)
+        else:
+            transport.abort()
+
     try:
         yield
     finally:

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from gpt2_chinese.command_line import say
 from gpt2_chinese.serving.connections import url_of
+from gpt2_chinese.serving.keys import hide_keys
 from gpt2_chinese.serving.lifecycle import startup_message
 
 POLL_SECONDS = 0.1
@@ -44,8 +46,14 @@ def run_for_each_device(script: Path, argv: Sequence[str], devices: Sequence[str
         for child in children:
             child.terminate()
 
+    def reload(*_: object) -> None:
+        for child in children:
+            child.send_signal(signal.SIGHUP)
+
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    if not sys.stdin or not sys.stdin.isatty():
+        signal.signal(signal.SIGHUP, reload)
     not_ready = len(devices)
     while any(child.poll() is None for child in children):
         ended = [child for child in children if child.poll() is not None]
@@ -60,7 +68,7 @@ def run_for_each_device(script: Path, argv: Sequence[str], devices: Sequence[str
             if not_ready and (arrived := len(os.read(ready, not_ready))):
                 not_ready -= arrived
                 if not not_ready:
-                    print(startup_message(url), flush=True)
+                    say(startup_message(url))
         time.sleep(POLL_SECONDS)
     os.close(ready)
     return max((abs(child.returncode) for child in children), default=0)
@@ -69,7 +77,8 @@ def run_for_each_device(script: Path, argv: Sequence[str], devices: Sequence[str
 def _start_child(
     script: Path, argv: Sequence[str], device: str, devices: Sequence[str], sock: socket.socket, ready_fd: int
 ) -> subprocess.Popen[bytes]:
-    environment = dict(os.environ)
+    argv, keys = hide_keys(argv)
+    environment = {**os.environ, **keys}
     if all(one == "cpu" for one in devices):  # they share the processor's cores
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(devices))))
     flags = ["--device", device, "--listen_fd", str(sock.fileno()), "--ready_fd", str(ready_fd)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-ENGINE_STOPPED = "the model has stopped; restart the server"
+ENGINE_STOPPED = "the model has stopped; try again in a few seconds, or restart the server if it stays so"
 INTERNAL_ERROR = "internal server error; the server's log has the details"
 
 

@@ -46,7 +46,7 @@ async def stream_sse(
     response = web.StreamResponse(headers=headers)
 
     async def write(data: bytes) -> None:
-        with abort_after(running.limits.body_seconds, request):
+        with abort_after(running.limits.body_seconds, request, most=running.limits.request_seconds):
             await response.write(data)
 
     await response.prepare(request)

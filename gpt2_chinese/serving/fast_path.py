@@ -13,6 +13,7 @@ from functools import lru_cache
 from http import HTTPStatus
 
 from gpt2_chinese.serving.errors import ApiError
+from gpt2_chinese.serving.responses import SECURITY_HEADERS
 from gpt2_chinese.serving.service import Service
 
 FastPath = Callable[[str], bytes | None]
@@ -43,7 +44,10 @@ def _overload_response(_: int, code: str, message: str) -> bytes:
 
 
 # The head of a POST with a body whose length it gives.
-_SIMPLE_HEAD = re.compile(rb"POST (\S+) HTTP/1\.1\r\n((?:[^\r\n]+\r\n)+)\r\n")
+_SIMPLE_HEAD = re.compile(
+    rb"POST ([!-~]+) HTTP/1\.1\r\n((?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)+)\r\n"
+)
+_HOST = re.compile(rb"^Host:[ \t]*([^\r\n]*?)[ \t]*\r$", re.IGNORECASE | re.MULTILINE)
 _LENGTH = re.compile(rb"^Content-Length:[ \t]*(\d{1,9})\r$", re.IGNORECASE | re.MULTILINE)
 # Headers that need aiohttp: for the body, for CORS, or for the connection.
 _NEEDS_AIOHTTP = re.compile(
@@ -63,7 +67,7 @@ def _simple_head(head: bytes) -> tuple[str | None, int]:
     """The path of a request and the length of its body; no path if it is not a simple one."""
     found = _SIMPLE_HEAD.fullmatch(head)
     lengths = _LENGTH.findall(found[2]) if found else []
-    if found is None or len(lengths) != 1 or _NEEDS_AIOHTTP.search(found[2]):
+    if found is None or len(lengths) != 1 or len(_HOST.findall(found[2])) != 1 or _NEEDS_AIOHTTP.search(found[2]):
         return None, 0
     return found[1].decode("latin-1"), int(lengths[0])
 
@@ -71,6 +75,7 @@ def _simple_head(head: bytes) -> tuple[str | None, int]:
 def fast_response(status: int, body: bytes, headers: Mapping[str, str]) -> bytes:
     """A whole HTTP response with a JSON body, on a connection that stays open."""
     lines = {"Content-Type": "application/json; charset=utf-8", "Content-Length": str(len(body)), **headers}
+    lines |= SECURITY_HEADERS
     head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
     date = formatdate(time.time(), usegmt=True)
     return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nDate: {date}\r\n{head}\r\n".encode("ascii") + body

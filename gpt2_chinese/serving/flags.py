@@ -9,9 +9,11 @@ from pathlib import Path
 
 from gpt2_chinese.decoding.completion import PRECISIONS
 from gpt2_chinese.serving.api import Limits
-from gpt2_chinese.serving.keys import KEY_VARIABLE
+from gpt2_chinese.serving.keys import ADMIN_KEY_VARIABLE, KEY_VARIABLE
 
 DEFAULT_MODEL_PATH = "model/final_model"
+MAX_BATCH_SIZE = 4096
+"""A place in the batch of GPT-2 small takes 75 MB."""
 
 
 def parse_args(argv: Sequence[str] | None = None, description: str | None = None) -> argparse.Namespace:
@@ -19,6 +21,7 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
         prog="server.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     _add_model(parser)
+    _add_healing(parser)
     _add_network(parser)
     _add_limits(parser)
     # For the processes that devices.py starts: the socket they share, and where they say that they are ready.
@@ -68,6 +71,28 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_healing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--restart",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="start a model again whose process has died or hangs; with --no-restart the server exits with status 1",
+    )
+    parser.add_argument(
+        "--hang_timeout",
+        type=float,
+        default=30.0,
+        help="seconds without a decode step, while there are requests, after which the model's process is killed "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="follow a training run: serve each new model_epoch{n} or best_model that appears beside the model folder, "
+        "or in it if --model_path is train.py's output folder",
+    )
+
+
 def _add_network(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host",
@@ -85,9 +110,24 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         help=f"file with one API key per line; the environment variable {KEY_VARIABLE} may hold one more key",
     )
     parser.add_argument(
+        "--admin_key",
+        action="append",
+        help="a key for POST /admin/reload, which exists only if there is one (default: none)",
+    )
+    parser.add_argument(
+        "--admin_key_file",
+        help=f"file with one such key per line; the environment variable {ADMIN_KEY_VARIABLE} may hold one too",
+    )
+    parser.add_argument(
+        "--allowed_hosts",
+        default="",
+        help="names under which the server is reached, separated by commas; others are answered with 421. * is any. "
+        "(default: if --host is an address of this machine alone, its own names; otherwise any)",
+    )
+    parser.add_argument(
         "--cors_origins",
         default="*",
-        help="sites whose pages may use the server from a browser: *, none, or a list such as "
+        help="sites whose pages may complete texts from a browser: *, none, or a list such as "
         "https://a.example,https://b.example (default: %(default)s)",
     )
 
@@ -117,6 +157,20 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=limits.body_bytes,
         help="maximum size of a request body in bytes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max_answer",
+        type=int,
+        default=limits.answer_bytes,
+        help="maximum bytes that the answer to a request could have; it is computed before the request is accepted "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max_pending",
+        type=int,
+        default=limits.pending_bytes,
+        help="maximum bytes that the answers to all accepted requests could have together; beyond it requests are "
+        "answered with 429 (default: %(default)s)",
     )
     parser.add_argument(
         "--body_timeout",
@@ -167,15 +221,19 @@ def check_flags(args: argparse.Namespace) -> None:
         "max_length",
         "max_prompts",
         "max_body",
+        "max_answer",
+        "max_pending",
         "max_connections",
         "batch_size",
         "max_waiting",
     ):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag} must be 1 or more, it is {getattr(args, flag)}")
-    for flag in ("body_timeout", "request_timeout", "idle_timeout"):
+    for flag in ("body_timeout", "request_timeout", "idle_timeout", "hang_timeout"):
         if not getattr(args, flag) > 0:
             raise ValueError(f"--{flag} must be above 0 seconds, it is {getattr(args, flag)}")
+    if args.batch_size > MAX_BATCH_SIZE:
+        raise ValueError(f"--batch_size must be at most {MAX_BATCH_SIZE}, it is {args.batch_size}")
     parse_origins(args.cors_origins)
     model_names(args)
 
@@ -186,6 +244,8 @@ def limits_of(args: argparse.Namespace) -> Limits:
         length=args.max_length,
         prompts=args.max_prompts,
         body_bytes=args.max_body,
+        answer_bytes=args.max_answer,
+        pending_bytes=max(args.max_pending, args.max_answer),
         body_seconds=args.body_timeout,
         request_seconds=args.request_timeout,
         idle_seconds=args.idle_timeout,

@@ -59,13 +59,15 @@ class ServiceCollector(Collector):
         yield counter(
             "gpt2_prompt_tokens",
             "prompt tokens prefilled",
-            lambda model: model.engine.prompt_tokens if model.engine else 0,
+            lambda model: model.prompt_tokens,
         )
         yield counter(
             "gpt2_generated_tokens",
             "tokens generated",
-            lambda model: model.engine.generated_tokens if model.engine else 0,
+            lambda model: model.generated_tokens,
         )
+        yield counter("gpt2_model_restarts", "times that the model was started again", lambda model: model.restarts)
+        yield counter("gpt2_model_reloads", "times that the model was exchanged", lambda model: model.reloads)
         yield self._histogram(
             "gpt2_time_to_first_token_seconds",
             "seconds from the arrival of a request to its first token",

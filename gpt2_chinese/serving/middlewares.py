@@ -12,14 +12,15 @@ from gpt2_chinese.decoding.completion import EngineStopped
 from gpt2_chinese.serving.connections import abort_after
 from gpt2_chinese.serving.errors import INTERNAL_ERROR, ApiError, engine_stopped_error
 from gpt2_chinese.serving.fast_path import RETRY_SECONDS
-from gpt2_chinese.serving.responses import error_response
+from gpt2_chinese.serving.hosts import name_of
+from gpt2_chinese.serving.responses import SECURITY_HEADERS, SERVER_NAME, error_response
 from gpt2_chinese.serving.service import Service
 
 LOGGER = logging.getLogger("server")
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that disconnects before the response; it is counted only."""
 LOADING_RETRY_SECONDS = "3"
-"""The Retry-After while a model is loading or the server is shutting down."""
+"""The Retry-After while a model is loading or being started again, or the server is shutting down."""
 
 
 def count_responses(service: Service) -> Middleware:
@@ -38,7 +39,7 @@ def count_responses(service: Service) -> Middleware:
         if service.draining:
             response.force_close()
         try:
-            with abort_after(service.limits.body_seconds, request):
+            with abort_after(service.limits.body_seconds, request, most=service.limits.request_seconds):
                 await response.prepare(request)
                 await response.write_eof()
         except ConnectionError:
@@ -72,7 +73,7 @@ def _api_error_response(error: ApiError) -> web.Response:
     headers = {}
     if error.status == 429:
         headers["Retry-After"] = RETRY_SECONDS
-    elif error.code in ("loading", "draining"):
+    elif error.status == 503:
         headers["Retry-After"] = LOADING_RETRY_SECONDS
     elif error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
@@ -94,15 +95,36 @@ def _http_error_response(error: web.HTTPException, request: web.Request) -> web.
     return error_response(ApiError(error.status, code, message), {"Allow": allowed} if allowed else None)
 
 
-async def vary_by_origin(_: web.Request, response: web.StreamResponse) -> None:
-    """A signal handler: tell caches that the CORS headers depend on the site that asks."""
+async def set_headers(_: web.Request, response: web.StreamResponse) -> None:
+    """A signal handler: what every response has, as OWASP recommends; and no versions.
+
+    Caches are told that the CORS headers depend on the site that asks.
+    """
     response.headers["Vary"] = "Origin"
+    response.headers["Server"] = SERVER_NAME
+    for name, value in SECURITY_HEADERS.items():
+        response.headers.setdefault(name, value)
+
+
+def check_host(service: Service) -> Middleware:
+    """A middleware that answers 421 to a Host that is none of the server's names."""
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if service.hosts is not None and name_of(request.headers.get("Host", "")) not in service.hosts:
+            message = "this server does not answer to the name in Host; --allowed_hosts allows further names"
+            raise ApiError(421, "wrong_host", message)
+        return await handler(request)
+
+    return check
 
 
 async def expect_continue(request: web.Request) -> web.StreamResponse | None:
     """Answer an Expect header, which aiohttp does before the middlewares."""
     if request.headers["Expect"].lower() != "100-continue":
         return error_response(ApiError(417, "expectation_failed", "Expect may only be 100-continue"))
+    if request.method == "GET":
+        return None
     await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     request.writer.output_size = 0  # so that the response counts as not begun
     return None

@@ -11,8 +11,9 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
-from gpt2_chinese.decoding.backend import Request
+from gpt2_chinese.decoding.backend import CompletionBackend, Request
 from gpt2_chinese.decoding.completion import Completion, EngineFull, Prompt, TextDelta
+from gpt2_chinese.serving.answer_size import check_answer_size, largest_answer
 from gpt2_chinese.serving.api import CompletionRequest, Limits
 from gpt2_chinese.serving.errors import ApiError, timeout_error
 from gpt2_chinese.serving.service import ServedModel, Service
@@ -56,9 +57,11 @@ class RunningRequest:
         delta_queue: what the model generates, None if it is not streamed.
         arrived: seconds of `time.monotonic()`.
         unfinished: streamed requests whose end has not come through the queue.
+        answer_bytes: the most that the answer can have.
     """
 
     model: ServedModel
+    engine: CompletionBackend
     limits: Limits
     completion_request: CompletionRequest
     delta_queue: DeltaQueue | None
@@ -66,6 +69,7 @@ class RunningRequest:
     prompts: list[Prompt] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
     unfinished: int = 0
+    answer_bytes: int = 0
 
     @property
     def cut_tokens(self) -> int:
@@ -152,15 +156,23 @@ async def submit(service: Service, completion_request: CompletionRequest) -> Asy
         ApiError: the model accepts no requests, or its queue is full.
     """
     model = service.model(completion_request.model)
-    service.ready_engine(model)
+    engine = service.ready_engine(model)
+    size = largest_answer(completion_request, model.token_bytes, engine.n_ctx)
+    check_answer_size(completion_request, size, service.limits)
+    if service.pending_bytes + size > service.limits.pending_bytes:
+        raise ApiError(429, "full", "the answers to the requests under way could be too large; try again later")
     running = RunningRequest(
         model,
+        engine,
         service.limits,
         completion_request,
         DeltaQueue() if completion_request.stream else None,
         arrived=time.monotonic(),
     )
+    running.answer_bytes = size
     service.admitted += 1
+    service.pending_bytes += size
+    service.engine_users[engine] += 1
     try:
         await _queue(running)
         yield running
@@ -168,19 +180,22 @@ async def submit(service: Service, completion_request: CompletionRequest) -> Asy
         for request in running.requests:
             request.cancel()  # frees its slots if the client has disconnected or the request has timed out
         service.admitted -= 1
+        service.pending_bytes -= size
+        service.engine_users[engine] -= 1
+        if not service.engine_users[engine]:
+            del service.engine_users[engine]
 
 
 async def _queue(running: RunningRequest) -> None:
     model, completion_request, queue = running.model, running.completion_request, running.delta_queue
-    engine = model.engine
-    assert engine is not None
+    engine = running.engine  # the model may get another one meanwhile
     sequences = model.last_sequences = completion_request.sequences * len(completion_request.contexts)
     try:
         # Checked before tokenizing too, which a refused request need not pay for.
         engine.check_room(sequences + model.tokenizing_sequences)
         model.tokenizing_sequences += sequences
         try:
-            running.prompts = await model.tokenize(completion_request.contexts, completion_request.length)
+            running.prompts = await model.tokenize(engine, completion_request.contexts, completion_request.length)
         finally:
             model.tokenizing_sequences -= sequences
         for index, prompt in enumerate(running.prompts):

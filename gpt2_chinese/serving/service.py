@@ -1,17 +1,16 @@
-"""What the handlers of server.py share: the models with their states, the admission of requests, loading."""
+"""What the handlers of server.py share: the models with their states, and the admission of requests."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TypeVar
+from pathlib import Path
+from typing import Protocol, TypeVar
 
 from gpt2_chinese.decoding.backend import CompletionBackend
 from gpt2_chinese.decoding.completion import Prompt
@@ -23,16 +22,35 @@ Result = TypeVar("Result")
 WARM_UP_CONTEXT = "你好"
 MAX_INLINE_LENGTH = 200
 """Characters or ids of contexts that are tokenized in the event loop; longer ones go to a thread."""
+MAX_SHORT_LENGTH = 4096
+"""Characters or ids of contexts that are tokenized apart from longer ones."""
+
+
+class CanReload(Protocol):
+    """What supervision.py does for handlers and signals."""
+
+    def reload(self, model: ServedModel, folder: Path | None = None) -> None: ...
+    def reload_all(self) -> None: ...
 
 
 @dataclass(eq=False)
 class ServedModel:
-    """One model: loading, ready or dead.
+    """One model: loading, ready, restarting or dead.
 
     Attributes:
         load: gives the backend, not started yet; called in the thread that loads.
+        folder: where the model is.
+        load_from: as `load`, from another folder.
+        restart: start the model again when its process has died.
+        watched: the folder in which --watch looks for new models.
+        restarts, reloads: how often the model was started again, and exchanged.
+        deaths_in_a_row: those before it has lived for a minute.
+        taken_at: when the engine began to serve, in seconds of `time.monotonic()`.
+        past_prompt_tokens, past_generated_tokens: those of earlier engines.
+        change_lock: held while the engine is being exchanged.
         engine: None until the model has been loaded.
         error: why loading has failed.
+        token_bytes: the most bytes of JSON that a token's text has.
         tokenizing_sequences: sequences of requests that are being tokenized and not in the engine's queue yet.
         last_sequences: sequences of the latest request, an estimate for the next one.
         was_full: whether the queue had no room at the last look.
@@ -40,19 +58,34 @@ class ServedModel:
 
     name: str
     load: Callable[[], CompletionBackend]
+    folder: Path = Path()
+    load_from: Callable[[str], CompletionBackend] | None = None
+    restart: bool = False
+    watched: Path | None = None
+    restarts: int = 0
+    reloads: int = 0
+    deaths_in_a_row: int = 0
+    taken_at: float = 0.0
+    past_prompt_tokens: int = 0
+    past_generated_tokens: int = 0
+    change_lock: threading.Lock = field(default_factory=threading.Lock)
     engine: CompletionBackend | None = None
     error: BaseException | None = None
+    token_bytes: int = 0
     tokenizing_sequences: int = 0
     last_sequences: int = 1
     was_full: bool = False
     timings: Timings = field(default_factory=Timings)
-    tokenizer_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "tokenizing"))
-    tokenizer_lock: threading.Lock = field(default_factory=threading.Lock)
+    tokenizer_threads: tuple[ThreadPoolExecutor, ThreadPoolExecutor] = field(
+        default_factory=lambda: (ThreadPoolExecutor(1, "tokenizing"), ThreadPoolExecutor(1, "tokenizing-long"))
+    )
 
     @property
     def status(self) -> str:
-        if self.error is not None or (self.engine is not None and not self.engine.alive):
+        if self.error is not None:
             return "dead"
+        if self.engine is not None and not self.engine.alive:
+            return "restarting" if self.restart else "dead"
         return "loading" if self.engine is None else "ready"
 
     @property
@@ -75,10 +108,20 @@ class ServedModel:
         """Tokens of its vocabulary; None while it is loading."""
         return len(self.engine.tokenizer) if self.engine else None
 
-    async def tokenize(self, contexts: Sequence[str | tuple[int, ...]], length: int) -> list[Prompt]:
-        """The prompts of contexts, each cut to leave room for `length` tokens."""
-        engine = self.engine
-        assert engine is not None
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens prefilled since the server started."""
+        return self.past_prompt_tokens + (self.engine.prompt_tokens if self.engine else 0)
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens generated since the server started."""
+        return self.past_generated_tokens + (self.engine.generated_tokens if self.engine else 0)
+
+    async def tokenize(
+        self, engine: CompletionBackend, contexts: Sequence[str | tuple[int, ...]], length: int
+    ) -> list[Prompt]:
+        """The prompts of contexts for an engine, each cut to leave room for `length` tokens."""
 
         def tokenize_all() -> list[Prompt]:
             return [
@@ -90,18 +133,12 @@ class ServedModel:
 
     async def with_tokenizer(self, work: Callable[[], Result], size: int) -> Result:
         """Call a function that uses the tokenizer on so many characters or ids, in a thread if they are many."""
-
-        def work_locked() -> Result:
-            with self.tokenizer_lock:
-                return work()
-
-        # Handing a short text to another thread would take longer than tokenizing it.
-        if size <= MAX_INLINE_LENGTH and self.tokenizer_lock.acquire(blocking=False):
-            try:
-                return work()
-            finally:
-                self.tokenizer_lock.release()
-        return await asyncio.get_running_loop().run_in_executor(self.tokenizer_thread, work_locked)
+        # Tokenizers may be used by several threads at once, under Python's lock.
+        if size <= MAX_INLINE_LENGTH:  # handing it to another thread would take longer
+            return work()
+        # Short contexts do not wait behind long ones: each kind has its own thread, which Python gives its turn.
+        thread = self.tokenizer_threads[size > MAX_SHORT_LENGTH]
+        return await asyncio.get_running_loop().run_in_executor(thread, work)
 
 
 @dataclass
@@ -117,6 +154,13 @@ class Service:
         admitted: requests that will be finished before the server stops.
         response_counts: answers by route and status.
         started: when the server started, in seconds since 1970.
+        pending_bytes: the most bytes that the answers to the admitted requests can have together.
+        engine_users: how many requests use each engine.
+        supervisor: while the models run.
+        admin_keys: the keys of /admin/; none means that it does not exist.
+        hosts: the names that the server answers to; None is any.
+        has_failed: a model has died and is not started again.
+        encoder_thread: turns large answers into JSON.
     """
 
     models: Sequence[ServedModel]
@@ -128,17 +172,26 @@ class Service:
     admitted: int = 0
     response_counts: Counter[tuple[str, int]] = field(default_factory=Counter)
     started: int = field(default_factory=lambda: int(time.time()))
+    pending_bytes: int = 0
+    engine_users: Counter[CompletionBackend] = field(default_factory=Counter)
+    supervisor: CanReload | None = None
+    has_failed: bool = False
+    admin_keys: tuple[bytes, ...] = ()
+    hosts: frozenset[str] | None = None
+    encoder_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "encoding"))
 
     def __post_init__(self) -> None:
         self.by_name = {model.name: model for model in self.models}
 
     @property
     def status(self) -> str:
-        """The worst status of the models: "dead", then "draining", "loading", "ready"."""
+        """The worst status of the models: "dead", then "draining", "restarting", "loading", "ready"."""
         statuses = {model.status for model in self.models}
         if "dead" in statuses:
             return "dead"
-        return "draining" if self.draining else "loading" if "loading" in statuses else "ready"
+        if self.draining:
+            return "draining"
+        return next((status for status in ("restarting", "loading") if status in statuses), "ready")
 
     @property
     def error(self) -> BaseException | None:
@@ -195,48 +248,6 @@ class Service:
         messages = {
             "loading": "the model is loading; try again in a few seconds",
             "draining": "the server is shutting down",
+            "restarting": "the model is being started again; try again in a few seconds",
         }
         raise ApiError(503, status, messages[status])
-
-
-@asynccontextmanager
-async def run_models(service: Service) -> AsyncIterator[None]:
-    """Load the models in a thread; close them at the end. Requests are answered meanwhile."""
-    loop = asyncio.get_running_loop()
-
-    def load(model: ServedModel) -> None:
-        engine: CompletionBackend | None = None
-        error: BaseException | None = None
-        try:
-            backend = model.load()
-            backend.start()
-            engine = backend
-            # The first completion loads the segmenter's dictionary and compiled code: before the first client's.
-            prompt = model.tokenizer_thread.submit(engine.prompt, WARM_UP_CONTEXT, 1).result()
-            engine.submit(prompt, samples=1, length=2, seed=0).future.result()
-        except BaseException as caught:
-            error = caught
-        with suppress(RuntimeError):  # the server has stopped meanwhile
-            loop.call_soon_threadsafe(finish_loading, model, engine, error)
-
-    def finish_loading(model: ServedModel, engine: CompletionBackend | None, error: BaseException | None) -> None:
-        model.engine, model.error = engine, error
-        if engine is not None:
-            service.device = engine.device
-        # What exists now lives as long as the process: garbage collections that visit it would delay all answers.
-        gc.collect()
-        gc.freeze()
-        if error is not None or all(model.status != "loading" for model in service.models):
-            service.loading_done.set()
-
-    def load_all() -> None:
-        for model in service.models:
-            load(model)
-
-    # A daemon thread, so that a server that is stopped while it loads does not wait for the end of loading.
-    threading.Thread(target=load_all, name="loading", daemon=True).start()
-    yield
-    for model in service.models:
-        model.tokenizer_thread.shutdown(wait=False, cancel_futures=True)
-        if model.engine is not None:
-            await asyncio.to_thread(model.engine.close)

@@ -34,7 +34,9 @@ from gpt2_chinese.text.word_tokenizer import (
 )
 
 _SPECIAL_PATTERN = re.compile("|".join(re.escape(token) for token in SPECIAL_TOKENS))
-_CACHED_WORDS = 1_000_000
+# As in word_tokenizer.py: memory stays bounded whatever the words are.
+_CACHED_WORDS = 1 << 15
+_CACHED_LENGTH = 16
 _CODES = 0x110000
 
 # First and last code point of what BERT takes for a Chinese character.
@@ -229,9 +231,11 @@ class CharTokenizer:
         """The ids of one word of `words()`; `[UNK]` for one that the vocabulary has not the parts of."""
         ids = self._word_ids.get(word)
         if ids is None:
-            if len(self._word_ids) >= _CACHED_WORDS:
-                self._word_ids.clear()
-            ids = self._word_ids[word] = self._look_up(word)
+            ids = self._look_up(word)
+            if len(word) <= _CACHED_LENGTH:
+                if len(self._word_ids) >= _CACHED_WORDS:
+                    self._word_ids.clear()
+                self._word_ids[word] = ids
         return ids
 
     def _look_up(self, word: str) -> list[int]:

@@ -15,6 +15,7 @@ from gpt2_chinese.text.word_tokenizer import (
     BYTE_TOKENS,
     KEEP_CASE,
     KEEP_SPACES,
+    RULES,
     RULES_VERSION,
     SPACE_TOKEN,
     CutsWords,
@@ -279,7 +280,12 @@ def read_folder_tokenizer(folder: Path, *, kind: str | None = None, compat: bool
     tokens = read_vocabulary(path, strict=False)
     if name == "GPT2ChineseTokenizer":  # ours, of words
         manifest = _read_object(folder / "manifest.json")
-        was_compat, rules = bool(config.get("compat", manifest.get("compat", False))), int(config.get("rules", 1))
+        was_compat, rules = bool(config.get("compat", manifest.get("compat", False))), config.get("rules", 1)
+        if type(rules) is not int or rules not in RULES:
+            raise ValueError(
+                f"{folder / TOKENIZER_CONFIG}: rules is {json.dumps(rules)[:40]}, this version has {sorted(RULES)}; "
+                "copy the file again, or update this program"
+            )
         return _checked(path, TokenizerSpec("word", tuple(tokens), compat=was_compat, rules=rules))
     if "Bert" in name and kind in (None, "char"):
         lowercase = bool(config.get("do_lower_case", True))

@@ -44,7 +44,10 @@ MAX_BERT_WORD = 100
 _SPECIAL_PATTERN = re.compile("|".join(re.escape(token) for token in SPECIAL_TOKENS))
 _IDEOGRAPHS = re.compile("[一-鿿]+")  # the block of CJK Unified Ideographs
 _LATIN_WORD = re.compile("[a-z]+")
-_CACHED_WORDS = 1_000_000  # forgotten all at once when there are more, so that memory stays flat
+# What is kept of words that were met: at most so many, of at most so many characters, which is 90 MB whatever they are.
+# They are forgotten all at once when there are more.
+_CACHED_WORDS = 1 << 15
+_CACHED_LENGTH = 16
 
 # First and last code point of what is written without spaces.
 _WIDE = (
@@ -235,7 +238,8 @@ class WordSplitter:
         self._rules = rules
         self._folded: dict[tuple[str, bool], tuple[list[str], bool]] = {}
 
-    def __call__(self, text: str) -> list[str]:
+    def __call__(self, text: str, *, context: int = 0) -> list[str]:
+        """Cut a text; the words of its first `context` characters are left out (see tail.py)."""
         words: list[str] = []
         if self._rules.keeps_spaces:
             text = mark_spaces(text, self._rules.is_spaced)
@@ -244,17 +248,25 @@ class WordSplitter:
                 words.append(LINE_BREAK)
             touching = False  # the character before is spaced, and no space stands in between
             for raw in self._segmenter.cut(" ".join(clean(line, self._rules.clean_character).split())):
+                if context > 0:
+                    context -= len(raw)
+                    continue
                 if raw.isspace():
                     touching = False
                     continue
-                found = self._folded.get((raw, touching))
-                if found is None:
-                    if len(self._folded) >= _CACHED_WORDS:
-                        self._folded.clear()
-                    found = self._folded[raw, touching] = fold_word(raw, touching, self._rules)
-                words += found[0]
-                touching = found[1]
+                folded, touching = self._fold(raw, touching)
+                words += folded
         return join_marked(words) if self._rules.keeps_spaces else words
+
+    def _fold(self, raw: str, touching: bool) -> tuple[list[str], bool]:
+        found = self._folded.get((raw, touching))
+        if found is None:
+            found = fold_word(raw, touching, self._rules)
+            if len(raw) <= _CACHED_LENGTH:
+                if len(self._folded) >= _CACHED_WORDS:
+                    self._folded.clear()
+                self._folded[raw, touching] = found
+        return found
 
 
 def fold_word(raw: str, touching: bool, rules: Rules = RULES[RULES_VERSION]) -> tuple[list[str], bool]:
@@ -424,7 +436,7 @@ class WordTokenizer:
         if self.marks.unknown is None and not all(token in self._id_of for token in BYTE_TOKENS):
             raise ValueError("has neither [UNK] nor the 256 bytes, so some characters have no id; add a line [UNK]")
         self._unknown = [] if self.marks.unknown is None else [self.marks.unknown]
-        self._longest = max(len(token) for token in self.vocabulary)
+        self._longest_from = longest_from(self.vocabulary)
         self._segmenter = segmenter
         self._splitter: WordSplitter | None = None
         self._word_ids: dict[str, list[int]] = {}
@@ -432,27 +444,31 @@ class WordTokenizer:
     def __len__(self) -> int:
         return len(self.vocabulary)
 
-    def words(self, text: str) -> list[str]:
+    def words(self, text: str, *, context: int = 0) -> list[str]:
         """The words of a text before they are looked up: those of `WordSplitter`, or the reference's with `compat`."""
         if self.compat:
             return self._reference_words(text)
         if self._splitter is None:
             self._splitter = WordSplitter(self._segmenter, self.rules)
-        return self._splitter(text)
+        return self._splitter(text, context=context)
 
     def word_ids(self, word: str) -> list[int]:
         """The ids of one word of `words()`; `[UNK]` for what the vocabulary cannot spell."""
         ids = self._word_ids.get(word)
         if ids is None:
-            if len(self._word_ids) >= _CACHED_WORDS:
-                self._word_ids.clear()
             ids = self._reference_pieces(word) if self.compat else self._spell(word)
-            self._word_ids[word] = ids
+            if len(word) <= _CACHED_LENGTH:
+                if len(self._word_ids) >= _CACHED_WORDS:
+                    self._word_ids.clear()
+                self._word_ids[word] = ids
         return ids
 
-    def encode(self, text: str) -> list[int]:
-        """Give the ids of a text; a line break is `[SEP]`, and no mark of a document is put around it."""
-        return [id_ for word in self.words(text) for id_ in self.word_ids(word)]
+    def encode(self, text: str, *, context: int = 0) -> list[int]:
+        """Give the ids of a text; a line break is `[SEP]`, and no mark of a document is put around it.
+
+        The words of its first `context` characters are left out (see tail.py).
+        """
+        return [id_ for word in self.words(text, context=context) for id_ in self.word_ids(word)]
 
     def tokenize(self, text: str) -> list[str]:
         """Give the tokens of a text; their ids are those of `encode`."""
@@ -497,8 +513,9 @@ class WordTokenizer:
         start = 0
         while start < len(characters):
             # A part is written as it stands behind its left neighbour: with "##" if its first character touches it.
-            for end in range(min(len(characters), start + self._longest), start, -1):
-                known = self._id_of.get(characters[start] + body[start + 1 : end])
+            first = characters[start]
+            for end in range(min(len(characters), start + self._longest_from.get(first, 0)), start, -1):
+                known = self._id_of.get(first + body[start + 1 : end])
                 if known is not None:
                     ids.append(known)
                     start = end
@@ -546,6 +563,19 @@ class WordTokenizer:
         if word in SPECIAL_TOKENS:
             return [self._id_of[word]] if word in self._id_of else list(self._unknown)
         return word_pieces(word, self._id_of) or list(self._unknown)
+
+
+def longest_from(vocabulary: Iterable[str]) -> dict[str, int]:
+    """How many characters, without `##`, the longest token has that begins with each character, or `##` and one."""
+    longest: dict[str, int] = {}
+    for token in vocabulary:
+        attached = token.startswith(PART_PREFIX) and len(token) > len(PART_PREFIX)
+        length = len(token) - len(PART_PREFIX) if attached else len(token)
+        first = token[: len(PART_PREFIX) + 1] if attached else token[:1]
+        longest[first] = max(length, longest.get(first, 0))
+        if attached:  # a text may have the two marks itself
+            longest[PART_PREFIX[0]] = max(len(token), longest.get(PART_PREFIX[0], 0))
+    return longest
 
 
 def word_pieces(word: str, id_of: dict[str, int]) -> list[int]:

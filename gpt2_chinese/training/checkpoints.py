@@ -24,12 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpt2_chinese.artifacts import read_json, sha256_of, write_json
+from gpt2_chinese.artifacts import disk_errors, flush_folder, read_json, sha256_of, write_json
 
 STATE, MANIFEST = "state.pt", "manifest.json"
 _FOLDER = re.compile(r"step_(0|[1-9]\d*)")
 _LEFT_OVER = re.compile(r"\.step_\d+\.(tmp|old)")  # half written or half deleted by a run that was killed
 _FORMAT = 1
+_CONTENTS = {"model", "optimizer", "scaler", "random", "progress"}
+_MEND = "resume from another checkpoint, or start over with --resume none"
 
 
 ADDED_SETTINGS: dict[str, Any] = {
@@ -68,20 +70,22 @@ def write_checkpoint(
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
-        with open(new / STATE, "wb") as file:
+        with open(new / STATE, "wb") as file, disk_errors(path):
             torch.save(dict(state), file)
             file.flush()
             os.fsync(file.fileno())
         files = {STATE: {"bytes": (new / STATE).stat().st_size, "sha256": sha256_of(new / STATE)}}
         manifest = {"format": _FORMAT, "step": step, "is_last": is_last, "files": files, "settings": dict(settings)}
         write_json(new / MANIFEST, manifest | {"sha256": _digest(manifest)})
+        flush_folder(new)
         if path.exists():
             _delete(path)  # the same step of the same run, so nothing is lost if it ends here
         os.replace(new, path)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    _flush_folder(folder)
+    flush_folder(folder)
+    flush_folder(folder.parent)
     return path
 
 
@@ -106,6 +110,8 @@ def verify(path: Path) -> dict[str, Any]:
     manifest = path / MANIFEST
     try:
         found = read_json(manifest)
+        if not isinstance(found["settings"], dict) or type(found["step"]) is not int:
+            raise TypeError
         if found.pop("sha256") != _digest(found):
             raise ValueError(f"{manifest} is damaged: it is not as it was written")
         files = dict(found["files"])
@@ -115,6 +121,8 @@ def verify(path: Path) -> dict[str, Any]:
         raise ValueError(f"{manifest} is damaged: it is no manifest of a checkpoint") from error
     for name, expected in files.items():
         file = path / name
+        if Path(name).name != name or not isinstance(expected, dict) or not {"bytes", "sha256"} <= expected.keys():
+            raise ValueError(f"{manifest} is damaged: it is no manifest of a checkpoint")
         if not file.is_file():
             raise ValueError(f"{file} is missing")
         size = file.stat().st_size
@@ -168,9 +176,22 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: it is no state that this version of torch can read.
     """
     try:
-        return dict(torch.load(path / STATE, map_location="cpu", weights_only=True))
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path / STATE} cannot be read: {str(error).splitlines()[0]}") from error
+        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+    ) as error:
+        reason = (str(error).splitlines() or ["it ends too early"])[0]
+        raise ValueError(f"{path / STATE} cannot be read: {reason}; {_MEND}") from error
+    missing = sorted(_CONTENTS - state.keys()) if isinstance(state, dict) else sorted(_CONTENTS)
+    if missing:
+        raise ValueError(f"{path / STATE} is no state of a run: it has no {missing[0]}; {_MEND}")
+    return dict(state)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -206,13 +227,3 @@ def _delete(path: Path) -> None:
 
 def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _flush_folder(folder: Path) -> None:
-    """Write a folder's names to the disk, so that a rename outlives a power cut (POSIX only)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,6 +11,17 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from gpt2_chinese.artifacts import atomic_write
+
+
+def _read_point(line: bytes) -> dict[str, Any] | None:
+    """A point of metrics.jsonl; None for a line that is none."""
+    try:
+        point = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(point, dict) or type(point.get("step")) is not int or not isinstance(point.get("kind"), str):
+        return None
+    return point
 
 
 class Metrics:
@@ -27,13 +39,14 @@ class Metrics:
         self._validated: set[int] = set()
         kept = []
         if resumed_from and path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    point = json.loads(line)
-                except json.JSONDecodeError:  # a killed run has left half a line
-                    continue
-                if point["step"] <= resumed_from:
-                    kept.append(line)
+            lines = path.read_bytes().splitlines()
+            points = [_read_point(line) for line in lines]
+            if None in points[:-1]:  # a killed run leaves half a line, and no more
+                damaged = sum(point is None for point in points)
+                print(f"note: {path}: {damaged} of {len(lines)} lines are damaged and left out", file=sys.stderr)
+            for line, point in zip(lines, points, strict=True):
+                if point is not None and point["step"] <= resumed_from:
+                    kept.append(line.decode("utf-8"))
                     if point["kind"] == "validation":
                         self._validated.add(point["step"])
         with atomic_write(path) as file:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gpt2_chinese.parallel import safe_folder
 from gpt2_chinese.training.stopping import signal_handlers
 
 
@@ -109,11 +110,15 @@ def run_on_all(devices: Sequence[torch.device], work: Callable[..., int], *args:
         ValueError: raised by `work` of rank 0.
     """
     with tempfile.TemporaryDirectory() as folder:
-        outcome = torch.multiprocessing.get_context("spawn").SimpleQueue()
         address = (Path(folder) / "ranks").as_uri()
-        ranks = torch.multiprocessing.spawn(
-            _run_spawned, args=(list(devices), address, outcome, work, args), nprocs=len(devices), join=False
-        )
+        with safe_folder() as run_folder:
+            outcome = torch.multiprocessing.get_context("spawn").SimpleQueue()
+            ranks = torch.multiprocessing.spawn(
+                _run_spawned,
+                args=(run_folder, list(devices), address, outcome, work, args),
+                nprocs=len(devices),
+                join=False,
+            )
 
         def pass_on(number: int, _: object) -> None:
             for pid in ranks.pids():
@@ -132,9 +137,16 @@ def run_on_all(devices: Sequence[torch.device], work: Callable[..., int], *args:
 
 
 def _run_spawned(
-    number: int, devices: list[torch.device], address: str, outcome: Any, work: Callable[..., int], args: Sequence[Any]
+    number: int,
+    run_folder: str,
+    devices: list[torch.device],
+    address: str,
+    outcome: Any,
+    work: Callable[..., int],
+    args: Sequence[Any],
 ) -> None:
     """A process of `run_on_all`; rank 0 hands back the exit status, or what is wrong."""
+    os.chdir(run_folder)
     rank = Rank(number, len(devices), devices[number])
     if rank.device.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // rank.world_size))

@@ -74,13 +74,20 @@ def restore(run: Run, rank: Rank, trainable: Trainable, resume: Path | None) -> 
     saved = rank.broadcast(read_checkpoint(resume) if resume is not None and rank.is_main else None)
     if saved is None:
         return TrainingState(RunningLoss(rank.device))
-    if rank.is_main and saved["made_with"] != _made_with():
-        print(f"note: the checkpoint was made with {saved['made_with']}, this is {_made_with()}: not bit for bit")
-    trainable.model.load_state_dict(saved["model"])
-    trainable.optimizer.load_state_dict(saved["optimizer"])
-    trainable.precision.load_state_dict(saved["scaler"])
-    set_random_state(saved["random"][rank.number], rank.device)
-    return TrainingState.from_state_dict(saved["progress"], rank.device)
+    if rank.is_main and saved.get("made_with") != _made_with():
+        print(f"note: the checkpoint was made with {saved.get('made_with')}, this is {_made_with()}: not bit for bit")
+    try:
+        trainable.model.load_state_dict(saved["model"])
+        trainable.optimizer.load_state_dict(saved["optimizer"])
+        trainable.precision.load_state_dict(saved["scaler"])
+        set_random_state(saved["random"][rank.number], rank.device)
+        return TrainingState.from_state_dict(saved["progress"], rank.device)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{resume} does not fit this run, or is damaged: {reason}; resume from another checkpoint, or start over "
+            "with --resume none"
+        ) from error
 
 
 def _made_with() -> str:

@@ -319,6 +319,8 @@ def test_metrics_count_requests_tokens_and_times(server):
             "gpt2_waiting_sequences": "gauge",
             "gpt2_prompt_tokens": "counter",
             "gpt2_generated_tokens": "counter",
+            "gpt2_model_restarts": "counter",
+            "gpt2_model_reloads": "counter",
             "gpt2_time_to_first_token_seconds": "histogram",
             "gpt2_time_per_token_seconds": "histogram",
         }
@@ -666,11 +668,18 @@ def test_the_fast_path_answers_what_the_handlers_answer_and_keeps_the_connection
         (["Content-Length: 2", "Connection: Upgrade, keep-alive"], b"{}", None),
         (["Content-Length: 2", "Upgrade: websocket"], b"{}", None),
         (["Content-Length: 2", "X: a\nTransfer-Encoding: chunked"], b"{}", None),
+        (["Content-Length: 2", "No-Host: x"], b"{}", None),
+        (["Content-Length: 2", "Host: x", "Host: y"], b"{}", None),
+        (["Content-Length: 2", "X: a\x00b"], b"{}", None),
+        (["Content-Length: 2", "X: a", " folded"], b"{}", None),
+        (["Content-Length: 2", "X y: a"], b"{}", None),
+        (["Content-Length: 2", "no colon"], b"{}", None),
         (["Content-Length: 2", "X: " + "x" * 5000], b"{}", None),
     ],
 )
 def test_only_a_whole_request_that_needs_nothing_else_takes_the_fast_path(lines, body, path):
-    head = "".join(f"{line}\r\n" for line in ("POST /generate HTTP/1.1", *lines))
+    host = () if any(line.startswith(("Host", "No-Host")) for line in lines) else ("Host: x",)
+    head = "".join(f"{line}\r\n" for line in ("POST /generate HTTP/1.1", *host, *lines))
     data = head.encode() + b"\r\n" + body
     assert simple_post(data) == path
     assert simple_post(data[: len(head) // 2]) is None
@@ -880,7 +889,7 @@ def test_the_process_cancels_for_clients_that_left_and_finishes_admitted_request
             assert '\\"context\\": \\"\\u4f60\\u597d\\"' in line
             host, port = url.removeprefix("http://").split(":")
             body = json.dumps({"context": "一", "maxlength": 1000, "samples": 32}).encode()
-            head = f"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+            head = f"POST / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
 
             def running() -> int:
                 with urllib.request.urlopen(f"{url}/health", timeout=60) as response:

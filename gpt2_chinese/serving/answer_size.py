@@ -1,0 +1,60 @@
+"""How large an answer can become, computed before its request is admitted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from gpt2_chinese.serving.api import CompletionRequest, Limits
+from gpt2_chinese.serving.errors import ApiError
+
+CHOICE_BYTES = 256
+"""Names, numbers and signs of one completion in JSON, and of the events around it."""
+NUMBER_BYTES = 26
+"""A logprob or an offset in JSON, with what separates it from the next."""
+MIN_TOKEN_BYTES = 6
+"""A byte token can be a control character: \\u0001."""
+
+
+def longest_token_bytes(vocabulary: Sequence[str]) -> int:
+    """The most bytes of JSON that one token's text can have, its quotation marks included."""
+    longest = max(
+        (len(json.dumps(token, ensure_ascii=False).encode("utf-8", "replace")) for token in vocabulary), default=0
+    )
+    return max(MIN_TOKEN_BYTES, longest)
+
+
+def largest_answer(request: CompletionRequest, token_bytes: int, n_ctx: int) -> int:
+    """The most bytes of JSON that the answer to a request can have.
+
+    Args:
+        token_bytes: see `longest_token_bytes`.
+        n_ctx: the most tokens of a prompt.
+    """
+    total = 0
+    logprob_bytes = 0
+    if request.logprobs is not None:
+        # A token with its logprob and offset, and the alternatives with theirs; one more may be the token itself.
+        logprob_bytes = (token_bytes + NUMBER_BYTES) * (2 + request.logprobs) + NUMBER_BYTES
+    for context in request.contexts:
+        is_text = isinstance(context, str)
+        context_bytes = len(context.encode()) if isinstance(context, str) else len(context) * (token_bytes + 1)
+        prompt_tokens = min(n_ctx, context_bytes + 1 if is_text else len(context) + 1) if request.scored else 0
+        choice = CHOICE_BYTES + context_bytes + request.length * (token_bytes + 1)
+        total += choice + (request.length + prompt_tokens) * logprob_bytes
+    return total * max(request.samples, request.sequences)
+
+
+def check_answer_size(request: CompletionRequest, size: int, limits: Limits) -> None:
+    """Refuse a request whose answer could be larger than the limit.
+
+    Raises:
+        ApiError: it could.
+    """
+    if size > limits.answer_bytes:
+        message = (
+            f"the answer could have {size} bytes, and the limit (--max_answer) is {limits.answer_bytes}; ask for fewer "
+            f"completions or prompts, a smaller {request.length_field}"
+            + (", or leave out logprobs" if request.logprobs is not None else "")
+        )
+        raise ApiError(400, "answer_too_large", message, request.length_field)

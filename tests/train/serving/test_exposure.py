@@ -1,0 +1,239 @@
+"""What a server shows to strangers, and whom it answers: headers, names, sites, keys."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from served import GOOD, check_error, check_good, raw, served, wait_until
+from tiny_model import endless_model, save_tiny_model, tiny_model, tiny_tokenizer
+
+from gpt2_chinese.decoding.completion import Prompt, SamplingParams
+from gpt2_chinese.decoding.engine import Engine
+from gpt2_chinese.serving.flags import parse_args
+from gpt2_chinese.serving.hosts import LOOPBACK_NAMES, allowed_hosts, name_of
+from gpt2_chinese.serving.keys import hide_keys, read_admin_keys, read_keys
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def server(script):
+    return script("server")
+
+
+def test_every_response_has_the_headers_of_owasp_and_no_versions(server):
+    async def test(client):
+        heads = []
+        for method, path in (
+            ("GET", "/"),
+            ("GET", "/health"),
+            ("POST", "/generate"),
+            ("GET", "/nothing"),
+            ("PUT", "/"),
+        ):
+            async with client.request(method, path, json=GOOD if method == "POST" else None) as response:
+                heads.append({name.lower(): value for name, value in response.headers.items()})
+        for data in (b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01 TLS\r\n\r\n"):
+            head = (await raw(client, data, wait=1)).partition(b"\r\n\r\n")[0].decode()
+            heads.append({line.partition(": ")[0].lower(): line.partition(": ")[2] for line in head.split("\r\n")[1:]})
+        for head in heads:
+            assert head["x-content-type-options"] == "nosniff" and head["x-frame-options"] == "DENY", head
+            assert "frame-ancestors 'none'" in head["content-security-policy"], head
+            assert head["server"] == "gpt2-chinese", head
+
+    served(test)
+
+
+def test_names_that_are_not_the_servers_are_refused_on_loopback(server):
+    async def test(client):
+        client.service.hosts = allowed_hosts("127.0.0.1", "gpt.example, b.example:80".replace(":80", ""))
+        for host in ("127.0.0.1", "localhost:5005", "[::1]:80", "GPT.example", "gpt.example.:443"):
+            async with client.post("/generate", json=GOOD, headers={"Host": host}) as response:
+                assert response.status == 200, host
+        for host in ("evil.example", "127.0.0.1.evil.example", "localhost.evil.example:5005", ""):
+            for method, path in (("POST", "/generate"), ("GET", "/health"), ("GET", "/")):
+                async with client.request(method, path, headers={"Host": host}) as response:
+                    await check_error(response, 421, "wrong_host")
+
+    served(test)
+    assert allowed_hosts("0.0.0.0", "") is None and allowed_hosts("127.0.0.1", "*") is None
+    assert allowed_hosts("::1", "") == LOOPBACK_NAMES and "a" in (allowed_hosts("0.0.0.0", "a") or ())
+    assert [name_of(one) for one in ("[::1]", "A.b:1", "a.")] == ["::1", "a.b", "a"]
+
+
+def test_only_the_completing_routes_can_be_read_by_other_sites(server):
+    async def test(client):
+        headers = {"Origin": "https://a.example"}
+        for path in ("/generate", "/"):
+            async with client.post(path, json=GOOD, headers=headers) as response:
+                assert response.headers["Access-Control-Allow-Origin"]
+        for path in ("/health", "/metrics", "/v1/models", "/openapi.json"):
+            async with client.get(path, headers=headers) as response:
+                assert response.status == 200 and "Access-Control-Allow-Origin" not in response.headers, path
+
+    served(test)
+
+
+def test_an_expect_header_is_answered_alike_for_every_method(server):
+    async def test(client):
+        for method in ("GET", "POST"):
+            answer = await raw(
+                client, f"{method} / HTTP/1.1\r\nHost: x\r\nExpect: 5\r\nContent-Length: 0\r\n\r\n".encode(), wait=1
+            )
+            assert (
+                answer.startswith(b"HTTP/1.1 417") and b"application/json" in answer and b"expectation_failed" in answer
+            )
+
+    served(test)
+
+
+def test_a_slow_but_steady_reader_gets_the_whole_answer(server):
+    """It was cut off after --body_timeout seconds, however much it had read."""
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=32)
+
+    async def test(client):
+        body = json.dumps({"context": "一" * 2000, "maxlength": 100, "samples": 32}).encode()
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(connection, (client.host, client.port))
+            head = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+            await loop.sock_sendall(connection, head + body)
+            received, begin = b"", time.monotonic()
+            while part := await loop.sock_recv(connection, 4096):
+                received += part
+                await asyncio.sleep(0.03)
+        assert time.monotonic() - begin > 1
+        assert len(json.loads(received.partition(b"\r\n\r\n")[2])) == 32
+
+    served(test, engine=engine, body_seconds=0.5, send_buffer=4096)
+
+
+def test_a_key_is_compared_as_it_was_sent(server, tmp_path):
+    """A byte that is not UTF-8 became a question mark, so that it opened a server whose key has one there."""
+
+    async def test(client):
+        for sent, status in ((b"k?", 200), (b"k\xff", 401), (b"k\xc3", 401), ("k\ufffd".encode(), 401)):
+            head = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer " + sent
+            body = json.dumps(GOOD).encode()
+            answer = await raw(client, head + b"\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            assert answer.startswith(b"HTTP/1.1 %d" % status), sent
+
+    served(test, keys=(b"k?",))
+    file = tmp_path / "keys"
+    file.write_bytes(b"good\nk\xff\n")
+    with pytest.raises(ValueError, match="--api_key_file .*keys is not UTF-8 at byte 6"):
+        read_keys(parse_args(["--api_key_file", str(file)]))
+    file.write_bytes("\ufeffgood\n".encode())
+    assert read_keys(parse_args(["--api_key_file", str(file)])) == (b"good",)
+
+
+def test_an_admin_key_opens_nothing_but_admin_and_without_one_there_is_no_admin(server, monkeypatch):
+    async def closed(client):
+        async with client.post("/admin/reload", json={}) as response:
+            await check_error(response, 404, "not_found")
+
+    served(closed)
+    monkeypatch.setenv("GPT2_CHINESE_ADMIN_KEY", "b\nc")
+    assert read_admin_keys(parse_args(["--admin_key", "a"])) == (b"a", b"b", b"c")
+
+
+def test_keys_leave_the_command_line(monkeypatch):
+    monkeypatch.delenv("GPT2_CHINESE_API_KEY", raising=False)
+    argv = [
+        "python",
+        "server.py",
+        "--api_key",
+        "a",
+        "--port",
+        "1",
+        "--api_key=b",
+        "--api_key_file",
+        "f",
+        "--admin_key",
+        "c",
+    ]
+    rest, keys = hide_keys(argv)
+    assert rest == ["python", "server.py", "--port", "1", "--api_key_file", "f"]
+    assert keys == {"GPT2_CHINESE_API_KEY": "a\nb", "GPT2_CHINESE_ADMIN_KEY": "c"}
+
+
+def test_the_smallest_top_p_is_the_narrowest():
+    with Engine(tiny_model(), tiny_tokenizer(), max_num_seqs=8) as engine:
+        texts = [
+            [one.text for one in request.future.result(60)]
+            for top_p in (1e-50, 1e-30, 1e-9)
+            if (
+                request := engine.submit(
+                    Prompt("一", (2, 40), 0, 1),
+                    samples=4,
+                    length=9,
+                    seed=1,
+                    sampling_params=SamplingParams(top_k=0, top_p=top_p, temperature=3),
+                )
+            )
+        ]
+    assert texts[0] == texts[1] == texts[2] and len(set(texts[0])) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks at processes as Linux shows them")
+def test_a_server_outlives_the_reader_of_its_output_and_shows_no_key(tmp_path):
+    folder = save_tiny_model(tmp_path / "tiny", tiny_model())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--model_path", str(folder), "--port", str(port), "--device", "cpu", "--api_key", "s3cret"]
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    command = [sys.executable, str(ROOT / "server.py"), *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith(b"settings: ")
+        process.stdout.close()  # as `head -1` does
+        status, deadline = 0, time.monotonic() + 60
+        while status != 200 and process.poll() is None and time.monotonic() < deadline:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
+                    status = response.status
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.05)
+        assert status == 200 and process.poll() is None
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                assert b"s3cret" not in path.read_bytes()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+def test_health_and_a_good_request_go_on_without_room_for_answers(server):
+    """Of all answers together only so many bytes are under way."""
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8)
+
+    async def test(client):
+        busy = asyncio.create_task(client.post("/generate", json={"context": "一", "maxlength": 1000, "samples": 8}))
+        await wait_until(lambda: engine.running)
+        async with client.post("/generate", json={"context": "一", "maxlength": 1000, "samples": 8}) as response:
+            assert response.headers["Retry-After"]
+            await check_error(response, 429, "full")
+        busy.cancel()
+        await wait_until(lambda: not engine.running and not client.service.pending_bytes)
+        await check_good(client)
+        async with client.post("/generate", json={"context": "一", "maxlength": 1000, "samples": 32}) as response:
+            await check_error(response, 400, "answer_too_large", "maxlength")
+
+    served(test, engine=engine, answer_bytes=100_000, pending_bytes=100_000)
