@@ -1,6 +1,6 @@
 """Start server.py on a free port, send it one POST, print the answer and stop it.
 
-python examples/ask_server.py --model_path demo/model/final_model --context 感冒了
+python examples/ask_server.py --model_path demo/model/best_model --context 感冒了
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ PLAN = "plan.json"
 SHAPES = ("2x128", "3x192", "4x256", "6x384", "8x512", "12x768")  # of config/plan/, the smallest first
 BATCH_SIZE = 16
 ENOUGH_TOKENS = 20  # for each parameter of the layers; Hoffmann et al. 2022, for text that is not repeated
+SMALL = 200_000  # tokens of a text that wants stronger regularization; between the two that were tried
 MAX_PARAMETERS = 16  # of the layers, for each token of the text
 WARMUP_STEPS = 30  # after them the number of updates is decided, from how long they took
 REPORT_SECONDS = 15  # at the end, for model/report.html
@@ -195,6 +196,7 @@ def _settings(facts: Facts, shape: str, epochs: float) -> tuple[dict[str, Any], 
     config = read_config(shape)
     limit = max_epochs(facts.tokens)
     repeated = epochs >= 1.5
+    dropout, weight_decay, muon_weight_decay = regularization(facts.tokens) if repeated else (0.0, 0.0, 0.0)
     scale = min(1.0, 256 / config.n_embd)  # of the learning rates, for wider models than were tried
     flags: dict[str, Any] = {
         "model_config": shape,
@@ -207,9 +209,9 @@ def _settings(facts: Facts, shape: str, epochs: float) -> tuple[dict[str, Any], 
         "muon_lr": 6e-3 * math.sqrt(scale),
         "warmup_steps": WARMUP_STEPS,
         "schedule": "linear",
-        "dropout": 0.1 if repeated else 0.0,
-        "weight_decay": 0.3 if repeated else 0.0,
-        "muon_weight_decay": 0.5 if repeated else 0.0,
+        "dropout": dropout,
+        "weight_decay": weight_decay,
+        "muon_weight_decay": muon_weight_decay,
         "shift_windows": repeated,
         "patience": 3,
         "log_step": 10,
@@ -217,7 +219,10 @@ def _settings(facts: Facts, shape: str, epochs: float) -> tuple[dict[str, Any], 
     }
     reasons = []
     if repeated:
-        reasons.append("several epochs: dropout 0.1, weight decay 0.3 and 0.5 (Muon), windows at other places in each")
+        reasons.append(
+            f"several epochs: dropout {dropout}, weight decay {weight_decay} and {muon_weight_decay} (Muon), windows at "
+            "other places in each"
+        )
     else:
         reasons.append("hardly more than one epoch: no dropout and no weight decay")
     if epochs > limit:
@@ -229,9 +234,14 @@ def _settings(facts: Facts, shape: str, epochs: float) -> tuple[dict[str, Any], 
     return flags, reasons
 
 
+def regularization(tokens: int) -> tuple[float, float, float]:
+    """Dropout, and the weight decay of AdamW's and Muon's part, for several epochs of a text of so many tokens."""
+    return (0.2, 1.0, 3.0) if tokens < SMALL else (0.1, 0.3, 0.5)
+
+
 def max_epochs(tokens: int) -> int:
     """How often a text is shown at most: a small one is memorised sooner, however strong the weight decay is."""
-    return 8 if tokens < 200_000 else 16
+    return 10 if tokens < SMALL else 16
 
 
 def _expectation(facts: Facts, shape: str, epochs: float) -> list[str]:
