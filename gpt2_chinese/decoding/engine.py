@@ -505,6 +505,8 @@ class Engine(CompletionBackend):
         if scored:
             scored_logits = logits[scored]  # a copy, too
             raw_scored = scored_logits, torch.logsumexp(scored_logits, dim=-1)
+        # A token that is looked at is detokenized at once, so where it begins is taken before.
+        offsets = {slots[row]: len(sequences[row].detokenizer.text) for row in rows}
         where = slice(slots.start, slots.stop)
         for slot, sequence in zip(slots, sequences, strict=True):
             if sequence.request.must_differ and not self._is_settled(slot, sequence):
@@ -534,8 +536,8 @@ class Engine(CompletionBackend):
             sequence.ids.append(token)
             self.generated_tokens += 1
             if slot in logprobs:
-                offset = len(sequence.detokenizer.text)
-                sequence.logprobs.append(TokenLogprob(self.tokenizer.vocabulary[token], *logprobs[slot], offset))
+                token_text = self.tokenizer.vocabulary[token]
+                sequence.logprobs.append(TokenLogprob(token_text, *logprobs[slot], offsets[slot]))
             if request.stop or request.until_sentence or request.on_delta is not None or slot in logprobs:
                 sequence.detokenize()
                 # What another sample may still end as is not sent.

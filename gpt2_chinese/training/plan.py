@@ -220,8 +220,8 @@ def _settings(facts: Facts, shape: str, epochs: float) -> tuple[dict[str, Any], 
     reasons = []
     if repeated:
         reasons.append(
-            f"several epochs: dropout {dropout}, weight decay {weight_decay} and {muon_weight_decay} (Muon), windows at "
-            "other places in each"
+            f"several epochs: dropout {dropout}, weight decay {weight_decay} and {muon_weight_decay} (Muon), windows "
+            "at other places in each"
         )
     else:
         reasons.append("hardly more than one epoch: no dropout and no weight decay")

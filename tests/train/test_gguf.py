@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 from layouts import CHARACTERS, write_layout
+from whole_tokens import greedy_without, partial_tokens
 
 from gpt2_chinese import gguf as export
-from gpt2_chinese.decoding.completion import SamplingParams
 from gpt2_chinese.decoding.engine import Engine
 from gpt2_chinese.model_folder import load_weights
 
@@ -52,16 +52,17 @@ def test_greedy_ids_are_those_of_the_model_folder(tmp_path, layout):
     export.main([str(folder), str(tmp_path / "model.gguf")])
     llama = LlamaServer(tmp_path / "model.gguf")
     model, tokenizer = load_weights(folder)
+    partial = partial_tokens(tokenizer)
     source = random.Random(1)
     with Engine(model, tokenizer, max_num_seqs=4, precision="fp32") as engine:
         for _ in range(20):
             text = "".join(source.choices(CHARACTERS, k=source.randint(1, 8)))
             prompt = engine.prompt(text, 12)
-            request = engine.submit(prompt, samples=1, length=12, sampling_params=SamplingParams(temperature=0))
+            request = engine.submit(prompt, samples=1, length=12, sampling_params=greedy_without(partial))
             ours = list(request.future.result(60)[0].ids)
             fields = {
                 "prompt": list(prompt.ids), "n_predict": 12, "temperature": 0, "return_tokens": True,
-                "logit_bias": [[id_, False] for id_ in tokenizer.marks.never_produced],
+                "logit_bias": [[id_, False] for id_ in (*tokenizer.marks.never_produced, *partial)],
                 "cache_prompt": False,
             }  # fmt: skip
             answer = llama.post("/completion", fields)

@@ -11,14 +11,14 @@ import pytest
 import torch
 from layouts import CHARACTERS, LAYOUTS, write_layout
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertTokenizer
+from whole_tokens import greedy_without, partial_tokens
 
 from gpt2_chinese.artifacts import write_json
-from gpt2_chinese.decoding.completion import SamplingParams
 from gpt2_chinese.decoding.engine import Engine
 from gpt2_chinese.model_folder import load_model, load_weights, save_model
+from gpt2_chinese.text.tokenizers import Tokenizer
 
 pytest.importorskip("tokenizers")
-GREEDY = SamplingParams(temperature=0)
 MARKS = {
     "book": ("[MASK]", "[CLS]"),
     "gpt2_chinese_char": ("[MASK]", "[CLS]"),
@@ -38,11 +38,12 @@ def folder(request, tmp_path_factory) -> Path:
     return write_layout(tmp_path_factory.mktemp("published") / request.param, request.param)
 
 
-def greedy_elsewhere(folder: Path, prompt: list[int], length: int, end: int, never: tuple[int, ...]) -> list[int]:
+def greedy_elsewhere(folder: Path, prompt: list[int], length: int, tokenizer: Tokenizer) -> list[int]:
+    end, never = tokenizer.marks.end, [*tokenizer.marks.never_produced, *partial_tokens(tokenizer)]
     model = AutoModelForCausalLM.from_pretrained(folder)
     output = model.generate(
         torch.tensor([prompt]), max_new_tokens=length, do_sample=False, eos_token_id=end, pad_token_id=end,
-        suppress_tokens=list(never), bos_token_id=None,
+        suppress_tokens=never, bos_token_id=None,
     )[0, len(prompt) :].tolist()  # fmt: skip
     return output[: output.index(end)] if end in output else output
 
@@ -55,18 +56,18 @@ def test_a_folder_tells_what_marks_a_document(folder):
 
 def test_greedy_completions_are_those_of_transformers(folder):
     model, tokenizer = load_weights(folder)
-    marks = tokenizer.marks
+    greedy = greedy_without(partial_tokens(tokenizer))
     if folder.name == "uer":
         bert = BertTokenizer(str(folder / "vocab.txt"))
     texts = random_texts(50)
     with Engine(model, tokenizer, max_num_seqs=16, precision="fp32") as engine:
         prompts = [engine.prompt(text, 12) for text in texts]
-        requests = [engine.submit(prompt, samples=1, length=12, sampling_params=GREEDY) for prompt in prompts]
+        requests = [engine.submit(prompt, samples=1, length=12, sampling_params=greedy) for prompt in prompts]
         for text, prompt, request in zip(texts, prompts, requests, strict=True):
             if folder.name == "uer":  # a text begins with [CLS]; what BertTokenizer adds behind it is left out
                 assert list(prompt.ids) == bert(text)["input_ids"][:-1]
             completion = request.future.result(60)[0]
-            expected = greedy_elsewhere(folder, list(prompt.ids), 12, marks.end, marks.never_produced)
+            expected = greedy_elsewhere(folder, list(prompt.ids), 12, tokenizer)
             assert list(completion.ids) == expected
             assert completion.text.startswith(text)
 
@@ -95,9 +96,9 @@ def test_weights_in_shards_and_output_layers_of_their_own_are_read_and_saved(tmp
     for precision in (None, "fp32"):
         with Engine(*load_weights(tmp_path / "saved"), max_num_seqs=2, precision=precision) as engine:
             prompt = engine.prompt_from_ids([101, 105, 107], 5)
-            got = engine.submit(prompt, samples=1, length=5, sampling_params=GREEDY).future.result(60)[0].ids
-        marks = tokenizer.marks
-        assert list(got) == greedy_elsewhere(folder, [101, 105, 107], 5, marks.end, marks.never_produced)
+            greedy = greedy_without(partial_tokens(tokenizer))
+            got = engine.submit(prompt, samples=1, length=5, sampling_params=greedy).future.result(60)[0].ids
+        assert list(got) == greedy_elsewhere(folder, [101, 105, 107], 5, tokenizer)
 
 
 @pytest.fixture
@@ -148,10 +149,9 @@ def test_a_published_model_is_trained_on_resumed_measured_and_loads_elsewhere(co
         assert elsewhere.encode(text, add_special_tokens=False) == tokenizer.encode(text)
     with Engine(model, tokenizer, max_num_seqs=2, precision="fp32") as engine:
         prompt = engine.prompt("我们", 8)
-        got = engine.submit(prompt, samples=1, length=8, sampling_params=GREEDY).future.result(60)[0].ids
-    marks = tokenizer.marks
-    expected = greedy_elsewhere(Path("model/final_model"), list(prompt.ids), 8, marks.end, marks.never_produced)
-    assert list(got) == expected
+        greedy = greedy_without(partial_tokens(tokenizer))
+        got = engine.submit(prompt, samples=1, length=8, sampling_params=greedy).future.result(60)[0].ids
+    assert list(got) == greedy_elsewhere(Path("model/final_model"), list(prompt.ids), 8, tokenizer)
 
 
 @pytest.mark.parametrize("layout", ["uer", "bpe"])

@@ -27,7 +27,7 @@ from tiny_model import (
 from transformers import GPT2LMHeadModel
 
 from gpt2_chinese import compiled
-from gpt2_chinese.decoding import compiled_decoder, decoder_kernel, sampling
+from gpt2_chinese.decoding import batch_sampler, compiled_decoder, decoder_kernel, sampling
 from gpt2_chinese.decoding import engine as engine_module
 from gpt2_chinese.decoding.compiled_decoder import (
     DOT_PRODUCTS,
@@ -208,7 +208,11 @@ tests.test_logits_are_the_same_to_the_bit_alone_in_any_batch_and_with_any_number
     environment["PYTHONPATH"] = os.pathsep.join(map(str, [here, here.parents[1] / "helpers", here.parents[2]]))
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert {file.name.partition("-")[0] for file in tmp_path.iterdir()} == {"decoder_kernel", "sampling_kernel"}
+    assert {file.name.partition("-")[0] for file in tmp_path.iterdir()} == {
+        "decoder_kernel",
+        "logits_kernel",
+        "sampling_kernel",
+    }
 
 
 def test_cached_code_of_another_cpu_is_not_used(monkeypatch):
@@ -330,7 +334,7 @@ def test_weights_that_are_not_finite_are_refused_by_name():
 def test_damaged_code_does_not_count_as_cached(tmp_path, monkeypatch):
     monkeypatch.setattr(compiled, "cache_folders", lambda: [tmp_path])
     assert not compiled_decoder.is_decoder_cached()
-    for module in (compiled_decoder, sampling):
+    for module in (compiled_decoder, sampling, batch_sampler):
         assert not compiled_decoder.is_decoder_cached()
         compiled.write_cached_code(compiled.cache_file_name(module.KERNEL_MODULE, module.KERNEL_SOURCES), b"code")
     assert compiled_decoder.is_decoder_cached()

@@ -58,14 +58,14 @@ def test_several_prompts_and_samples_and_ids_as_prompts():
     tokenizer = tiny_tokenizer()
 
     def test(client):
-        def texts(prompt, n=1):
-            answer = client.completions.create(model="tiny", prompt=prompt, n=n, seed=4, max_tokens=8)
+        def texts(prompt, n=1, **more):
+            answer = client.completions.create(model="tiny", prompt=prompt, n=n, seed=4, max_tokens=8, extra_body=more)
             assert [choice.index for choice in answer.choices] == list(range(len(answer.choices)))
             return [choice.text for choice in answer.choices]
 
         three = texts("一丁", n=3)
         assert len(set(three)) == 3
-        assert texts("一丁") == three[:1]
+        assert texts("一丁") == texts("一丁", n=3, distinct=False)[:1], "what must differ is drawn otherwise"
         assert texts(["一丁", "七"], n=3) == three + texts("七", n=3)
         ids = [tokenizer.encode("一丁"), tokenizer.encode("七")]
         assert texts(ids[0], n=3) == three
