@@ -150,6 +150,7 @@ async def soak(server: Server, seconds: float, harm: Sequence[int], pause: float
         async def measure() -> None:
             await asyncio.sleep(min(60, seconds / 4))
             warm.update(memory_of(server))
+            before.update(server.resources())  # by now each kind of work has started its thread
             while True:
                 for one, megabytes in memory_of(server).items():
                     peak[one] = max(megabytes, peak.get(one, 0))

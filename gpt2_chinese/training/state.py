@@ -153,8 +153,8 @@ class TrainingState:
 
     @property
     def overfits(self) -> bool:
-        """Whether the training loss falls and the validation loss does not."""
-        return self.since_best > 0 and self.training_loss < self.best_training_loss
+        """Whether the training loss falls and the validation loss has not for two measurements; one may be chance."""
+        return self.since_best > 1 and self.training_loss < self.best_training_loss
 
     def start_epoch(self) -> None:
         self.running.start_epoch()
