@@ -125,7 +125,8 @@ test-pythons: ## byte-compile everything and test the wing text/ with every Pyth
 		$$folder/bin/python -m pytest -q tests/both/text && passed="$$passed $$version" || failed="$$failed $$version"; \
 	done; echo "passed:$${passed:- none}; failed:$${failed:- none}"; [ -n "$$passed" ] && [ -z "$$failed" ]
 
-# What Windows lacks is taken away by tests/helpers/windows_like; the locale is made here where the system can.
+# What Windows lacks is taken away by tests/helpers/windows_like; the locale is made here where the system can. A test with a
+# Korean file name is left out: Windows has such names whatever its locale, and here the locale of GBK has not.
 AS_ON_WINDOWS := LOCPATH=$(CURDIR)/.locale LC_ALL=zh_CN.GBK PYTHONPATH=$(CURDIR)/tests/helpers/windows_like
 WINDOWS_VOCAB := $(addprefix tests/,both/test_artifacts.py both/test_make_tokenized.py both/text/test_compressed.py \
 	both/text/test_corpus.py vocab/test_build_trainfile.py)
@@ -138,7 +139,7 @@ test-windows-like: envs ## the scripts' tests without fork, fcntl, open folders 
 	@mkdir -p .locale
 	@[ -d .locale/zh_CN.GBK ] || localedef -f GBK -i zh_CN .locale/zh_CN.GBK 2>/dev/null || \
 		echo 'no locale of GBK could be made here: the tests run with that of the system'
-	$(AS_ON_WINDOWS) $(VOCAB)/bin/python -m pytest -q $(WINDOWS_VOCAB) -k 'not compat and not mistake and not layout'
+	$(AS_ON_WINDOWS) $(VOCAB)/bin/python -m pytest -q $(WINDOWS_VOCAB) -k 'not compat and not mistake and not layout and not no_console'
 	$(AS_ON_WINDOWS) $(TRAIN)/bin/python -m pytest -q $(WINDOWS_TRAIN) -k 'not outlive'
 
 PLATFORMS := x86_64-pc-windows-msvc aarch64-apple-darwin aarch64-unknown-linux-gnu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import json
 import logging
@@ -120,7 +121,8 @@ def reload_on_hangup(service: Service, stop: asyncio.Event) -> None:
         elif service.supervisor is not None and not service.draining:
             service.supervisor.reload_all()
 
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, handle)
+    with contextlib.suppress(NotImplementedError):  # as on Windows, where POST /admin/reload does it
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, handle)
 
 
 async def _wait_for_any(*events: asyncio.Event, timeout: float | None = None) -> None:
