@@ -23,6 +23,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2_chinese.artifacts import read_json, write_json
+from gpt2_chinese.command_line import project_file
 from gpt2_chinese.model_folder import read_config
 from gpt2_chinese.precision import Precision, choose_devices, choose_precision
 from gpt2_chinese.text.pieces import HOW_TO_FIX, MANIFEST, read_manifest
@@ -135,9 +136,7 @@ def make_plan(
 
 
 def _path_of(shape: str) -> str:
-    """The configuration beside the scripts, from wherever they are run."""
-    path = Path(__file__).resolve().parents[2] / "config" / "plan" / f"{shape}.json"
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    return project_file(f"config/plan/{shape}.json")
 
 
 def choose_shape(facts: Facts, shapes: list[str], speed_of: Callable[[str, int], float]) -> tuple[str, float]:
