@@ -395,15 +395,19 @@ def test_an_idle_engine_switches_too_and_calls_on_step_end(monkeypatch):
 
 
 def test_a_closed_decoder_leaves_no_thread():
-    before = threading.active_count()
-    decoder = CompiledDecoder(random_model(), max_num_seqs=1, threads=4)
-    assert threading.active_count() == before + 3
+    def make() -> tuple[CompiledDecoder, set[threading.Thread]]:
+        before = set(threading.enumerate())  # those of other tests may end meanwhile
+        decoder = CompiledDecoder(random_model(), max_num_seqs=1, threads=4)
+        return decoder, set(threading.enumerate()) - before
+
+    decoder, threads = make()
+    assert len(threads) == 3
     decoder.close()
-    assert threading.active_count() == before
-    decoder = CompiledDecoder(random_model(), max_num_seqs=1, threads=4)
+    assert not threads & set(threading.enumerate())
+    decoder, threads = make()
     decoder.prefill([2, 3])
     del decoder
-    assert threading.active_count() == before
+    assert len(threads) == 3 and not threads & set(threading.enumerate())
 
 
 @pytest.mark.parametrize("kind", [Decoder, CompiledDecoder])
