@@ -53,7 +53,7 @@ demo: $(VOCAB)/.built $(TRAIN)/.built ## the six stages on the shipped corpus, f
 	@echo 'Some megabytes of your own give whole sentences: make model DATA=~/texts MINUTES=30'
 	@echo 'The report of this run, with its curves and what is copied: $(DEMO)/model/report.html'
 
-# What you see with `make model DATA=folder MINUTES=30 [OUT=folder] [RESUME=1]`; the minutes are those of all stages.
+# make model DATA=folder MINUTES=30 [OUT=folder] [RESUME=1]; the minutes are those of all stages together.
 MINUTES ?= 30
 OUT ?= model_$(notdir $(patsubst %/,%,$(DATA)))
 
