@@ -347,7 +347,7 @@ class CompiledDecoder:
         length = len(ids)
         assert 1 <= length <= self.n_ctx
         slot = self.max_num_seqs
-        logits = self._prefill_wave([(slot, ids)], store=store)
+        logits = self._prefill_group([(slot, list(ids))], store=store)
         keys, values = (cache[:, slot, :, :length].copy() for cache in (self.key_cache, self.value_cache))
         return PrefilledPrompt(keys, values, logits[0], tuple(ids))
 
@@ -369,40 +369,39 @@ class CompiledDecoder:
 
         With a prefix cache, those that begin like others wait until these are computed.
         """
-        if self.prefix_cache is None or len(prompts) == 1:
-            return self._prefill_wave(prompts)
-        logits = torch.empty(len(prompts), self.vocab_size)
-        waiting = list(range(len(prompts)))
+        texts = [(slot, list(ids)) for slot, ids in prompts]
+        if self.prefix_cache is None or len(texts) == 1:
+            return self._prefill_group(texts)
+        logits = torch.empty(len(texts), self.vocab_size)
+        waiting = list(range(len(texts)))
         while waiting:
-            wave, waiting = self._next_wave(prompts, waiting)
-            logits[wave] = self._prefill_wave([prompts[number] for number in wave])
+            group, waiting = self._next_group(texts, waiting)
+            logits[group] = self._prefill_group([texts[number] for number in group])
         return logits
 
-    def _next_wave(
-        self, prompts: Sequence[tuple[int, Sequence[int]]], waiting: Sequence[int]
-    ) -> tuple[list[int], list[int]]:
-        """Divide the prompts of these numbers into those to compute now, and those to wait for what they share."""
+    def _next_group(self, texts: Sequence[tuple[int, list[int]]], waiting: list[int]) -> tuple[list[int], list[int]]:
+        """Divide the prompts of these numbers into those to compute now, and those that wait for what they share."""
         assert self.prefix_cache is not None
         now: list[int] = []
         later: list[int] = []
         for number in waiting:
-            ids = list(prompts[number][1])
-            shared = max((common_length(list(prompts[other][1]), ids) for other in now), default=0)
+            ids = texts[number][1]
+            shared = max((common_length(texts[other][1], ids) for other in now), default=0)
             waits = shared >= MIN_SHARED_TOKENS and shared - self.prefix_cache.match(ids) >= MIN_SHARED_TOKENS
             (later if waits else now).append(number)
         return now, later
 
-    def _prefill_wave(self, prompts: Sequence[tuple[int, Sequence[int]]], *, store: bool = True) -> Tensor:
+    def _prefill_group(self, prompts: Sequence[tuple[int, list[int]]], *, store: bool = True) -> Tensor:
         """Prefill prompts of which none waits for another one; `store` says whether the prefix cache keeps them."""
         cache = self.prefix_cache
-        begins = [cache.load(slot, list(ids)) if cache else 0 for slot, ids in prompts]
+        begins = [cache.load(slot, ids) if cache else 0 for slot, ids in prompts]
         logits = self._compute_prompts(prompts, begins)
         if cache and store:
             for slot, ids in prompts:
-                cache.store(slot, list(ids))
+                cache.store(slot, ids)
         return logits
 
-    def _compute_prompts(self, prompts: Sequence[tuple[int, Sequence[int]]], begins: Sequence[int]) -> Tensor:
+    def _compute_prompts(self, prompts: Sequence[tuple[int, list[int]]], begins: Sequence[int]) -> Tensor:
         """Compute each prompt from its position in `begins` on; the slot holds what is before. Return the logits."""
         rows = [
             (ids[position], slot, position)

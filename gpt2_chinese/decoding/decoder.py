@@ -66,7 +66,10 @@ class Decoder:
     vocab_alignment = 1
     """The rows of `lm_head` are padded to a multiple of this."""
     prefix_cache: PrefixCache | None = None
-    """Reuses the keys and values of former prompts; none here, where how many tokens are computed together changes bits."""
+    """Reuses the keys and values of former prompts; see compiled_decoder.py.
+
+    Here they depend to the bit on how many tokens are computed together, so that reuse would change a seed's texts.
+    """
     compiled_sampler: CompiledSampler | None = None
     """Samples from the logits where PyTorch need not; see compiled_decoder.py."""
 

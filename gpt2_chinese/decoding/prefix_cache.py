@@ -21,10 +21,12 @@ BLOCK_TOKENS = 16
 MIN_REUSED_TOKENS = 2
 """A shorter common beginning is not looked for: every context begins with the same [MASK]."""
 MAX_OVERWRITTEN_TOKENS = 4
-"""Of a block, if a context differs in so few tokens at its end; otherwise the context gets a block of its own.
+"""Of a context that is kept, if a new one differs from it in so few tokens at its end; otherwise both are kept.
 
 Typing changes the last tokens again and again. To compute so few takes hardly longer than to compute one.
 """
+MIN_BLOCK_TOKENS = MIN_REUSED_TOKENS + MAX_OVERWRITTEN_TOKENS
+"""A block begins with so many, so that it is still found when its last tokens are others."""
 
 
 @dataclass(eq=False)
@@ -66,7 +68,7 @@ class BlockTree:
         self._keys, self._values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         self._free = list(range(num_blocks))
         self._root = _Block(-1, None, [])
-        # The least recently used block first. A path is entered from its end, so that children come before their parent.
+        # The least recently used block first. A path is entered from its end: children come before their parent.
         self._used: OrderedDict[_Block, None] = OrderedDict()
         self.capacity_bytes = num_blocks * self._block_bytes
 
@@ -100,7 +102,7 @@ class BlockTree:
             new = ids[length : length - inside + BLOCK_TOKENS]
             if inside:
                 path[-1].tokens += new
-            elif len(new) >= MIN_REUSED_TOKENS:
+            elif len(new) >= MIN_BLOCK_TOKENS:
                 path.append(self._add_block(path[-1] if path else self._root, new))
             else:
                 break
@@ -113,13 +115,13 @@ class BlockTree:
     def _find_to_extend(self, ids: list[int]) -> tuple[list[_Block], int]:
         """As `_find`, but the last block ends there, so that it can take the tokens that follow; or it is left out."""
         path, length = self._find(ids)
-        inside = length - BLOCK_TOKENS * (len(path) - 1)
-        if length < len(ids) and path and inside < len(path[-1].tokens):
-            if path[-1].children or len(path[-1].tokens) - inside > MAX_OVERWRITTEN_TOKENS:
-                path.pop()
-                length -= inside
-            else:
-                del path[-1].tokens[inside:]
+        if not path or length == len(ids):
+            return path, length
+        last, inside = path[-1], length - BLOCK_TOKENS * (len(path) - 1)
+        if inside < len(last.tokens):
+            if last.children or len(last.tokens) - inside > MAX_OVERWRITTEN_TOKENS:
+                return path[:-1], length - inside
+            del last.tokens[inside:]
         return path, length
 
     def _find(self, ids: list[int]) -> tuple[list[_Block], int]:
