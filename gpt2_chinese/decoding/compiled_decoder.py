@@ -386,8 +386,8 @@ class CompiledDecoder:
         later: list[int] = []
         for number in waiting:
             ids = texts[number][1]
-            shared = max((common_length(texts[other][1], ids) for other in now), default=0)
-            waits = shared >= MIN_SHARED_TOKENS and shared - self.prefix_cache.match(ids) >= MIN_SHARED_TOKENS
+            least = self.prefix_cache.match(ids) + MIN_SHARED_TOKENS
+            waits = len(ids) > least and any(common_length(texts[other][1], ids) >= least for other in now)
             (later if waits else now).append(number)
         return now, later
 

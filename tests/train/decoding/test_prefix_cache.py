@@ -205,6 +205,19 @@ def test_a_context_cut_anywhere_has_the_bits_of_the_whole_in_a_model_as_wide_as_
         assert decoder.prefix_cache.state().reused_tokens - before >= cut
 
 
+def test_what_a_slot_held_after_a_text_that_is_written_over_it_is_not_taken_for_its_continuation():
+    """Scoring a prompt writes over the slot of prompts that are prefilled on their own."""
+    decoder = CompiledDecoder(random_model(n_positions=64), 1, "fp32", prefix_cache_bytes=1)
+    former, scored = [MASK_ID, *range(10, 50)], [MASK_ID, *range(60, 80)]
+    decoder.prefill(former)
+    for _ in decoder.prompt_logits(scored):
+        pass
+    ids = [*scored, *former[len(scored) :], 7]
+    expected = CompiledDecoder(random_model(n_positions=64), 1, "fp32").prefill(ids)
+    assert torch.equal(decoder.prefill(ids).logits, expected.logits)
+    assert decoder.prefix_cache.state().reused_tokens == len(scored)
+
+
 def count_computed(decoder: CompiledDecoder, monkeypatch) -> list[int]:
     """A list that gets the number of tokens of every pass through the model."""
     passes, run = [], decoder._run
@@ -344,14 +357,16 @@ def test_a_context_that_exceeds_n_ctx_reuses_nothing_of_one_that_began_earlier()
 def test_a_long_text_continues_after_its_second_half_as_without_a_cache():
     prompts = [Prompt("", (MASK_ID, *range(20, 20 + length)), 0) for length in (3, 9, 30)]
 
-    def texts_of(engine: Engine) -> list:
-        requests = [engine.submit(prompt, samples=2, length=100, seed=3) for prompt in prompts for _ in range(2)]
+    def texts_of(engine: Engine, length: int = 100) -> list:
+        requests = [engine.submit(prompt, samples=2, length=length, seed=3) for prompt in prompts for _ in range(2)]
         return [request.future.result(WAIT) for request in requests]
 
     with make_engine(0, n_ctx=32) as plain, make_engine(1 << 30, n_ctx=32) as engine:
-        before = texts_of(plain)
-        assert texts_of(engine) == before == texts_of(engine)
+        texts_of(engine, 1)
+        of_prompts, expected = engine.prefix_cache.used_bytes, texts_of(plain)
+        assert texts_of(engine) == expected == texts_of(engine)
         assert engine.prefix_cache.hits > 0
+        assert engine.prefix_cache.used_bytes == of_prompts > 0, "the second halves take room from prompts"
 
 
 def test_samples_that_wait_for_a_slot_share_a_prefill_that_reused_tokens():
