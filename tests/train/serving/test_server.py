@@ -249,8 +249,11 @@ def test_a_key_is_asked_for_everywhere_but_on_the_page_and_health(server):
             async with client.post("/generate", json=GOOD, headers={"Authorization": f"bearer {key}"}) as response:
                 assert response.status == 200
         for path in ("/", "/health"):
-            async with client.get(path) as response:
-                assert response.status == 200
+            for method in ("GET", "HEAD"):
+                async with client.request(method, path) as response:
+                    assert response.status == 200
+        async with client.head("/metrics") as response:
+            assert response.status == 401
         preflight = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
         preflight["Access-Control-Request-Headers"] = "authorization"
         async with client.options("/generate", headers=preflight) as response:
