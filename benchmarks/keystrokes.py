@@ -2,7 +2,7 @@
 
 GPT-2 small with a vocabulary of 50,005 and random weights; a context of 400 tokens is typed, and after each keystroke 5
 samples of 20 tokens are asked for. Two engines in one process answer in turns, and must give the same texts. Typing
-several tokens at a time (`--every`) makes a run shorter:
+several tokens at a time (`--every`) makes a run shorter, and leaves as many to compute:
 
     .venv-train/bin/python benchmarks/keystrokes.py --every 10
     .venv-train/bin/python benchmarks/keystrokes.py --every 1 --precision int8

@@ -163,8 +163,8 @@ class BlockTree:
 class PrefixCache:
     """Knows which tokens a decoder's slots and a BlockTree hold, and copies keys and values instead of computing them.
 
-    A slot keeps what a sequence that has ended left there, so one that types alone finds its context in place, and the
-    continuation that it has chosen. The decoder reports everything that it writes to its KV cache.
+    A slot keeps what a sequence that has ended left there, so that the context of a single user who types needs no
+    copy, and a completion that was accepted is known. The decoder reports everything that it writes to its KV cache.
 
     Args:
         key_cache, value_cache: float32 [n_layer, slots, n_head, n_ctx, head_stride].
