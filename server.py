@@ -44,6 +44,7 @@ from gpt2_chinese.serving.errors import ApiError
 from gpt2_chinese.serving.events import GenerateEvents, stream_sse
 from gpt2_chinese.serving.fast_path import COMPLETION_PATHS
 from gpt2_chinese.serving.flags import (
+    MEGABYTE,
     check_flags,
     limits_of,
     model_names,
@@ -388,7 +389,15 @@ def served_models(args: argparse.Namespace) -> list[ServedModel]:
 
     def load(folder: str) -> EngineProcess:
         marks = tuple(args.document_marks) if args.document_marks else None
-        options = EngineOptions(folder, args.vocab_file, args.device, args.batch_size, args.precision, marks)
+        options = EngineOptions(
+            folder,
+            args.vocab_file,
+            args.device,
+            args.batch_size,
+            args.precision,
+            marks,
+            args.prefix_cache * MEGABYTE,
+        )
         return EngineProcess(options, max_waiting=args.max_waiting, hang_timeout=args.hang_timeout)
 
     models = []

@@ -101,6 +101,8 @@ class Supervisor:
         if model.engine is not None:
             model.past_prompt_tokens += model.engine.prompt_tokens
             model.past_generated_tokens += model.engine.generated_tokens
+            model.past_prefix_hits += model.engine.prefix_cache.hits
+            model.past_reused_tokens += model.engine.prefix_cache.reused_tokens
         model.engine = engine
         model.token_bytes = longest_token_bytes(engine.tokenizer.vocabulary)
         model.taken_at = time.monotonic()
