@@ -6,7 +6,7 @@
 | `model.safetensors` | the weights; an output layer that is the embedding is not stored twice |
 | `generation_config.json` | what begins a document, what ends it, what is never produced |
 | `vocab.txt` or `tokenizer.json`, `tokenizer_config.json` | the vocabulary and how text is tokenized |
-| `tokenization_gpt2_chinese.py`, … | the code of the word tokenizer, for transformers' AutoTokenizer |
+| `tokenization_gpt2_chinese.py`, … | the code of the tokenizer of words or characters, for AutoTokenizer |
 | `manifest.json` | the vocabulary's SHA-256, and facts about the training |
 
 Folders of GPT2-Chinese (transformers 2.1.1) and of the hub are read too. Nothing in a folder is run: weights are read
@@ -58,7 +58,7 @@ WEIGHTS, OLD_WEIGHTS = "model.safetensors", "pytorch_model.bin"
 # transformers before 4.3x stored the causal mask of every layer beside the weights.
 _MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 _MEND = "copy the folder again, or train again"
-TOKENIZER_CODE = ("tokenization_gpt2_chinese.py", "word_tokenizer.py", "vocabulary.py")
+TOKENIZER_CODE = ("tokenization_gpt2_chinese.py", "char_tokenizer.py", "word_tokenizer.py", "vocabulary.py")
 _EMBEDDING, _HEAD = "transformer.wte.weight", "lm_head.weight"
 _SHAPE_KEYS = (
     "vocab_size",
@@ -468,25 +468,34 @@ def write_tokenizer_files(folder: Path, tokenizer: Tokenizer, *, n_ctx: int) -> 
         write_json(folder / TOKENIZER_CONFIG, names | common | settings)
         return TOKENIZER_JSON
     write_lines(folder / VOCABULARY, tokenizer.vocabulary)
+    for name in TOKENIZER_CODE:
+        shutil.copyfile(Path(__file__).parent / "text" / name, folder / name)
     if isinstance(tokenizer, CharTokenizer):
         names |= {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
         names = {key: name for key, name in names.items() if name in tokenizer.vocabulary}
         write_json(folder / "special_tokens_map.json", names)
-        settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": tokenizer.lowercase}
-        write_json(folder / TOKENIZER_CONFIG, names | common | settings | {"compat": tokenizer.compat})
+        # transformers reads such a folder without its code too, with its own BertTokenizer.
+        settings = {
+            "tokenizer_class": "BertTokenizer",
+            "do_lower_case": tokenizer.lowercase,
+            "compat": tokenizer.compat,
+        }
+        settings |= _tokenizer_code("GPT2ChineseCharTokenizer")
+        write_json(folder / TOKENIZER_CONFIG, names | common | settings)
         return VOCABULARY
     assert isinstance(tokenizer, WordTokenizer)
     settings = {
-        "sep_token": "[SEP]",
         "compat": tokenizer.compat,
         "rules": tokenizer.rules.number,
         "tokenizer_class": "GPT2ChineseTokenizer",
-        "auto_map": {"AutoTokenizer": ["tokenization_gpt2_chinese.GPT2ChineseTokenizer", None]},
     }
-    write_json(folder / TOKENIZER_CONFIG, names | common | settings)
-    for name in TOKENIZER_CODE:
-        shutil.copyfile(Path(__file__).parent / "text" / name, folder / name)
+    write_json(folder / TOKENIZER_CONFIG, names | common | settings | _tokenizer_code("GPT2ChineseTokenizer"))
     return VOCABULARY
+
+
+def _tokenizer_code(name: str) -> dict[str, Any]:
+    """What names the class of a tokenizer whose code lies in the folder."""
+    return {"auto_map": {"AutoTokenizer": [f"tokenization_gpt2_chinese.{name}", None]}}
 
 
 def _read_weights(folder: Path, check: Callable[[Shapes], None], stated: StatedHashes) -> dict[str, torch.Tensor]:

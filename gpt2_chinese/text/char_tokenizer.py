@@ -4,6 +4,8 @@ Chinese characters and punctuation stand alone; what is left between white space
 the left, `##` before all but the first. With `compat` a digit stands alone too, and the names of special tokens in a
 text are read as these, as GPT2-Chinese's tokenization_bert.py does.
 
+A copy of this file travels in model folders (tokenization_gpt2_chinese.py), so it needs numpy alone.
+
 `tokenizers` has the same in Rust, at 1.2 MB/s a core where this has 10 and more (docs/architecture.md); the tests hold
 the two together.
 """
@@ -18,8 +20,8 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS, Marks, find_marks
-from gpt2_chinese.text.word_tokenizer import (
+from .vocabulary import SPECIAL_TOKENS, Marks, find_marks
+from .word_tokenizer import (
     LINE_BREAK,
     PART_PREFIX,
     SPACE_TOKEN,

@@ -98,6 +98,7 @@ def test_transformers_loads_the_folder_without_a_missing_or_surplus_weight(folde
 
 def test_the_folder_has_what_other_programs_look_for(folder):
     assert sorted(path.name for path in folder.iterdir()) == [
+        "char_tokenizer.py",
         "config.json",
         "generation_config.json",
         "manifest.json",

@@ -21,8 +21,10 @@ from tiny_model import tiny_model
 from gpt2_chinese.decoding.completion import SamplingParams
 from gpt2_chinese.decoding.engine import Engine
 from gpt2_chinese.model_folder import save_model
+from gpt2_chinese.text.char_tokenizer import CharTokenizer
 from gpt2_chinese.text.segmenter import Segmenter
 from gpt2_chinese.text.tokenization_gpt2_chinese import pieces_of_long_line
+from gpt2_chinese.text.tokenizers import Tokenizer
 from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS
 from gpt2_chinese.text.word_tokenizer import BYTE_TOKENS, WordSplitter, WordTokenizer
 
@@ -52,6 +54,7 @@ for name, folder in asked["folders"].items():
     answers[name] = {
         "ids": ids,
         "texts": [tokenizer.decode(row) for row in ids],
+        "steps": [tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(row)) for row in ids],
         "again": [again.encode(text, add_special_tokens=False, verbose=False) for text in few]
         == [tokenizer.encode(text, add_special_tokens=False, verbose=False) for text in few],
         "begin": tokenizer("x")["input_ids"],
@@ -125,6 +128,20 @@ def vocabulary() -> list[str]:
 
 
 @pytest.fixture(scope="module")
+def tokenizers(vocabulary) -> dict[str, Tokenizer]:
+    """One of each kind whose code travels; `hub` has the marks of UER's checkpoints."""
+    characters = [token for token in vocabulary[len(SPECIAL_TOKENS) :] if len(token) == 1 or token.startswith("##")]
+    characters = [*SPECIAL_TOKENS, *characters]
+    return {
+        "default": WordTokenizer(vocabulary),
+        "compat": WordTokenizer(vocabulary, compat=True),
+        "characters": CharTokenizer(characters),
+        "characters_compat": CharTokenizer(characters, compat=True),
+        "hub": CharTokenizer(characters, lowercase=False, begin="[CLS]", end="[SEP]", line_break=None),
+    }
+
+
+@pytest.fixture(scope="module")
 def model(vocabulary):
     model = tiny_model(n_ctx=48, vocab_size=len(vocabulary))
     with torch.no_grad():  # no greedy text has bytes: other programs draw those that make no character, too
@@ -133,13 +150,14 @@ def model(vocabulary):
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory, texts, vocabulary, model):
-    """What the other process says of two folders, one of them compat."""
+def answers(tmp_path_factory, texts, vocabulary, tokenizers, model):
+    """What the other process says of a folder of each tokenizer."""
     place = tmp_path_factory.mktemp("elsewhere")
     folders = {}
-    for name, compat in (("default", False), ("compat", True)):
+    for name, tokenizer in tokenizers.items():
         folders[name] = str(place / f"{name}_model")
-        save_model(folders[name], model, WordTokenizer(vocabulary, compat=compat), facts={})
+        of_its_size = model if len(tokenizer) == len(vocabulary) else tiny_model(n_ctx=48, vocab_size=len(tokenizer))
+        save_model(folders[name], of_its_size, tokenizer, facts={})
     asked = {"folders": folders, "texts": texts, "contexts": CONTEXTS, "new_tokens": NEW_TOKENS}
     (place / "asked.json").write_text(json.dumps(asked), encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -152,33 +170,36 @@ def answers(tmp_path_factory, texts, vocabulary, model):
     return json.loads((place / "answers.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("compat", [False, True])
-def test_the_folder_s_tokenizer_gives_our_tokens_and_our_text(answers, texts, vocabulary, compat):
-    found = answers["compat" if compat else "default"]
-    ours = WordTokenizer(vocabulary, compat=compat)
+KINDS = ["default", "compat", "characters", "characters_compat", "hub"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_folder_s_tokenizer_gives_our_tokens_and_our_text(answers, texts, tokenizers, name):
+    found = answers[name]
+    ours = tokenizers[name]
     different = [text for text, ids in zip(texts, found["ids"], strict=True) if ids != ours.encode(text)]
     print(f"{len(texts)} texts, {len(different)} differ")
     assert different == []
-    assert found["texts"] == [ours.decode(ids) for ids in found["ids"]]
+    assert found["texts"] == found["steps"] == [ours.decode(ids) for ids in found["ids"]]
     assert found["again"] is True
 
 
-@pytest.mark.parametrize("name", ["default", "compat"])
-def test_special_tokens_are_those_of_the_training(answers, vocabulary, name):
-    found = answers[name]
-    assert found["special"] == {
-        "bos_token": ["[MASK]", 2],
-        "eos_token": ["[CLS]", 1],
-        "sep_token": ["[SEP]", 0],
+@pytest.mark.parametrize("name", KINDS)
+def test_special_tokens_are_those_of_the_training(answers, tokenizers, name):
+    found, size = answers[name], len(tokenizers[name])
+    begin, end = ("[CLS]", "[SEP]") if name == "hub" else ("[MASK]", "[CLS]")
+    assert found["special"] == {  # a [SEP] that is a line break is text: vLLM leaves special tokens out
+        "bos_token": [begin, SPECIAL_TOKENS.index(begin)],
+        "eos_token": [end, SPECIAL_TOKENS.index(end)],
         "pad_token": ["[PAD]", 3],
         "unk_token": ["[UNK]", 4],
     }
-    assert found["begin"] == [2, 5]  # a document begins with [MASK]
-    assert found["two"] == [1, 0, 1, 0]
-    assert found["end"] == ["x\n\nx", "xx"]
-    assert found["size"] == len(vocabulary)
+    assert found["begin"] == [SPECIAL_TOKENS.index(begin), 5]
+    assert found["two"] == ([1, 0, 0] if name == "hub" else [1, 0, 0, 0])
+    assert found["end"] == ["xx" if name == "hub" else "x\n\nx", "xx"]
+    assert found["size"] == size
     assert found["limit"] == answers["n_ctx"] == 48
-    assert found["added"] == [5, len(vocabulary), 5]
+    assert found["added"] == [5, size, 5]
 
 
 @pytest.fixture(scope="module")
