@@ -5,7 +5,7 @@ TRAIN := .venv-train
 PIP_INSTALL := -m pip install --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo model serve envs format lint test-fast test test-pythons test-windows-like check-requirements clean
+.PHONY: help demo model serve envs format lint test-fast test test-pythons test-windows-like check-requirements check-vllm clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -150,6 +150,29 @@ check-requirements: envs ## whether the requirements can be installed on Windows
 			--python-version $$version requirements-$$name.txt >/dev/null || \
 			{ echo "requirements-$$name.txt cannot be installed on $$platform with Python $$version"; exit 1; }; \
 	done; done; done; echo 'the requirements can be installed on: $(PLATFORMS)'
+
+# vLLM in an environment of its own; its requirements say where torch's CPU build is found.
+VLLM := .venv-vllm
+CHARACTERS := $(DEMO)/characters
+BESIDE_VLLM := $(TRAIN)/bin/python benchmarks/beside_vllm.py
+
+$(VLLM)/.built: benchmarks/requirements-vllm.txt
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python $(PIP_INSTALL) --no-deps -r $<
+	touch $@
+
+check-vllm: $(VOCAB)/.built $(TRAIN)/.built $(VLLM)/.built ## models of words and characters in vLLM, and its load test of both servers
+	@[ -f $(DEMO)/model/best_model/config.json ] || $(MAKE) demo
+	$(VOCAB)/bin/python make-vocab.py --raw_data_path $(DEMO)/train.json --vocab_file $(CHARACTERS)/vocab.txt \
+		--tokenizer char --overwrite
+	$(TRAIN)/bin/python make-tokenized.py --raw_data_path $(DEMO)/train.json --vocab_filename $(CHARACTERS)/vocab.txt \
+		--tokenizer char --tokenized_data_path $(CHARACTERS)/tokenized $(DEMO_TOKENS) --overwrite
+	$(TRAIN)/bin/python train.py --tokenized_data_path $(CHARACTERS)/tokenized --vocab_file $(CHARACTERS)/vocab.txt \
+		--model_config config/model_config_demo.json $(DEMO_RECIPE) --epochs 1 --output_dir $(CHARACTERS)/model \
+		--writer_dir $(CHARACTERS)/tensorboard_summary --device cpu --overwrite
+	$(BESIDE_VLLM) texts --model_path $(DEMO)/model/best_model
+	$(BESIDE_VLLM) texts --model_path $(CHARACTERS)/model/final_model
+	$(BESIDE_VLLM) load --model_path $(DEMO)/model/best_model
 
 clean: ## remove the demo and the caches; your data, models and environments stay
 	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis

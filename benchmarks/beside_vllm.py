@@ -29,10 +29,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt2_chinese.model_folder import load_model, read_config, save_model
-from gpt2_chinese.text.tokenizers import read_tokenizer
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from gpt2_chinese.model_folder import load_model, read_config, save_model  # noqa: E402
+from gpt2_chinese.text.tokenizers import read_tokenizer  # noqa: E402
+
 NAME = "model"
 PROMPTS = (
     *("孩子发烧", "感冒了，", "高血压患者", "睡不着", "每天早上起来", "我", "糖尿病人可以吃水果吗？", "医生说"),
@@ -58,11 +60,10 @@ VLLM_BENCH = (
 
 
 class Text(NamedTuple):
-    """A completion, as far as both servers tell it."""
+    """A completion. Its number of tokens is left out: vLLM counts the one that ends a document, we do not."""
 
     text: str
     finish_reason: str
-    tokens: int
 
 
 class Load(NamedTuple):
@@ -194,10 +195,9 @@ def greedy_texts(url: str, line_break: int | None) -> dict[str, list[int] | Text
             fields = {"model": NAME, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0}
             if bias:
                 fields["logit_bias"] = {str(line_break): bias}
-            answer = post(f"{url}/v1/completions", fields)
-            choice = answer["choices"][0]
-            text = Text(choice["text"], choice["finish_reason"], answer["usage"]["completion_tokens"])
-            found[f"{prompt!r}{' with line breaks' if bias else ''}"] = text
+            choice = post(f"{url}/v1/completions", fields)["choices"][0]
+            name = f"{prompt!r}{' with line breaks' if bias else ''}"
+            found[name] = Text(choice["text"], choice["finish_reason"])
     return found
 
 
@@ -231,6 +231,7 @@ def measure(url: str, clients: int, folder: Path, args: argparse.Namespace) -> L
         command += ["--dataset-name", "random", "--random-input-len", str(args.input_len)]
         command += ["--random-output-len", str(args.output_len), "--num-prompts", str(args.requests)]
         command += ["--max-concurrency", str(clients), "--num-warmups", str(clients), "--disable-tqdm"]
+        command += ["--seed", str(clients)]  # no prompt of an earlier row, which a prefix cache would know
         command += ["--save-result", "--result-filename", "result.json"]
         done = subprocess.run(
             command, cwd=place, env=vllm_environment(), capture_output=True, text=True, encoding="utf-8"
