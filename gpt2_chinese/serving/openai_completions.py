@@ -112,4 +112,12 @@ class OpenAICompletion:
 
 
 def openai_model(service: Service, model: ServedModel) -> dict[str, Any]:
-    return {"id": model.name, "object": "model", "created": service.started, "owned_by": "gpt2-chinese"}
+    """A model of /v1/models. vLLM's clients want `root`, a path there; the name discloses none."""
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": service.started,
+        "owned_by": "gpt2-chinese",
+        "root": model.name,
+        "max_model_len": model.engine.n_ctx if model.engine else None,
+    }

@@ -128,7 +128,14 @@ COMPLETION = _object(
     choices=_array(CHOICE),
     usage=_object(prompt_tokens=INTEGER, completion_tokens=INTEGER, total_tokens=INTEGER),
 )
-MODEL = _object(id=TEXT, object={"const": "model"}, created=INTEGER, owned_by=TEXT)
+MODEL = _object(
+    id=TEXT,
+    object={"const": "model"},
+    created=INTEGER,
+    owned_by=TEXT,
+    root=TEXT,
+    max_model_len=_or_null("integer"),
+)
 MODELS = _object(object={"const": "list"}, data=_array(MODEL))
 MODEL_HEALTH = _object(
     model=TEXT,

@@ -373,7 +373,8 @@ def test_requests_choose_among_several_models(server):
         async with client.get("/v1/models") as response:
             assert [model["id"] for model in (await response.json())["data"]] == ["tiny", "endless"]
         async with client.get("/v1/models/endless") as response:
-            assert (await response.json())["id"] == "endless"
+            model = await response.json()
+            assert (model["id"], model["root"], model["max_model_len"]) == ("endless", "endless", endless.n_ctx)
         fields = {"context": "一丁", "maxlength": 20, "samples": 1, "seed": 7}
         answers = {}
         for name in (None, "tiny", "endless"):

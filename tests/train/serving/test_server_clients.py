@@ -1,8 +1,9 @@
-"""Programs that others wrote as clients of the server: OpenAI's, and Schemathesis on /openapi.json."""
+"""Programs that others wrote as clients of the server: OpenAI's, Schemathesis on /openapi.json, vLLM's load test."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 from hypothesis import HealthCheck, given
@@ -138,6 +139,24 @@ def test_echo_with_logprobs_scores_the_prompt():
         assert ids.tokens[0] == "[MASK]" and ids.token_logprobs[0] is None and len(ids.tokens) == 3
 
     with_openai(test)
+
+
+def test_the_request_of_vllm_s_load_test_gets_all_its_tokens_and_their_number():
+    """The fields and the reading of `vllm bench serve` 0.32; benchmarks/beside_vllm.py runs the program itself."""
+    fields = {"model": "tiny", "prompt": "一丁", "max_tokens": 12, "repetition_penalty": 1.0, "logprobs": None}
+    fields |= {"stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True}
+
+    async def test(client):
+        async with client.get("/v1/models") as response:  # without --model
+            assert (await response.json())["data"][0]["root"] == "tiny"
+        async with client.post("/v1/completions", json=fields, headers={"x-request-id": "bench-0"}) as response:
+            assert response.status == 200
+            events = (await response.text()).split("\n\n")
+        chunks = [json.loads(event.removeprefix("data: ")) for event in events if event.startswith("data: {")]
+        assert [len(chunk["choices"]) for chunk in chunks] == [1] * (len(chunks) - 1) + [0] and len(chunks) > 2
+        assert (chunks[-1]["usage"]["prompt_tokens"], chunks[-1]["usage"]["completion_tokens"]) == (3, 12)
+
+    served(test)
 
 
 def test_stop_strings_end_a_text_before_them():
