@@ -24,6 +24,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gpt2_chinese.openmp  # noqa: F401  # isort: skip  (torch reads what it sets)
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
