@@ -26,7 +26,14 @@ from types import ModuleType
 from tqdm import tqdm
 
 from gpt2_chinese.artifacts import atomic_write, read_json, sha256_of, write_json, write_lines
-from gpt2_chinese.command_line import add_output_flags, print_settings, progress_disabled, project_file, run_script
+from gpt2_chinese.command_line import (
+    add_output_flags,
+    print_settings,
+    progress_disabled,
+    project_file,
+    run_script,
+    set_quiet,
+)
 from gpt2_chinese.parallel import default_workers, open_workers
 from gpt2_chinese.text.char_tokenizer import fold_characters
 from gpt2_chinese.text.corpus import read_train_json
@@ -252,9 +259,9 @@ def make_word_vocabulary(args: argparse.Namespace, size: int, config: dict[str, 
     seen = sum(counts.values())
     covered = sum(counts[word] for word in chosen.words)
     kind = "words" if args.tokenizer == "word" else DESCRIPTIONS["char"]
-    print(f"{args.vocab_file}: {len(tokens):,} lines: 5 special tokens, {len(chosen.words):,} {kind}", end="")
     how = "characters, parts and bytes" if args.tokenizer == "word" else "parts"
-    print("" if args.compat else f", {len(chosen.parts):,} {how} to spell other words")
+    lines = f"{args.vocab_file}: {len(tokens):,} lines: 5 special tokens, {len(chosen.words):,} {kind}"
+    print(lines if args.compat else f"{lines}, {len(chosen.parts):,} {how} to spell other words")
     print(f"words seen: {seen:,}, {len(counts):,} different; {len(chosen.words):,} kept cover {covered / seen:.2%}")
     if covered < seen:
         fate = "become [UNK]" if args.compat else "are spelled"
@@ -424,6 +431,7 @@ def refuse_a_name(path: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    set_quiet(args.quiet)
     print_settings(args, file=sys.stderr)
     path = Path(args.raw_data_path)
     size = path.stat().st_size if path.is_file() else 0
@@ -444,4 +452,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, translated=True)
+    run_script(main)

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt2_chinese.command_line import remark
 from gpt2_chinese.compiled import is_cached, load_function
 from gpt2_chinese.decoding import batch_sampler, sampling
 from gpt2_chinese.decoding.decoder import Decoder, PrefilledPrompt, check_model
@@ -473,7 +474,7 @@ def make_cpu_decoder(model: Any, max_num_seqs: int, precision: str) -> CompiledD
     try:
         return CompiledDecoder(model, max_num_seqs, "bf16" if precision == "auto" else precision)
     except Exception as error:  # whatever a compiler raises: decoding works without it, only slower
-        print(f"note: decoding with PyTorch in float32, which is slower: {error}", file=sys.stderr)
+        remark(f"note: decoding with PyTorch in float32, which is slower: {error}", file=sys.stderr)
         return Decoder(model.float(), max_num_seqs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import io
 import os
@@ -15,27 +16,36 @@ import pytest
 from gpt2_chinese.messages import TABLE, TranslatedStream, language_of, translated
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = [*ROOT.glob("*.py"), *(path for path in (ROOT / "gpt2_chinese").rglob("*.py") if path.name != "messages.py")]
+SOURCES = [
+    *ROOT.glob("*.py"),
+    *(path for path in (ROOT / "gpt2_chinese").rglob("*.py") if path.name != "messages_zh.py"),
+]
 
 
-def printed_texts() -> list[str]:
+def printed_texts(paths: list[Path]) -> list[str]:
     """The strings of the code, with {} for values."""
     found = []
-    for path in SOURCES:
+    for path in paths:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 found.append(
                     "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
                 )
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
-    return found
+                found.append(re.sub(r"\{\w*:[^{}]*\}", "{}", node.value))  # for str.format
+    return [line for text in found for line in text.split("\n")]
+
+
+def sentences_of_argparse() -> set[str]:
+    return {re.sub(r"%(\(\w+\))?[sr]", "{}", text) for text in printed_texts([Path(argparse.__file__)])}
 
 
 def test_every_sentence_of_the_table_is_one_of_the_code():
-    texts = {re.sub(r"^(error|warning|note): ", "", text) for text in printed_texts()}
+    texts = set(printed_texts(SOURCES))
+    texts |= {re.sub(r"^(error|warning|note|report): ", "", text) for text in texts}
     # A few are put together from two strings when they are printed.
     texts |= {f"{text} {{}}" for text in texts} | {f"{{}}: {text}" for text in texts}
+    texts |= sentences_of_argparse()
     missing = [english for english, _ in TABLE if english not in texts]
     assert not missing
 
@@ -43,7 +53,7 @@ def test_every_sentence_of_the_table_is_one_of_the_code():
 def test_both_columns_have_the_same_values():
     for english, chinese in TABLE:
         assert sorted(map(int, re.findall(r"\{(\d+)\}", chinese))) == list(range(english.count("{}"))), english
-        assert re.search("[一-鿿]", chinese)
+        assert re.search("[一-鿿（]", chinese)
 
 
 @pytest.mark.parametrize(
