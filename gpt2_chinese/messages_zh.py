@@ -555,7 +555,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     ),
     (
         "--device {}: this machine has {} GPUs, numbered from 0",
-        "--device {0}：这台机器有 {1} 块 GPU，编号从 0 开始",
+        "--device {0}：这台机器有 {1} 块 GPU，序号从 0 开始",
     ),
     (
         "GPU {} is not there: training on {}",
