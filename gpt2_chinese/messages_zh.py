@@ -94,6 +94,151 @@ TABLE: tuple[tuple[str, str], ...] = (
         "--clean {}: there is no rule {}; the rules are {}",
         "--clean {0}：没有规则 {1}；规则有 {2}",
     ),
+    (
+        "--clean_report needs --clean or --deduplicate: without them there is nothing to report",
+        "--clean_report 需要 --clean 或 --deduplicate：否则没有可报告的内容",
+    ),
+    (
+        "passed over, after {} documents of it: {}",
+        "已跳过（之前读了 {0} 篇文档）：{1}",
+    ),
+    (
+        "{}: --document {} ({})",
+        "{0}：--document {1}（{2}）",
+    ),
+    (
+        "{} lines, {} of them of at most {} characters",
+        "{0} 行，其中 {1} 行不超过 {2} 字",
+    ),
+    (
+        "{} chapter headings",
+        "{0} 个章节标题",
+    ),
+    (
+        "{} groups of lines between blank ones",
+        "{0} 段由空行隔开的文字",
+    ),
+    (
+        "{}, broken at about {} characters: --join_lines joins them",
+        "{0}，约每 {1} 字断行：--join_lines 可以接起来",
+    ),
+    (
+        "{}, and {} characters are too many for one document",
+        "{0}，而 {1} 字对一篇文档太多",
+    ),
+    (
+        "it is valid UTF-8 and was read as {}; if the text is wrong, use --encoding utf-8",
+        "它是有效的 UTF-8，却按 {0} 读取；若文字不对，请用 --encoding utf-8",
+    ),
+    (
+        "{} lines are not {} and were read as {}",
+        "{0} 行不是 {1}，按 {2} 读取",
+    ),
+    (
+        "{} bytes are not {} and were {}",
+        "{0} 个字节不是 {1}，{2}",
+    ),
+    (
+        "replaced by U+FFFD",
+        "已换成 U+FFFD",
+    ),
+    (
+        "it was read in part only: {}",
+        "只读取了一部分：{0}",
+    ),
+    (
+        "{} NUL characters; if this is a text in UTF-16, use --encoding utf-16",
+        "{0} 个 NUL 字符；若文本是 UTF-16，请用 --encoding utf-16",
+    ),
+    (
+        "{}: {} page breaks and vertical tabs became spaces",
+        "{0}：{1} 个分页符和垂直制表符变为空格",
+    ),
+    (
+        "{}, line {}, byte {}: not {}; {}",
+        "{0} 第 {1} 行第 {2} 个字节：不是 {3}；{4}",
+    ),
+    (
+        "--on_error skip or replace continues after such bytes",
+        "用 --on_error skip 或 replace 可以越过这样的字节",
+    ),
+    (
+        "from here on it looks like {}; --on_error skip or replace reads each line as what it is",
+        "从这里起像是 {0}；用 --on_error skip 或 replace 可以按各行的编码读取",
+    ),
+    (
+        "the rest of the file is {}; {}",
+        "文件的其余部分是 {0}；{1}",
+    ),
+    (
+        "it looks like {} and {} in one file; --encoding auto tells them apart",
+        "一个文件里像是有 {0} 和 {1}；--encoding auto 可以分辨",
+    ),
+    (
+        "it looks like {}: --encoding {} (--encoding auto finds it for each file; {})",
+        "看起来是 {0}：请用 --encoding {1}（--encoding auto 会判断每个文件的编码；{2}）",
+    ),
+    (
+        "give the file's encoding, such as --encoding gb18030, big5 or utf-16 ",
+        "请给出文件的编码，如 --encoding gb18030、big5 或 utf-16",
+    ),
+    (
+        "{}(--encoding auto finds it for each file; {})",
+        "{0}（--encoding auto 会判断每个文件的编码；{1}）",
+    ),
+    (
+        "{}: the encoding cannot be told: {}; give it, such as --encoding gb18030, or convert it to UTF-8",
+        "{0}：无法判断编码：{1}；请给出编码，如 --encoding gb18030，或转换为 UTF-8",
+    ),
+    (
+        "it is in none of the encodings that are tried",
+        "它不是所试的任何一种编码",
+    ),
+    (
+        "{}, line {}: the encoding changes here; some lines are {}, others {}; --on_error skip or replace reads "
+        "each line as what it is, or convert the file to UTF-8",
+        "{0} 第 {1} 行：编码在这里改变，有些行是 {2}，有些是 {3}；用 --on_error skip 或 replace 可以按各行的编码"
+        "读取，或把文件转换为 UTF-8",
+    ),
+    (
+        "--data_path {}: there is no .txt or .txt.gz file in it, nor another that is read ({}){}; put your texts "
+        "there, one document a line",
+        "--data_path {0}：里面没有 .txt、.txt.gz 或其他可读取的文件（{1}）{2}；请放入文本，每行一篇文档",
+    ),
+    (
+        " (passed over: {})",
+        "（跳过：{0}）",
+    ),
+    (
+        "--text_field {}: {} has no field {}; its fields are {}",
+        "--text_field {0}：{1} 没有字段 {2}；它的字段有 {3}",
+    ),
+    (
+        "{}: which field is the text cannot be told; its fields are {}; give one or several with --text_field, "
+        "such as --text_field {}, or move the file away",
+        "{0}：无法判断哪个字段是文本；它的字段有 {1}；请用 --text_field 指定一个或几个，如 --text_field {2}，或移"
+        "走这个文件",
+    ),
+    (
+        "{} is not a text but {}; save it as a text file in UTF-8, or move it away",
+        "{0} 不是文本文件，而是{1}；请另存为 UTF-8 文本，或移走它",
+    ),
+    (
+        "{} is not compressed, though its name ends in .gz; name it {}",
+        "{0} 没有压缩，文件名却以 .gz 结尾；请改名为 {1}",
+    ),
+    (
+        "{} is compressed with gzip, though its name does not say so; name it {}.gz",
+        "{0} 是 gzip 压缩的，文件名却没有写明；请改名为 {1}.gz",
+    ),
+    (
+        "--similarity {}: it is a share from 0.5 to 1",
+        "--similarity {0}：应在 0.5 到 1 之间",
+    ),
+    (
+        "{} of the {} places for comparing made room for later documents; a few duplicates may be missed",
+        "用于比较的 {1} 个位置里有 {0} 个让给了后面的文档；可能漏掉几篇重复的文档",
+    ),
     # make-vocab.py
     (
         "words seen: {}, {} different; {} kept cover {}",
@@ -140,6 +285,101 @@ TABLE: tuple[tuple[str, str], ...] = (
     (
         "  --vocab_size   words kept  covered  spelled  rarest seen  embedding",
         "  --vocab_size     保留词数   覆盖率   回退率     最少次数  embedding",
+    ),
+    (
+        "--{} {}: give at least 1",
+        "--{0} {1}：至少为 1",
+    ),
+    (
+        "--model_config {}: there is no such file; config/ has some",
+        "--model_config {0}：没有这个文件；config/ 里有几个",
+    ),
+    (
+        "--raw_data_path {}: there is no word in it; nothing was written",
+        "--raw_data_path {0}：其中没有词，没有写入任何文件",
+    ),
+    (
+        "--raw_data_path {}: there is no text in it; nothing was written",
+        "--raw_data_path {0}：其中没有文本，没有写入任何文件",
+    ),
+    (
+        "--raw_data_path {}: its only document is {}, the name of a file, not its text; put that file into data/ "
+        "and run build_trainfile.py",
+        "--raw_data_path {0}：唯一的文档是 {1}，这是文件名而不是文本；请把那个文件放进 data/，再运行 "
+        "build_trainfile.py",
+    ),
+    (
+        "--raw_data_path {} is a folder, not the file that build_trainfile.py writes; {}",
+        "--raw_data_path {0} 是文件夹，不是 build_trainfile.py 写出的文件；{1}",
+    ),
+    (
+        "run build_trainfile.py on it first",
+        "请先对它运行 build_trainfile.py",
+    ),
+    (
+        "give {}",
+        "请给出 {0}",
+    ),
+    (
+        "{} is not UTF-8 ({}); build it again with build_trainfile.py",
+        "{0} 不是 UTF-8（{1}）；请用 build_trainfile.py 重新制作",
+    ),
+    (
+        "{}, character {}, after document {}: {}; it must be a JSON array of strings, as build_trainfile.py writes it",
+        "{0} 第 {1} 个字符，第 {2} 篇文档之后：{3}；它必须是字符串的 JSON 数组，如 build_trainfile.py 写出的那样",
+    ),
+    (
+        "it does not begin with [",
+        "它不以 [ 开头",
+    ),
+    (
+        "a string is missing here",
+        "这里缺少一个字符串",
+    ),
+    (
+        "the file ends inside a string",
+        "文件在字符串中间结束",
+    ),
+    (
+        "a comma or ] is missing here",
+        "这里缺少逗号或 ]",
+    ),
+    (
+        "there is something behind the closing ]",
+        "结尾的 ] 后面还有内容",
+    ),
+    (
+        "{}: {} tokens: {}, 256 bytes, {} merges; {} tokens per character of the first {} characters",
+        "{0}：{1} 个 token：{2}、256 个字节、{3} 次合并；前 {5} 字每字 {4} 个 token",
+    ),
+    (
+        "what other sizes would give (embedding: its share of the parameters of {}):",
+        "其他大小的结果（embedding：词嵌入占 {0} 参数的比例）：",
+    ),
+    (
+        "recommended: --vocab_size {}, the largest whose last merges are seen {} times in that sample: rarer "
+        "tokens are hardly learnt",
+        "推荐：--vocab_size {0}，即最后的合并在样本中仍出现 {1} 次的最大值；更少见的 token 很难学会",
+    ),
+    (
+        "write to another --vocab_file, or replace it with --overwrite",
+        "请写到别的 --vocab_file，或用 --overwrite 替换",
+    ),
+    (
+        "--vocab_file {} is a folder; name the file to write",
+        "--vocab_file {0} 是文件夹；请给出要写的文件",
+    ),
+    (
+        "{} is not a vocabulary that this script has written; {}",
+        "{0} 不是这个脚本写出的词表；{1}",
+    ),
+    (
+        "{} was changed since this script wrote it; {}",
+        "{0} 在写出之后被改过；{1}",
+    ),
+    (
+        "{} was made from {}, not from {}; {}",
+        "{0} 由 {1} 制成，而不是 {2}；{3}",
     ),
     # make-tokenized.py
     (
@@ -216,6 +456,39 @@ TABLE: tuple[tuple[str, str], ...] = (
     (
         "interrupted",
         "已中断",
+    ),
+    (
+        "--{} {}: give {} or more",
+        "--{0} {1}：至少为 {2}",
+    ),
+    (
+        "{} has a tokenizer of kind {}, not {}; leave --tokenizer out",
+        "{0} 的分词器是 {1}，不是 {2}；请去掉 --tokenizer",
+    ),
+    (
+        "the pieces in {} are of the {} {}, not of {}; write to another --tokenized_data_path, replace them with "
+        "--overwrite, or give {} {}",
+        "{0} 里的分片来自 {2}（{1}），而不是 {3}；请写到别的 --tokenized_data_path，用 --overwrite 替换，或给出 "
+        "{4} {5}",
+    ),
+    (
+        "{} has no ## parts, so words outside it may become [UNK]; it comes from make-vocab.py --compat or from "
+        "GPT2-Chinese: build one without --compat, or give --compat here too",
+        "{0} 里没有 ## 子词，词表外的词可能成为 [UNK]；它来自 make-vocab.py --compat 或 GPT2-Chinese：请不用 "
+        "--compat 重新制作，或在这里也加 --compat",
+    ),
+    (
+        "removed {} pieces of an earlier run that had more of them",
+        "删除了之前运行多出的 {0} 个分片",
+    ),
+    (
+        "{} has no {}, {} or vocab.json with merges.txt; name the vocabulary that the model was trained with "
+        "(--vocab_file), or copy it there under its name",
+        "{0} 里没有 {1}、{2} 或带 merges.txt 的 vocab.json；请用 --vocab_file 指定训练模型时的词表，或按原名复制到那里",
+    ),
+    (
+        "{} is neither a tokenizer.json nor GPT-2's vocab.json with a merges.txt beside it",
+        "{0} 既不是 tokenizer.json，也不是旁边有 merges.txt 的 GPT-2 vocab.json",
     ),
     # every script
     (

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from gpt2_chinese.messages import TABLE, TranslatedStream, language_of, translated
 
@@ -64,6 +65,14 @@ def test_both_columns_have_the_same_values():
         ("error: there is no x: run build_trainfile.py first, or name the file with --raw_data_path",
          "error: 没有 x：请先运行 build_trainfile.py，或用 --raw_data_path 指定文件"),
         ("cleaned:\n  html: 3 lines changed, 0 left out", "清洗：\n  html：修改 3 行，去掉 0 行"),
+        ("corpus     tokenized/: 1,013 tokens; 70 of 6,560 documents held out, 975 tokens",
+         "语料       tokenized/：1,013 个 token；6,560 篇文档中的 70 篇留作验证集，975 个 token"),
+        ("corpus     tokenized/: 1,013 tokens", "语料       tokenized/：1,013 个 token"),
+        ("precision  fp32 on cpu, cpu (this CPU has no bf16 instructions)", "精度       fp32，在 cpu, cpu 上（这个 CPU 没有 bf16 指令）"),
+        ("train.py: error: argument --lr: 0 is not a number above 0", "train.py: error: 参数 --lr：0 不是大于 0 的数"),
+        ("error: port 80 on ::1 is not allowed; choose a --port from 1024 on",
+         "error: ::1 的端口 80 不允许使用；请选 1024 以上的 --port"),
+        ("listening on http://[::1]:80, loading interrupted", "正在监听 http://[::1]:80，加载 interrupted"),
         ("something else", "something else"),
         ("  1. ", "  1. "),
         ("", ""),
@@ -78,6 +87,18 @@ def test_a_stream_translates_what_is_printed_and_is_otherwise_itself():
     print("chapters: 3", "chapters: 4", sep="\n", file=TranslatedStream(stream))
     assert stream.getvalue() == "章节：3\n章节：4\n"
     assert not TranslatedStream(stream).isatty()
+
+
+def test_a_bar_on_a_terminal_is_cleared_before_a_translated_line(monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", TranslatedStream(terminal))
+    monkeypatch.setattr(sys, "stderr", TranslatedStream(terminal))
+    with tqdm(total=2, mininterval=0) as bar:
+        bar.update()
+        bar.write("chapters: 3")
+        bar.write("chapters: 4", file=terminal)
+    assert re.search(r"\r +\r章节：3\n", terminal.getvalue())
+    assert re.search(r"\r +\rchapters: 4\n", terminal.getvalue())
 
 
 @pytest.mark.parametrize(
