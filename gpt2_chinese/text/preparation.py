@@ -397,11 +397,13 @@ class _TableFormatter:
             self._clear()
         self._learn(self._table.words)
 
-        counts = np.bincount(sequence[sequence >= 0], minlength=self._figures.shape[1])
+        # Words have numbers from 0 on, and what stands between them the two below.
+        counts = np.bincount(sequence - LINE_BREAK_WORD, minlength=self._figures.shape[1] - LINE_BREAK_WORD)
+        line_breaks, document_ends = counts[:-LINE_BREAK_WORD].tolist()
+        counts = counts[-LINE_BREAK_WORD:]
         present = np.flatnonzero(counts)  # a batch has few of the words that are known
         figures = self._figures[:, present] @ counts[present]
         words, spelled, unknown, case, accents = map(int, figures)
-        line_breaks = int(np.count_nonzero(sequence == LINE_BREAK_WORD))
         report.words += words
         report.spelled_words += spelled
         report.unknown_tokens += unknown
@@ -415,8 +417,8 @@ class _TableFormatter:
                 for part in parts:
                     report.unknown_words[part] += int(counts[number])
 
-        count = int(counts[present] @ (self._ends[present] - self._starts[present])) + line_breaks
-        count += 2 * int(np.count_nonzero(sequence == DOCUMENT_END))
+        count = int(counts[present] @ (self._ends[present] - self._starts[present]))
+        count += line_breaks + 2 * document_ends
         return self._decimal.write(
             sequence,
             self._starts,
