@@ -234,6 +234,17 @@ def complete(
     return completions[:samples]
 
 
+def notes_of_limits(length: int, top_k: int, n_ctx: int, vocab_size: int) -> Iterator[str]:
+    """What the flags ask for beyond what the model has."""
+    if length > n_ctx:
+        yield (
+            f"--length {length} is more than the model's n_ctx of {n_ctx} tokens: a longer text goes on from its last "
+            f"{n_ctx // 2} to {n_ctx} tokens only"
+        )
+    if top_k > vocab_size:
+        yield f"--topk {top_k} is more than the vocabulary's {vocab_size} tokens: the same as --topk 0"
+
+
 def print_deltas(context: str, deltas: SimpleQueue[TextDelta | None], samples: int) -> None:
     """Print the samples in their order, each as far as it is decoded; the queue ends with None."""
     texts = [""] * samples
@@ -313,6 +324,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     max_num_seqs = min(args.batch_size, max(samples, args.best_of or 0))
     with Engine(model, tokenizer, max_num_seqs=max_num_seqs, precision=args.precision) as engine:
         length = engine.n_ctx if args.length == -1 else args.length
+        for note in notes_of_limits(length, args.topk, engine.n_ctx, len(tokenizer)):
+            print(f"note: {note}", file=sys.stderr)
         if titles:
             write_articles(engine, titles, length, args)
             return None

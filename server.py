@@ -44,6 +44,7 @@ from gpt2_chinese.serving.errors import ApiError
 from gpt2_chinese.serving.events import GenerateEvents, stream_sse
 from gpt2_chinese.serving.fast_path import COMPLETION_PATHS
 from gpt2_chinese.serving.flags import (
+    MEGABYTE,
     check_flags,
     limits_of,
     model_names,
@@ -104,15 +105,15 @@ def build_app(service: Service, cors_origins: Sequence[str] = ("*",)) -> web.App
     app[SERVICE] = service
     app.cleanup_ctx.append(models_context)
     app.on_response_prepare.append(set_headers)
-    app.router.add_get("/", handle_page, allow_head=False, expect_handler=expect_continue)
+    app.router.add_get("/", handle_page, expect_handler=expect_continue)
     app.router.add_post("/", handle_generate, expect_handler=expect_continue)
     app.router.add_post("/generate", handle_generate, expect_handler=expect_continue)
     app.router.add_post("/v1/completions", handle_v1_completions, expect_handler=expect_continue)
-    app.router.add_get("/v1/models", handle_v1_models, allow_head=False, expect_handler=expect_continue)
-    app.router.add_get("/v1/models/{model}", handle_v1_model, allow_head=False, expect_handler=expect_continue)
-    app.router.add_get("/health", handle_health, allow_head=False, expect_handler=expect_continue)
-    app.router.add_get("/metrics", handle_metrics, allow_head=False, expect_handler=expect_continue)
-    app.router.add_get("/openapi.json", handle_openapi, allow_head=False, expect_handler=expect_continue)
+    app.router.add_get("/v1/models", handle_v1_models, expect_handler=expect_continue)
+    app.router.add_get("/v1/models/{model}", handle_v1_model, expect_handler=expect_continue)
+    app.router.add_get("/health", handle_health, expect_handler=expect_continue)
+    app.router.add_get("/metrics", handle_metrics, expect_handler=expect_continue)
+    app.router.add_get("/openapi.json", handle_openapi, expect_handler=expect_continue)
     if service.admin_keys:
         app.router.add_post(ADMIN_PATH + "reload", handle_reload, expect_handler=expect_continue)
     app.router.add_post("/tokenize", handle_tokenize, expect_handler=expect_continue)
@@ -396,6 +397,7 @@ def served_models(args: argparse.Namespace) -> list[ServedModel]:
             args.batch_size,
             args.precision,
             marks,
+            args.prefix_cache * MEGABYTE,
             quiet=args.quiet,
             language=message_language(),
         )

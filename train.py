@@ -107,7 +107,7 @@ def train(rank: Rank, run: Run, model: GPT2LMHeadModel, resume: Path | None) -> 
             may_skip = trainable.precision.may_skip
             limit = run.divergence_limit(state.step + 1)
             state.advance(loss, grad_norm, windows=len(windows), may_skip=may_skip, limit=limit)
-            if run.plan is not None and state.step == args.warmup_steps:
+            if run.decides_updates(state.step):
                 run.limit_updates(rank.broadcast(report.updates_in_time(state, loss)))
                 report.planned(state)
             epoch_ends = run.epoch_ends(state.step)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from gpt2_chinese.decoding.completion import (
     MAX_LOGPROBS,
@@ -67,6 +67,22 @@ class Request:
         raise NotImplementedError
 
 
+class PrefixCacheState(NamedTuple):
+    """What a decoder's prefix cache has done and holds; all is 0 where a decoder has none.
+
+    Attributes:
+        hits: prompts of which a beginning was reused.
+        reused_tokens: tokens of these beginnings.
+        used_bytes: of the keys and values that are kept.
+        capacity_bytes: the most that `used_bytes` can become.
+    """
+
+    hits: int = 0
+    reused_tokens: int = 0
+    used_bytes: int = 0
+    capacity_bytes: int = 0
+
+
 class CompletionBackend(ABC):
     """A model that decodes requests outside of the caller's thread, until it is closed or fails.
 
@@ -76,7 +92,7 @@ class CompletionBackend(ABC):
         max_waiting: sequences that may wait in the queue for a batch slot.
         device: the model's device, as PyTorch names it.
         error: why the model has stopped, or None.
-        prompt_tokens: tokens prefilled so far.
+        prompt_tokens: tokens of prompts so far, reused ones included.
         generated_tokens: tokens sampled so far, in all sequences.
     """
 
@@ -122,6 +138,11 @@ class CompletionBackend(ABC):
     @abstractmethod
     def waiting(self) -> int:
         """Sequences in the queue, which wait for a batch slot."""
+
+    @property
+    @abstractmethod
+    def prefix_cache(self) -> PrefixCacheState:
+        """What the prefix cache has done and holds."""
 
     @abstractmethod
     def _enqueue(self, **fields: Any) -> Request:

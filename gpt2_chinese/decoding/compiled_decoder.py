@@ -29,6 +29,7 @@ from gpt2_chinese.command_line import remark
 from gpt2_chinese.compiled import is_cached, load_function
 from gpt2_chinese.decoding import batch_sampler, sampling
 from gpt2_chinese.decoding.decoder import Decoder, PrefilledPrompt, check_model
+from gpt2_chinese.decoding.prefix_cache import PrefixCache, common_length
 from gpt2_chinese.decoding.sampling import CompiledSampler
 
 FP32, BF16, INT8 = range(3)
@@ -68,6 +69,12 @@ PANEL_COLUMNS = 2 * LANES
 
 PREFILL_CHUNK = 96
 """Tokens of a chunked prefill that go through the model at once; more would only need more memory."""
+
+MIN_SHARED_TOKENS = 32
+"""Of two prompts that are prefilled together, so that the second one waits for the first to copy them.
+
+To wait is to go through the weights once more, which takes as long as to compute half as many tokens.
+"""
 
 COUNTER_BYTES = 64  # a cache line for each counter, so that threads do not share one
 
@@ -158,7 +165,14 @@ class CompiledDecoder:
 
     device = torch.device("cpu")
 
-    def __init__(self, model: Any, max_num_seqs: int, precision: str = "bf16", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        max_num_seqs: int,
+        precision: str = "bf16",
+        threads: int | None = None,
+        prefix_cache_bytes: int = 0,
+    ) -> None:
         """Pack the weights of `model`, which is not needed afterwards.
 
         Args:
@@ -167,6 +181,7 @@ class CompiledDecoder:
             precision: of the weights: fp32, bf16 (rounded) or int8 (with a scale for each output; the inputs of the
                 products are quantized to 8 bits too, each row by itself).
             threads: as many as PyTorch uses if None.
+            prefix_cache_bytes: for the keys and values of former prompts; 0 reuses nothing.
 
         Raises:
             ValueError: the model has cross-attention, weights that are not finite, or another activation function.
@@ -184,6 +199,9 @@ class CompiledDecoder:
         self.precision = precision
         self._owned: list[np.ndarray] = []  # the arrays that the addresses point to
         self._allocate_kv_cache(config)
+        self.prefix_cache: PrefixCache | None = None
+        if prefix_cache_bytes:
+            self.prefix_cache = PrefixCache(self.key_cache, self.value_cache, prefix_cache_bytes)
         self._model_args = self._pack_model(config, body, model.lm_head.weight)
         threads = threads or torch.get_num_threads()
         self._allocate_step_buffers(config, threads)
@@ -321,18 +339,18 @@ class CompiledDecoder:
         """End the threads."""
         self._threads.stop()
 
-    def prefill(self, ids: Sequence[int]) -> PrefilledPrompt:
-        """Prefill one prompt of 1 to `n_ctx` tokens; the slots do not change."""
+    def prefill(self, ids: Sequence[int], *, store: bool = True) -> PrefilledPrompt:
+        """Prefill one prompt of 1 to `n_ctx` tokens; the slots do not change.
+
+        Args:
+            store: whether the prefix cache keeps the prompt.
+        """
         length = len(ids)
         assert 1 <= length <= self.n_ctx
-        logits = torch.empty(1, self.vocab_size)
         slot = self.max_num_seqs
-        for start in range(0, length, PREFILL_CHUNK):
-            stop = min(start + PREFILL_CHUNK, length)
-            logit_rows = [stop - start - 1] if stop == length else []
-            self._run(ids[start:stop], [slot] * (stop - start), range(start, stop), logit_rows, logits)
+        logits = self._prefill_group([(slot, list(ids))], store=store)
         keys, values = (cache[:, slot, :, :length].copy() for cache in (self.key_cache, self.value_cache))
-        return PrefilledPrompt(keys, values, logits[0], length)
+        return PrefilledPrompt(keys, values, logits[0], tuple(ids))
 
     def prompt_logits(self, ids: Sequence[int]) -> Iterator[Tensor]:
         """The logits after every token of a prompt, in chunks [tokens, V]; the slots do not change."""
@@ -343,11 +361,55 @@ class CompiledDecoder:
             self._run(part, [self.max_num_seqs] * len(part), range(start, start + len(part)), rows, logits)
             yield logits
 
+    def tokens_to_prefill(self, ids: Sequence[int]) -> int:
+        """How many tokens of a prompt have to be computed now."""
+        return len(ids) - self.prefix_cache.match(list(ids)) if self.prefix_cache else len(ids)
+
     def prefill_batch(self, prompts: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
-        """Prefill prompts, given as (slot, ids), into their slots, all together; return their logits [prompts, V]."""
-        tokens = [token for _, ids in prompts for token in ids]
-        slots = [slot for slot, ids in prompts for _ in ids]
-        positions = [position for _, ids in prompts for position in range(len(ids))]
+        """Prefill prompts, given as (slot, ids), into their slots, all together; return their logits [prompts, V].
+
+        With a prefix cache, those that begin like others wait until these are computed.
+        """
+        texts = [(slot, list(ids)) for slot, ids in prompts]
+        if self.prefix_cache is None or len(texts) == 1:
+            return self._prefill_group(texts)
+        logits = torch.empty(len(texts), self.vocab_size)
+        waiting = list(range(len(texts)))
+        while waiting:
+            group, waiting = self._next_group(texts, waiting)
+            logits[group] = self._prefill_group([texts[number] for number in group])
+        return logits
+
+    def _next_group(self, texts: Sequence[tuple[int, list[int]]], waiting: list[int]) -> tuple[list[int], list[int]]:
+        """Divide the prompts of these numbers into those to compute now, and those that wait for what they share."""
+        assert self.prefix_cache is not None
+        now: list[int] = []
+        later: list[int] = []
+        for number in waiting:
+            ids = texts[number][1]
+            least = self.prefix_cache.match(ids) + MIN_SHARED_TOKENS
+            waits = len(ids) > least and any(common_length(texts[other][1], ids) >= least for other in now)
+            (later if waits else now).append(number)
+        return now, later
+
+    def _prefill_group(self, prompts: Sequence[tuple[int, list[int]]], *, store: bool = True) -> Tensor:
+        """Prefill prompts of which none waits for another one; `store` says whether the prefix cache keeps them."""
+        cache = self.prefix_cache
+        begins = [cache.load(slot, ids) if cache else 0 for slot, ids in prompts]
+        logits = self._compute_prompts(prompts, begins)
+        if cache and store:
+            for slot, ids in prompts:
+                cache.store(slot, ids)
+        return logits
+
+    def _compute_prompts(self, prompts: Sequence[tuple[int, list[int]]], begins: Sequence[int]) -> Tensor:
+        """Compute each prompt from its position in `begins` on; the slot holds what is before. Return the logits."""
+        rows = [
+            (ids[position], slot, position)
+            for (slot, ids), begin in zip(prompts, begins, strict=True)
+            for position in range(begin, len(ids))
+        ]
+        tokens, slots, positions = zip(*rows, strict=True)
         is_last = [slot != following for slot, following in zip(slots, [*slots[1:], -1], strict=True)]
         logits = torch.empty(len(prompts), self.vocab_size)
         chunk = min(PREFILL_CHUNK, self.n_ctx)
@@ -363,9 +425,14 @@ class CompiledDecoder:
         """Copy the keys and values of a prefilled prompt into a slot."""
         self.key_cache[:, slot, :, : prefilled.length] = prefilled.keys
         self.value_cache[:, slot, :, : prefilled.length] = prefilled.values
+        if self.prefix_cache:
+            self.prefix_cache.set_tokens(slot, prefilled.ids)
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one slot to another."""
+        if self.prefix_cache:
+            self.prefix_cache.copy(source, target, length)
+            return
         for cache in (self.key_cache, self.value_cache):
             cache[:, target, :, :length] = cache[:, source, :, :length]
 
@@ -392,6 +459,8 @@ class CompiledDecoder:
         """The forward pass of tokens at positions of slots; writes the logits of `logit_rows` to `logits`."""
         rows = len(tokens)
         assert all(0 <= token < self.vocab_size for token in tokens)
+        if self.prefix_cache:
+            self.prefix_cache.add_tokens(tokens, slots, positions)
         self._threads.wait_until_idle()
         self._tokens[:rows], self._slots[:rows], self._positions[:rows] = tokens, slots, positions
         self._logit_rows[: len(logit_rows)] = logit_rows
@@ -459,20 +528,24 @@ def is_decoder_cached() -> bool:
     return all(is_cached(*kernel) for kernel in [(KERNEL_MODULE, KERNEL_SOURCES), *kernels])
 
 
-def make_cpu_decoder(model: Any, max_num_seqs: int, precision: str) -> CompiledDecoder | Decoder:
+def make_cpu_decoder(
+    model: Any, max_num_seqs: int, precision: str, prefix_cache_bytes: int = 0
+) -> CompiledDecoder | Decoder:
     """A CompiledDecoder or, with the reason on stderr, PyTorch's Decoder in float32.
 
     Args:
         model: a GPT2LMHeadModel on the CPU.
         max_num_seqs: batch slots.
         precision: one of PRECISIONS; "auto" is bf16.
+        prefix_cache_bytes: see CompiledDecoder.
 
     Raises:
         ValueError: the model has cross-attention, or weights that are not finite.
     """
     check_model(model)
     try:
-        return CompiledDecoder(model, max_num_seqs, "bf16" if precision == "auto" else precision)
+        precision = "bf16" if precision == "auto" else precision
+        return CompiledDecoder(model, max_num_seqs, precision, prefix_cache_bytes=prefix_cache_bytes)
     except Exception as error:  # whatever a compiler raises: decoding works without it, only slower
         remark(f"note: decoding with PyTorch in float32, which is slower: {error}", file=sys.stderr)
         return Decoder(model.float(), max_num_seqs)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt2_chinese.decoding.prefix_cache import PrefixCache
 from gpt2_chinese.decoding.sampling import CompiledSampler
 
 PAD_MULTIPLES = (1, 2, 4, 8, 16)
@@ -24,12 +25,17 @@ class PrefilledPrompt:
     Attributes:
         keys, values: of all layers, in the layout of the decoder that made them.
         logits: float32 [V], for the next token.
+        ids: the tokens.
     """
 
     keys: Any
     values: Any
     logits: Tensor
-    length: int
+    ids: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,11 @@ class Decoder:
     """Batches of each size that are compared for that."""
     vocab_alignment = 1
     """The rows of `lm_head` are padded to a multiple of this."""
+    prefix_cache: PrefixCache | None = None
+    """Reuses the keys and values of former prompts; see compiled_decoder.py.
+
+    Here they depend to the bit on how many tokens are computed together, so that reuse would change a seed's texts.
+    """
     compiled_sampler: CompiledSampler | None = None
     """Samples from the logits where PyTorch need not; see compiled_decoder.py."""
 
@@ -140,10 +151,14 @@ class Decoder:
         return self.max_num_seqs
 
     @torch.inference_mode()
-    def prefill(self, ids: Sequence[int]) -> PrefilledPrompt:
-        """Prefill one prompt of 1 to `n_ctx` tokens; the slots do not change."""
+    def prefill(self, ids: Sequence[int], *, store: bool = True) -> PrefilledPrompt:
+        """Prefill one prompt of 1 to `n_ctx` tokens; the slots do not change.
+
+        Args:
+            store: whether a prefix cache, if the decoder has one, keeps the prompt.
+        """
         hidden, keys, values = self._forward_prompt(ids)
-        return PrefilledPrompt(keys, values, self._logits(hidden[-1:])[0], len(ids))
+        return PrefilledPrompt(keys, values, self._logits(hidden[-1:])[0], tuple(ids))
 
     @torch.inference_mode()
     def prompt_logits(self, ids: Sequence[int]) -> Iterator[Tensor]:
@@ -170,6 +185,10 @@ class Decoder:
 
     def close(self) -> None:
         """Nothing to end here; CompiledDecoder has threads."""
+
+    def tokens_to_prefill(self, ids: Sequence[int]) -> int:
+        """How many tokens of a prompt have to be computed now; fewer than it has only with a prefix cache."""
+        return len(ids)
 
     def prefill_batch(self, prompts: Sequence[tuple[int, Sequence[int]]]) -> Tensor:
         """Prefill prompts, given as (slot, ids), into their slots; return their logits [prompts, V]."""

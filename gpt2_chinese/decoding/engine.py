@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2_chinese.decoding.backend import CompletionBackend, Request
+from gpt2_chinese.decoding.backend import CompletionBackend, PrefixCacheState, Request
 from gpt2_chinese.decoding.batch_sampler import BatchSampler
 from gpt2_chinese.decoding.compiled_decoder import CompiledDecoder, is_decoder_cached, make_cpu_decoder
 from gpt2_chinese.decoding.completion import MISSING, Completion, EngineStopped, Prompt, TextDelta, TokenLogprob
@@ -182,6 +182,8 @@ class Engine(CompletionBackend):
         wait: compile the compiled decoder, where it is not cached, before this returns. Otherwise decoding begins with
             PyTorch in float32 and switches to the compiled decoder when it is ready (`at_full_speed`).
         on_step_end: called in the model thread after every decode step, and when it ends.
+        prefix_cache_bytes: keep the keys and values of so many bytes of prompts for those that begin like them; 0 keeps
+            none. Only the compiled decoder has such a cache.
 
     Raises:
         ValueError: the vocabulary is larger than the model's, or the model cannot be decoded.
@@ -201,19 +203,25 @@ class Engine(CompletionBackend):
         precision: str | None = None,
         wait: bool = True,
         on_step_end: Callable[[], None] | None = None,
+        prefix_cache_bytes: int = 0,
     ) -> None:
         self.tokenizer = tokenizer
         self.decoder: Decoder | CompiledDecoder
         self._next_decoder: Future[Decoder | CompiledDecoder] | None = None
+
+        def make_compiled() -> Decoder | CompiledDecoder:
+            assert precision is not None
+            return make_cpu_decoder(model, max_num_seqs, precision, prefix_cache_bytes)
+
         if model.device.type == "cuda":
             self.decoder = make_gpu_decoder(model, max_num_seqs, precision)
         elif precision is None or model.device.type != "cpu":
             self.decoder = Decoder(model, max_num_seqs)
         elif wait or is_decoder_cached():
-            self.decoder = make_cpu_decoder(model, max_num_seqs, precision)
+            self.decoder = make_compiled()
         else:
             self.decoder = Decoder(model, max_num_seqs)
-            self._next_decoder = _in_background(lambda: make_cpu_decoder(model, max_num_seqs, precision))
+            self._next_decoder = _in_background(make_compiled)
         vocab_size = self.decoder.vocab_size
         if len(tokenizer) > vocab_size:
             raise ValueError(
@@ -265,6 +273,11 @@ class Engine(CompletionBackend):
     @property
     def waiting(self) -> int:
         return self._num_enqueued - self.num_dequeued
+
+    @property
+    def prefix_cache(self) -> PrefixCacheState:
+        cache = self.decoder.prefix_cache
+        return cache.state() if cache else PrefixCacheState()
 
     def _enqueue(self, **fields: Any) -> Request:
         request = _EngineRequest(**fields)
@@ -330,7 +343,7 @@ class Engine(CompletionBackend):
         self.decoder, self._next_decoder = self._next_decoder.result(), None
         for slot, sequence in enumerate(self._sequences):
             ids = [*sequence.request.prompt.ids, *sequence.ids][:-1]
-            self.decoder.load_prefill(slot, self.decoder.prefill(ids[-sequence.cache_length :]))
+            self.decoder.load_prefill(slot, self.decoder.prefill(ids[-sequence.cache_length :], store=False))
         for request in self._waiting:
             request.prefilled = None  # in the layout of the former decoder
         LOGGER.info("the compiled decoder is ready and in use")
@@ -357,7 +370,7 @@ class Engine(CompletionBackend):
         """Admit waiting requests into free slots; the samples of each share one prefill.
 
         Prompts of at most `MAX_PREFILL_TOKENS_PER_STEP` tokens in all, or one longer prompt, are prefilled at once; the
-        running sequences wait for that.
+        running sequences wait for that. Tokens that the prefix cache has do not count.
         """
         prompts: list[tuple[int, tuple[int, ...]]] = []  # with the slot that each is prefilled into
         samples: list[int] = []  # of each prompt
@@ -370,7 +383,7 @@ class Engine(CompletionBackend):
             if request.length == 0:
                 self._finish_scored(request)
                 continue
-            num_tokens += len(request.prompt.ids)
+            num_tokens += self.decoder.tokens_to_prefill(request.prompt.ids)
             count = len(request.order) - request.num_admitted
             if request.prefilled is not None or count > free:
                 if not prompts:
@@ -479,7 +492,8 @@ class Engine(CompletionBackend):
             sequence = self._sequences[slot]
             if sequence.cache_length == self.n_ctx:
                 half = max(1, self.n_ctx // 2)
-                prefilled = self.decoder.prefill([*sequence.request.prompt.ids, *sequence.ids][-half:])
+                ids = [*sequence.request.prompt.ids, *sequence.ids][-half:]
+                prefilled = self.decoder.prefill(ids, store=False)  # no prompt will begin like this
                 self.decoder.load_prefill(slot, prefilled)
                 sequence.cache_length = half
                 self._append_next_tokens(range(slot, slot + 1), prefilled.logits[None])

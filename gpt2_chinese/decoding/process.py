@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from gpt2_chinese.command_line import prepare_streams, set_quiet
-from gpt2_chinese.decoding.backend import CompletionBackend, Request
+from gpt2_chinese.decoding.backend import CompletionBackend, PrefixCacheState, Request
 from gpt2_chinese.decoding.completion import EngineStopped, TextDelta, TokenLogprob
 from gpt2_chinese.text.tokenizers import TokenizerSpec, spec_of
 
@@ -72,6 +72,7 @@ class EngineOptions:
     max_num_seqs: int = 32
     precision: str | None = "auto"
     document_marks: tuple[str, str] | None = None
+    prefix_cache_bytes: int = 0
     quiet: bool = False
     language: str = "en"
 
@@ -95,6 +96,7 @@ class EngineState(NamedTuple):
     num_dequeued: int
     prompt_tokens: int
     generated_tokens: int
+    prefix_cache: PrefixCacheState
 
     @property
     def without_token_counts(self) -> tuple[Any, ...]:
@@ -153,7 +155,7 @@ class EngineProcess(CompletionBackend):
         self._numbers = itertools.count()
         self._requests: dict[int, _ChildRequest] = {}
         self._num_enqueued = 0  # sequences so far
-        self._state = EngineState(False, None, False, 0, 0, 0, 0)
+        self._state = EngineState(False, None, False, 0, 0, 0, 0, PrefixCacheState())
         self._closing = False
         self._lock = threading.Lock()
 
@@ -236,6 +238,10 @@ class EngineProcess(CompletionBackend):
     @property
     def waiting(self) -> int:
         return self._num_enqueued - self._state.num_dequeued
+
+    @property
+    def prefix_cache(self) -> PrefixCacheState:
+        return self._state.prefix_cache
 
     def _enqueue(self, **fields: Any) -> Request:
         number = next(self._numbers)
@@ -479,6 +485,7 @@ def engine_state(engine: Engine) -> EngineState:
         num_dequeued=engine.num_dequeued,
         prompt_tokens=engine.prompt_tokens,
         generated_tokens=engine.generated_tokens,
+        prefix_cache=engine.prefix_cache,
     )
 
 
@@ -500,6 +507,7 @@ def load_engine(options: EngineOptions, on_step_end: Callable[[], None]) -> Engi
         precision=options.precision,
         wait=False,
         on_step_end=on_step_end,
+        prefix_cache_bytes=options.prefix_cache_bytes,
     )
 
 

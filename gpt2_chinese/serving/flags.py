@@ -12,6 +12,7 @@ from gpt2_chinese.decoding.completion import PRECISIONS
 from gpt2_chinese.serving.api import Limits
 from gpt2_chinese.serving.keys import ADMIN_KEY_VARIABLE, KEY_VARIABLE
 
+MEGABYTE = 1_000_000
 DEFAULT_MODEL_PATH = "model/final_model"
 MAX_BATCH_SIZE = 4096
 """A place in the batch of GPT-2 small takes 75 MB."""
@@ -202,6 +203,14 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         "--batch_size", type=int, default=32, help="maximum number of sequences decoded together (default: %(default)s)"
     )
     parser.add_argument(
+        "--prefix_cache",
+        type=int,
+        default=256,
+        metavar="MB",
+        help="megabytes of each model for the keys and values of recent contexts, so that one that begins like them "
+        "computes only what is new; at most what the batch takes. On a CPU; 0 keeps none (default: %(default)s)",
+    )
+    parser.add_argument(
         "--max_waiting",
         type=int,
         default=512,
@@ -231,6 +240,8 @@ def check_flags(args: argparse.Namespace) -> None:
     ):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag} must be 1 or more, it is {getattr(args, flag)}")
+    if args.prefix_cache < 0:
+        raise ValueError(f"--prefix_cache must be 0 or more megabytes, it is {args.prefix_cache}")
     for flag in ("body_timeout", "request_timeout", "idle_timeout", "hang_timeout"):
         if not getattr(args, flag) > 0:
             raise ValueError(f"--{flag} must be above 0 seconds, it is {getattr(args, flag)}")

@@ -19,7 +19,7 @@ KEY_VARIABLE = "GPT2_CHINESE_API_KEY"
 ADMIN_KEY_VARIABLE = "GPT2_CHINESE_ADMIN_KEY"
 KEY_FLAGS = {"--api_key": KEY_VARIABLE, "--admin_key": ADMIN_KEY_VARIABLE}
 ADMIN_PATH = "/admin/"
-PUBLIC_PATHS = [("GET", "/"), ("GET", "/health")]
+PUBLIC_PATHS = [("GET", "/"), ("HEAD", "/"), ("GET", "/health"), ("HEAD", "/health")]
 """What needs no API key."""
 
 

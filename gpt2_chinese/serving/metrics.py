@@ -58,13 +58,33 @@ class ServiceCollector(Collector):
         yield gauge("gpt2_waiting_sequences", "sequences in the queue", lambda model: model.waiting)
         yield counter(
             "gpt2_prompt_tokens",
-            "prompt tokens prefilled",
+            "tokens of prompts, reused ones included",
             lambda model: model.prompt_tokens,
         )
         yield counter(
             "gpt2_generated_tokens",
             "tokens generated",
             lambda model: model.generated_tokens,
+        )
+        yield counter(
+            "gpt2_prefix_cache_hits",
+            "prompts that began like a former one, whose keys and values were reused",
+            lambda model: model.prefix_cache.hits,
+        )
+        yield counter(
+            "gpt2_prefix_cache_reused_tokens",
+            "tokens of prompts whose keys and values were reused",
+            lambda model: model.prefix_cache.reused_tokens,
+        )
+        yield gauge(
+            "gpt2_prefix_cache_bytes",
+            "bytes of the keys and values that the prefix cache holds",
+            lambda model: model.prefix_cache.used_bytes,
+        )
+        yield gauge(
+            "gpt2_prefix_cache_capacity_bytes",
+            "bytes that the prefix cache may hold; 0 if it is off, or if the decoder has none",
+            lambda model: model.prefix_cache.capacity_bytes,
         )
         yield counter("gpt2_model_restarts", "times that the model was started again", lambda model: model.restarts)
         yield counter("gpt2_model_reloads", "times that the model was exchanged", lambda model: model.reloads)

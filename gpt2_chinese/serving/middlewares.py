@@ -123,7 +123,7 @@ async def expect_continue(request: web.Request) -> web.StreamResponse | None:
     """Answer an Expect header, which aiohttp does before the middlewares."""
     if request.headers["Expect"].lower() != "100-continue":
         return error_response(ApiError(417, "expectation_failed", "Expect may only be 100-continue"))
-    if request.method == "GET":
+    if request.method in ("GET", "HEAD"):
         return None
     await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     request.writer.output_size = 0  # so that the response counts as not begun

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from gpt2_chinese.decoding.backend import CompletionBackend
+from gpt2_chinese.decoding.backend import CompletionBackend, PrefixCacheState
 from gpt2_chinese.decoding.completion import Prompt
 from gpt2_chinese.serving.api import Limits
 from gpt2_chinese.serving.errors import ApiError, engine_stopped_error
@@ -46,7 +46,7 @@ class ServedModel:
         restarts, reloads: how often the model was started again, and exchanged.
         deaths_in_a_row: those before it has lived for a minute.
         taken_at: when the engine began to serve, in seconds of `time.monotonic()`.
-        past_prompt_tokens, past_generated_tokens: those of earlier engines.
+        past_prompt_tokens, past_generated_tokens, past_prefix_hits, past_reused_tokens: those of earlier engines.
         change_lock: held while the engine is being exchanged.
         engine: None until the model has been loaded.
         error: why loading has failed.
@@ -68,6 +68,8 @@ class ServedModel:
     taken_at: float = 0.0
     past_prompt_tokens: int = 0
     past_generated_tokens: int = 0
+    past_prefix_hits: int = 0
+    past_reused_tokens: int = 0
     change_lock: threading.Lock = field(default_factory=threading.Lock)
     engine: CompletionBackend | None = None
     error: BaseException | None = None
@@ -110,13 +112,21 @@ class ServedModel:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens prefilled since the server started."""
+        """Tokens of prompts since the server started, reused ones included."""
         return self.past_prompt_tokens + (self.engine.prompt_tokens if self.engine else 0)
 
     @property
     def generated_tokens(self) -> int:
         """Tokens generated since the server started."""
         return self.past_generated_tokens + (self.engine.generated_tokens if self.engine else 0)
+
+    @property
+    def prefix_cache(self) -> PrefixCacheState:
+        """The size of the engine's prefix cache; its counters are since the server started."""
+        state = self.engine.prefix_cache if self.engine else PrefixCacheState()
+        return state._replace(
+            hits=self.past_prefix_hits + state.hits, reused_tokens=self.past_reused_tokens + state.reused_tokens
+        )
 
     async def tokenize(
         self, engine: CompletionBackend, contexts: Sequence[str | tuple[int, ...]], length: int

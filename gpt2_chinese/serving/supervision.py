@@ -18,7 +18,7 @@ from gpt2_chinese.serving.answer_size import longest_token_bytes
 from gpt2_chinese.serving.service import WARM_UP_CONTEXT, ServedModel, Service
 
 LOGGER = logging.getLogger("server")
-HEALTHY_SECONDS = 60.0
+HEALTHY_SECONDS = 10.0
 """A model that has lived for so long is started again without a pause."""
 FIRST_PAUSE, MAX_PAUSE = 0.5, 30.0
 """Seconds before the second start in a row and the most, after which the pause no longer doubles."""
@@ -101,6 +101,8 @@ class Supervisor:
         if model.engine is not None:
             model.past_prompt_tokens += model.engine.prompt_tokens
             model.past_generated_tokens += model.engine.generated_tokens
+            model.past_prefix_hits += model.engine.prefix_cache.hits
+            model.past_reused_tokens += model.engine.prefix_cache.reused_tokens
         model.engine = engine
         model.token_bytes = longest_token_bytes(engine.tokenizer.vocabulary)
         model.taken_at = time.monotonic()

@@ -22,7 +22,7 @@ from gpt2_chinese.command_line import is_quiet, text_stream
 from gpt2_chinese.model_folder import BEST_MODEL, read_config
 from gpt2_chinese.training.estimates import memory_estimate, peak_flops, will_overfit
 from gpt2_chinese.training.metrics import Metrics
-from gpt2_chinese.training.plan import REPORT_SECONDS, updates_until
+from gpt2_chinese.training.plan import MEASURED_UPDATES, REPORT_SECONDS, updates_until
 from gpt2_chinese.training.ranks import Rank
 from gpt2_chinese.training.run import CHECKPOINTS, METRICS, Run, epoch_name
 from gpt2_chinese.training.state import TrainingState
@@ -237,7 +237,7 @@ class Reporter:
         self._remark(f"plan       {self._run.total_steps:,} updates, {epochs:.1f} epochs, fit into the time")
 
     def _estimate_time(self, step: int) -> None:
-        if self._run.plan is not None and step <= self._run.warmup_steps:
+        if self._run.plan is not None and step <= MEASURED_UPDATES:
             if step == self._first_step + TIMED_UPDATES // 2:
                 self._timing_began = time.perf_counter()
             return

@@ -367,11 +367,19 @@ def test_the_engine_decodes_at_once_and_switches_to_the_compiled_decoder_within_
             may_build.set()
             engine._next_decoder.result(WAIT)
 
-    with Engine(endless_model(), tiny_tokenizer(), max_num_seqs=4, precision="fp32", wait=False) as engine:
+    engine = Engine(
+        endless_model(), tiny_tokenizer(), max_num_seqs=4, precision="fp32", wait=False, prefix_cache_bytes=1 << 20
+    )
+    with engine:
         assert isinstance(engine.decoder, Decoder) and not engine.at_full_speed
+        assert engine.prefix_cache.capacity_bytes == 0
         request = engine.submit(prompt, samples=3, length=100, sampling_params=params, on_delta=block_once)
         assert request.future.result(WAIT) == expected
         assert isinstance(engine.decoder, CompiledDecoder) and engine.at_full_speed
+        for _ in range(2):
+            request = engine.submit(prompt, samples=3, length=100, sampling_params=params)
+            assert request.future.result(WAIT) == expected
+        assert engine.prefix_cache.hits > 0 < engine.prefix_cache.capacity_bytes
 
 
 def test_an_idle_engine_switches_too_and_calls_on_step_end(monkeypatch):

@@ -173,6 +173,16 @@ def test_length_minus_one_is_the_models_n_ctx(generate, folder, capsys, monkeypa
     assert lengths == [32]
 
 
+def test_flags_beyond_what_the_model_has_are_noted_once(generate, folder, capsys):
+    flags = ["--model_path", folder, "--prefix", "一", "--nsamples", "2"]
+    generate.main([*flags, "--length", "40", "--topk", "9000"])
+    noted = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note:")]
+    assert [note.split(" is ")[0] for note in noted] == ["note: --length 40", "note: --topk 9000"]
+    assert "n_ctx of 32 tokens" in noted[0] and "the same as --topk 0" in noted[1]
+    generate.main([*flags, "--length", "-1", "--topk", "30"])
+    assert "note: --" not in capsys.readouterr().err
+
+
 def test_a_context_that_is_truncated_is_reported(generate, folder, capsys):
     generate.main(["--model_path", folder, "--prefix", "一" * 100, "--nsamples", "1", "--length", "4"])
     captured = capsys.readouterr()

@@ -249,8 +249,11 @@ def test_a_key_is_asked_for_everywhere_but_on_the_page_and_health(server):
             async with client.post("/generate", json=GOOD, headers={"Authorization": f"bearer {key}"}) as response:
                 assert response.status == 200
         for path in ("/", "/health"):
-            async with client.get(path) as response:
-                assert response.status == 200
+            for method in ("GET", "HEAD"):
+                async with client.request(method, path) as response:
+                    assert response.status == 200
+        async with client.head("/metrics") as response:
+            assert response.status == 401
         preflight = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
         preflight["Access-Control-Request-Headers"] = "authorization"
         async with client.options("/generate", headers=preflight) as response:
@@ -319,6 +322,10 @@ def test_metrics_count_requests_tokens_and_times(server):
             "gpt2_waiting_sequences": "gauge",
             "gpt2_prompt_tokens": "counter",
             "gpt2_generated_tokens": "counter",
+            "gpt2_prefix_cache_hits": "counter",
+            "gpt2_prefix_cache_reused_tokens": "counter",
+            "gpt2_prefix_cache_bytes": "gauge",
+            "gpt2_prefix_cache_capacity_bytes": "gauge",
             "gpt2_model_restarts": "counter",
             "gpt2_model_reloads": "counter",
             "gpt2_time_to_first_token_seconds": "histogram",

@@ -360,6 +360,25 @@ def test_other_paths_and_methods_are_errors_in_the_same_form():
                 await check_error(response, 405, "method_not_allowed")
         async with client.post("/health") as response:
             await check_error(response, 405, "method_not_allowed")
+        async with client.head("/generate") as response:
+            assert response.status == 405
+        await check_good(client)
+
+    served(test)
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/metrics", "/openapi.json", "/v1/models", "/v1/models/tiny"])
+def test_head_has_the_headers_of_get_and_no_body(path):
+    async def test(client):
+        async with client.get(path) as response:
+            body, of_get = await response.read(), response.headers
+        async with client.head(path) as response:
+            assert response.status == 200 and await response.read() == b""
+            assert response.headers["Content-Type"] == of_get["Content-Type"]
+            if path != "/metrics":  # its counters have counted the requests here
+                assert int(response.headers["Content-Length"]) == len(body)
+        async with client.head(path + "nothing" if path == "/" else path + "/nothing") as response:
+            assert response.status == 404
         await check_good(client)
 
     served(test)

@@ -115,6 +115,15 @@ def test_plan_prints_and_trains_nothing(train, capsys):
     assert sorted(map(str, Path.cwd().rglob("*"))) == before
 
 
+@pytest.mark.parametrize("warmup", ["0", "200"])
+def test_the_updates_are_decided_whatever_the_warm_up(train, monkeypatch, capsys, warmup):
+    pieces()
+    monkeypatch.setattr(Reporter, "updates_in_time", lambda self, state, loss: 37)
+    flags = ["--minutes", "5", "--device", "cpu", "--precision", "fp32", "--val_fraction", "0.1", "--batch_size", "2"]
+    assert train.main([*flags, "--compile", "off", "--warmup_steps", warmup]) == 0
+    assert "plan       37 updates" in capsys.readouterr().out
+
+
 def test_an_interrupted_planned_run_keeps_its_plan_and_ends_as_if_it_had_not_been(train, monkeypatch, capsys):
     pieces()
     flags = ["--minutes", "5", "--device", "cpu", "--precision", "fp32", "--val_fraction", "0.1", "--patience", "0"]
