@@ -1,7 +1,7 @@
 """Stage 2: build the vocabulary from the words of the corpus.
 
-Reads data/train.json, writes vocab/vocab_user.txt: five special tokens, then THULAC's words ranked by Keras' Tokenizer,
-or single characters; or vocab/tokenizer.json, byte-level BPE.
+Reads data/train.json, writes vocab/vocab_user.txt: five special tokens, then THULAC's words, ranked as Keras' Tokenizer
+does, or single characters; or vocab/tokenizer.json, byte-level BPE.
 
     python make-vocab.py
     python make-vocab.py --vocab_size 20000
