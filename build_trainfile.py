@@ -20,7 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from gpt2_chinese.artifacts import atomic_write
-from gpt2_chinese.command_line import add_output_flags, print_settings, progress_disabled, run_script
+from gpt2_chinese.command_line import add_output_flags, print_settings, progress_disabled, run_script, set_quiet
 from gpt2_chinese.messages import language_of
 from gpt2_chinese.text.cleaning import RULES as CLEANING_RULES
 from gpt2_chinese.text.cleaning import Cleaner, parse_rules
@@ -114,6 +114,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    set_quiet(args.quiet)
     print_settings(args, file=sys.stderr)
     encoding = check_encoding(args.encoding)
     # Indents are what tells lines that go on from those that do not; joining takes them away.
@@ -277,4 +278,4 @@ def documents_of(
 
 
 if __name__ == "__main__":
-    run_script(main, translated=True)
+    run_script(main)

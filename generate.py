@@ -17,7 +17,15 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from gpt2_chinese.artifacts import atomic_write
-from gpt2_chinese.command_line import print_settings, run_script
+from gpt2_chinese.command_line import (
+    add_output_flags,
+    is_quiet,
+    localized,
+    print_settings,
+    remark,
+    run_script,
+    set_quiet,
+)
 from gpt2_chinese.decoding.completion import PRECISIONS, SAMPLING_LIMITS, Completion, SamplingParams, TextDelta
 from gpt2_chinese.decoding.engine import Engine, choose_device
 from gpt2_chinese.model_folder import load_weights, note_of_a_better_model
@@ -107,6 +115,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # the output file
     parser.add_argument("--save_samples", action="store_true", help=f"also write {SAMPLES_FILE}, replacing an old one")
     parser.add_argument("--save_samples_path", default=".", help=f"folder of {SAMPLES_FILE} (the current one)")
+    add_output_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -134,7 +143,7 @@ def typed_contexts() -> Iterator[str]:
     """Lines that the user types, up to an empty one or the end of the input."""
     while True:
         try:
-            context = input("text (an empty line ends): ")
+            context = input("" if is_quiet() else localized("text (an empty line ends): "))
         except EOFError:
             print()
             return
@@ -198,7 +207,7 @@ def complete(
     prompt = engine.prompt(context, length)
     if prompt.truncated:
         note = f"the text is longer than the model's {engine.n_ctx} tokens; its first {prompt.truncated} were cut off"
-        print(f"note: {note}", file=sys.stderr)
+        remark(f"note: {note}", file=sys.stderr)
     deltas: SimpleQueue[TextDelta | None] = SimpleQueue()
     on_delta = deltas.put if stream else None
     request = engine.submit(
@@ -217,7 +226,7 @@ def complete(
         print_deltas(context, deltas, request.samples)
     completions = request.future.result()
     if len(completions) < samples:
-        print(
+        remark(
             f"note: the model has {len(completions)} different completions of this text, not {samples}", file=sys.stderr
         )
     if args.sort == "likely" or args.best_of is not None:
@@ -279,7 +288,7 @@ def write_articles(engine: Engine, titles: Sequence[str], length: int, args: arg
         for article, completion in enumerate(completions):
             with atomic_write(folder / f"{number}-{article}.txt") as file:
                 file.write(f"{title}\n{completion.text}\n")
-    print(f"{written} articles written to {folder}/{{title}}-{{article}}.txt")
+    print(localized(f"{written} articles written to {folder}/{{title}}-{{article}}.txt"))
 
 
 def format_sample(number: int, text: str) -> str:
@@ -289,16 +298,17 @@ def format_sample(number: int, text: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = parse_args(argv)
+    set_quiet(args.quiet)
     check_args(args)
     if args.seed is None:
         args.seed = secrets.randbits(32)
     print_settings(args, file=sys.stderr)
     for flag, reason in IGNORED_FLAGS.items():
         if getattr(args, flag.removeprefix("--")) is not None:
-            print(f"note: {flag} changes nothing: {reason}", file=sys.stderr)
+            remark(f"note: {flag} changes nothing: {reason}", file=sys.stderr)
     better = note_of_a_better_model(args.model_path)
     if better:
-        print(f"note: {better}", file=sys.stderr)
+        remark(f"note: {better}", file=sys.stderr)
     titles = read_titles(args)
     sampling_params(args)  # an error in a flag is said before the model is loaded
     model, tokenizer = load_weights(
@@ -341,9 +351,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
                 with atomic_write(Path(args.save_samples_path) / SAMPLES_FILE) as file:
                     file.writelines(format_sample(number, text) + "\n" for number, text in enumerate(saved, start=1))
     if saved:
-        print(f"{len(saved)} samples written to {Path(args.save_samples_path) / SAMPLES_FILE}")
+        print(localized(f"{len(saved)} samples written to {Path(args.save_samples_path) / SAMPLES_FILE}"))
     return None
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, texts_on_stdout=True)

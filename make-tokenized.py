@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from gpt2_chinese.artifacts import atomic_write, exclusive_lock, read_json, sha256_of, write_json
-from gpt2_chinese.command_line import add_output_flags, print_settings, progress_disabled, run_script
+from gpt2_chinese.command_line import add_output_flags, print_settings, progress_disabled, remark, run_script, set_quiet
 from gpt2_chinese.parallel import MapInOrder, default_workers, open_workers
 from gpt2_chinese.text.corpus import read_train_json, read_train_json_blocks
 from gpt2_chinese.text.pieces import MANIFEST, PROGRESS, UNKNOWN_ERROR, check_unknown
@@ -275,18 +275,19 @@ def check_replaceable(folder: Path, key: dict[str, Any], *, overwrite: bool) -> 
                 f"the pieces in {folder} are of the {name} {there}, not of {now['path']}; write to another "
                 f"--tokenized_data_path, replace them with --overwrite, or give {flag} {there}"
             )
-        print(f"note: the pieces in {folder} are of an earlier {name} and are replaced", file=sys.stderr)
+        remark(f"note: the pieces in {folder} are of an earlier {name} and are replaced", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    set_quiet(args.quiet)
     print_settings(args, file=sys.stderr)
     folder = Path(args.tokenized_data_path)
 
     # 1) Read the vocabulary and the whole corpus once: an error is found before anything is written.
     spec, vocab_file = choose_tokenizer(args)
     tokenizer = spec.build()
-    kind = DESCRIPTIONS[spec.kind] + (", as GPT2-Chinese" if spec.compat else "")
+    kind = f"{DESCRIPTIONS[spec.kind]}, as GPT2-Chinese" if spec.compat else DESCRIPTIONS[spec.kind]
     begin, end = (tokenizer.vocabulary[id_] for id_ in (tokenizer.marks.begin, tokenizer.marks.end))
     print(f"tokenizer: {kind}; {len(tokenizer):,} tokens of {vocab_file}; a document is {begin} … {end}")
     if spec.kind == "word" and not args.compat and not any(token.startswith(PART_PREFIX) for token in spec.vocabulary):
@@ -405,4 +406,4 @@ def print_summary(report: PieceReport, total: int, args: argparse.Namespace, sta
 
 
 if __name__ == "__main__":
-    run_script(main, translated=True)
+    run_script(main)

@@ -1,7 +1,7 @@
 """Stage 2: build the vocabulary from the words of the corpus.
 
-Reads data/train.json, writes vocab/vocab_user.txt: five special tokens, then THULAC's words ranked by Keras' Tokenizer,
-or single characters; or vocab/tokenizer.json, byte-level BPE.
+Reads data/train.json, writes vocab/vocab_user.txt: five special tokens, then THULAC's words, ranked as Keras' Tokenizer
+does, or single characters; or vocab/tokenizer.json, byte-level BPE.
 
     python make-vocab.py
     python make-vocab.py --vocab_size 20000
@@ -16,7 +16,6 @@ import json
 import os
 import re
 import sys
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
@@ -26,7 +25,14 @@ from types import ModuleType
 from tqdm import tqdm
 
 from gpt2_chinese.artifacts import atomic_write, read_json, sha256_of, write_json, write_lines
-from gpt2_chinese.command_line import add_output_flags, print_settings, progress_disabled, project_file, run_script
+from gpt2_chinese.command_line import (
+    add_output_flags,
+    print_settings,
+    progress_disabled,
+    project_file,
+    run_script,
+    set_quiet,
+)
 from gpt2_chinese.parallel import default_workers, open_workers
 from gpt2_chinese.text.char_tokenizer import fold_characters
 from gpt2_chinese.text.corpus import read_train_json
@@ -173,11 +179,8 @@ def load_keras_text() -> ModuleType:
 
 
 def rank_words(counts: dict[str, int]) -> list[str]:
-    """Rank words by Keras' Tokenizer: the most frequent first, ties in the order of first appearance."""
-    tokenizer = load_keras_text().Tokenizer(filters="", lower=False)
-    tokenizer.word_counts = OrderedDict(counts)
-    tokenizer.fit_on_texts([])  # ranks the counts that it holds
-    return list(tokenizer.index_word.values())
+    """Rank words as Keras' Tokenizer does: the most frequent first, ties in the order of first appearance."""
+    return sorted(counts, key=counts.__getitem__, reverse=True)  # equal ones stay in their order
 
 
 def reference_counts(batches: Iterable[dict[str, int]]) -> dict[str, int]:
@@ -252,9 +255,9 @@ def make_word_vocabulary(args: argparse.Namespace, size: int, config: dict[str, 
     seen = sum(counts.values())
     covered = sum(counts[word] for word in chosen.words)
     kind = "words" if args.tokenizer == "word" else DESCRIPTIONS["char"]
-    print(f"{args.vocab_file}: {len(tokens):,} lines: 5 special tokens, {len(chosen.words):,} {kind}", end="")
     how = "characters, parts and bytes" if args.tokenizer == "word" else "parts"
-    print("" if args.compat else f", {len(chosen.parts):,} {how} to spell other words")
+    lines = f"{args.vocab_file}: {len(tokens):,} lines: 5 special tokens, {len(chosen.words):,} {kind}"
+    print(lines if args.compat else f"{lines}, {len(chosen.parts):,} {how} to spell other words")
     print(f"words seen: {seen:,}, {len(counts):,} different; {len(chosen.words):,} kept cover {covered / seen:.2%}")
     if covered < seen:
         fate = "become [UNK]" if args.compat else "are spelled"
@@ -424,6 +427,7 @@ def refuse_a_name(path: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    set_quiet(args.quiet)
     print_settings(args, file=sys.stderr)
     path = Path(args.raw_data_path)
     size = path.stat().st_size if path.is_file() else 0
@@ -444,4 +448,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, translated=True)
+    run_script(main)

@@ -27,7 +27,7 @@ import aiohttp_cors
 from aiohttp import web
 
 from gpt2_chinese.best_model import note_of_a_better_model
-from gpt2_chinese.command_line import print_settings, run_script, say
+from gpt2_chinese.command_line import message_language, print_settings, remark, run_script, say, set_quiet
 from gpt2_chinese.decoding.completion import Completion, EngineStopped
 from gpt2_chinese.decoding.process import EngineOptions, EngineProcess
 from gpt2_chinese.serving.api import (
@@ -346,6 +346,7 @@ async def handle_page(_: web.Request) -> web.Response:
 
 def main(argv: Sequence[str] | None = None) -> int | None:
     args = parse_args(argv, "Serve completions of a trained model over HTTP.")
+    set_quiet(args.quiet)
     check_flags(args)
     keys, admin_keys = read_keys(args), read_admin_keys(args)
     sys.setswitchinterval(SWITCH_SECONDS)
@@ -356,9 +357,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         print_settings(printable(args, len(keys), len(admin_keys)))
     with socket.socket(fileno=args.listen_fd) if is_child else open_socket(args.host, args.port) as sock:
         if not is_child:
-            say(f"listening on {url_of(sock)}, loading {', '.join(args.model_path)}")
+            remark(f"listening on {url_of(sock)}, loading {', '.join(args.model_path)}")
             for better in filter(None, map(note_of_a_better_model, args.model_path)):
-                say(f"note: {better}")
+                remark(f"note: {better}")
         if len(devices) > 1:
             return run_for_each_device(Path(__file__).resolve(), sys.argv[1:] if argv is None else argv, devices, sock)
         hosts = allowed_hosts(args.host, args.allowed_hosts)
@@ -397,6 +398,8 @@ def served_models(args: argparse.Namespace) -> list[ServedModel]:
             args.precision,
             marks,
             args.prefix_cache * MEGABYTE,
+            quiet=args.quiet,
+            language=message_language(),
         )
         return EngineProcess(options, max_waiting=args.max_waiting, hang_timeout=args.hang_timeout)
 

@@ -17,6 +17,7 @@ Writes  model/model_epoch{n}/ after each epoch, model/final_model/, model/best_m
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,13 +25,15 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gpt2_chinese.openmp  # noqa: F401  # isort: skip  (torch reads what it sets)
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2LMHeadModel
 
 from gpt2_chinese.artifacts import exclusive_lock
-from gpt2_chinese.command_line import print_settings, run_script
+from gpt2_chinese.command_line import prepare_streams, print_settings, remark, run_script, set_quiet
+from gpt2_chinese.messages import language_of
 from gpt2_chinese.model_folder import BEST_MODEL
 from gpt2_chinese.precision import Precision
 from gpt2_chinese.training.estimates import memory_advice
@@ -216,6 +219,8 @@ def train_update(
 
 def train_spawned(rank: Rank, run: Run, resume: Path | None) -> int:
     """Train as a rank in a process of its own, which makes its own model."""
+    prepare_streams(language_of(os.environ, sys.argv[1:]))
+    set_quiet(run.args.quiet)
     return train(rank, run, build_model(run.args, run.vocab_file, run.tokenizer), resume)
 
 
@@ -233,6 +238,8 @@ def tokenize(args: argparse.Namespace) -> None:
     if args.document_marks:
         flags += ["--document_marks", *args.document_marks]
     flags += ["--allow_unk"] if args.allow_unk else []
+    flags += ["--quiet"] if args.quiet else []
+    flags += ["--lang", args.lang] if args.lang else []
     script = Path(__file__).with_name("make-tokenized.py")
     if subprocess.run([sys.executable, str(script), *flags], check=False).returncode:
         raise ValueError("--raw: make-tokenized.py ended with the error above; nothing was trained")
@@ -240,6 +247,7 @@ def tokenize(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv, description=__doc__)
+    set_quiet(args.quiet)
     torchrun = Torchrun.from_environment()
     is_main = torchrun is None or torchrun.rank == 0
     for flag in ("raw", "minutes"):
@@ -257,10 +265,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.report_only:
         return report_of_folder(args)
 
-    run, model = prepare(args, torchrun.world_size if torchrun else 0, print if is_main else lambda _: None, plan)
+    run, model = prepare(args, torchrun.world_size if torchrun else 0, remark if is_main else lambda _: None, plan)
     if is_main:
         for line in describe(run, model):
-            print(line)
+            remark(line)
     with exclusive_lock(args.output_dir) if is_main else nullcontext():
         ranks = torchrun.world_size if torchrun else len(run.devices)
         resume = find_checkpoint(run, ranks) if is_main else None
@@ -277,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
             status = train(Rank(0, 1, run.devices[0]), run, model, resume)
         if args.report and is_main and status == 0:
             device = str(run.devices[0])
-            print(f"report: {write_report(run.output, run.corpus, run.tokenizer, device=device, say=print)}")
+            print(f"report: {write_report(run.output, run.corpus, run.tokenizer, device=device, say=remark)}")
     return status
 
 

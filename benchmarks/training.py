@@ -444,7 +444,7 @@ def run_ours(args: argparse.Namespace, goal: float) -> tuple[float, float]:
             "--writer_dir",
             f"{folder}/tensorboard",
         ]
-        command += args.flags.split()
+        command += ["--lang", "en", *args.flags.split()]
         began = time.perf_counter()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         reached = math.inf

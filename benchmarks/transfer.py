@@ -5,7 +5,7 @@
 Both corpora are TXT files, a document a line. The old model is trained on the first one. A tenth of the second one, by
 a hash of each document, is measured on; a share of the rest, by the same hash, is trained on by every other model, with
 as many updates. Bits per character compare them, whatever their vocabulary. make-vocab.py runs in the other
-environment.
+environment. Models that an earlier call with the same --folder has trained are kept.
 """
 
 from __future__ import annotations
@@ -62,22 +62,24 @@ def prepare(args: argparse.Namespace, name: str, documents: list[str]) -> Path:
 
 def make_vocabulary(args: argparse.Namespace, folder: Path) -> Path:
     path = folder / "vocab.txt"
-    flags = ["--raw_data_path", folder / "train.json", "--vocab_file", path, "--vocab_size", 5000]
+    flags = ["--raw_data_path", folder / "train.json", "--vocab_file", path, "--vocab_size", 5000, "--overwrite"]
     run(args.vocab_python, "make-vocab.py", *flags, "--tokenizer", args.tokenizer)
     return path
 
 
 def tokenize(args: argparse.Namespace, folder: Path, vocabulary: Path, name: str) -> Path:
     flags = ["--raw_data_path", folder / "train.json", "--vocab_filename", vocabulary, "--num_pieces", 10]
-    run(sys.executable, "make-tokenized.py", *flags, "--min_length", 0, "--tokenized_data_path", folder / name)
+    run(sys.executable, "make-tokenized.py", *flags, "--min_length", 0, "--overwrite", "--tokenized_data_path", folder / name)
     return folder / name
 
 
 def train(args: argparse.Namespace, pieces: Path, name: str, flags: str) -> Path:
     output = args.folder / name
+    if (output / "final_model").is_dir():
+        return output / "final_model"
     common = ["--model_config", "config/model_config_mini.json", "--tokenized_data_path", pieces, "--val_fraction", 0]
     common += ["--output_dir", output, "--writer_dir", output / "tensorboard", "--device", "cpu", "--log_step", 100]
-    run(sys.executable, "train.py", *common, *flags.split(), "--resume", "none")
+    run(sys.executable, "train.py", *common, *flags.split(), "--resume", "none", "--overwrite")
     return output / "final_model"
 
 

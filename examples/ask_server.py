@@ -48,7 +48,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=5)
     args = parser.parse_args()
 
-    command = [sys.executable, str(SERVER), "--model_path", args.model_path, "--port", "0"]
+    command = [sys.executable, str(SERVER), "--model_path", args.model_path, "--port", "0", "--lang", "en"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
     try:
         url = wait_for_address(server) + "/generate"

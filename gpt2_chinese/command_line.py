@@ -10,23 +10,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from gpt2_chinese.messages import TranslatedStream, language_of
+from gpt2_chinese.messages import TranslatedStream, language_of, translated
 
 USER_ERROR = 2
 INTERRUPTED = 130
 
 
-def run_script(main: Callable[[], int | None], *, translated: bool = False) -> None:
+def run_script(main: Callable[[], int | None], *, texts_on_stdout: bool = False) -> None:
     """Call `main` and exit; a user's mistake (ValueError, OSError) is printed without a traceback.
 
-    The exit status is what `main` returns (None is 0), 2 after a user's mistake and 130 after Ctrl-C. With `translated`
-    the script speaks Chinese where the locale or its --lang says so (messages.py).
+    The exit status is what `main` returns (None is 0), 2 after a user's mistake and 130 after Ctrl-C. The script speaks
+    Chinese where the locale or its --lang says so (messages.py); with `texts_on_stdout` only what goes to stderr is
+    translated, and `localized` does it for the other lines.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a console of GBK, say, has not every character
-    if translated and language_of(os.environ, sys.argv[1:]) == "zh":
-        sys.stdout, sys.stderr = TranslatedStream(sys.stdout), TranslatedStream(sys.stderr)
+    prepare_streams(language_of(os.environ, sys.argv[1:]), texts_on_stdout=texts_on_stdout)
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
@@ -35,6 +32,35 @@ def run_script(main: Callable[[], int | None], *, translated: bool = False) -> N
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def prepare_streams(language: str, *, texts_on_stdout: bool = False) -> None:
+    """Let stdout and stderr write a replacement for what a console lacks, and messages in a language, "en" or "zh".
+
+    A process that a script starts calls this itself.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a console of GBK, say, has not every character
+    if language == "zh":
+        sys.stderr = TranslatedStream(sys.stderr)
+        if not texts_on_stdout:
+            sys.stdout = TranslatedStream(sys.stdout)
+
+
+def message_language() -> str:
+    """The language that `prepare_streams` was given."""
+    return "zh" if isinstance(sys.stderr, TranslatedStream) else "en"
+
+
+def localized(text: str) -> str:
+    """A message for a stream that is not translated, in the language of the others."""
+    return translated(text) if message_language() == "zh" else text
+
+
+def text_stream() -> TextIO:
+    """Stdout for what must stay as it is, such as completions."""
+    return sys.stdout.untranslated if isinstance(sys.stdout, TranslatedStream) else sys.stdout
 
 
 def project_file(path: str) -> str:
@@ -51,6 +77,25 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_is_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Say to this process whether --quiet is given, for `remark` and progress bars."""
+    global _is_quiet
+    _is_quiet = quiet
+
+
+def is_quiet() -> bool:
+    return _is_quiet
+
+
+def remark(line: str, *, file: TextIO | None = None) -> None:
+    """Print what --quiet leaves out: a setting, a note, progress. A warning is printed all the same."""
+    if not _is_quiet or line.startswith("warning:"):
+        say(line, file=file)
+
+
 def progress_disabled(args: argparse.Namespace) -> bool | None:
     """What tqdm takes as `disable`: None shows a bar on a terminal only."""
     return True if args.quiet else None
@@ -65,10 +110,14 @@ def as_sentence(error: ValueError | OSError) -> str:
 
 
 def print_settings(args: argparse.Namespace, *, file: TextIO | None = None) -> None:
-    """Print the resolved flags of a run, in one line, as they would be typed; nothing with --quiet."""
+    """Print the resolved flags of a run, in one line, as they would be typed; nothing with --quiet.
+
+    The two flags of `add_output_flags` change nothing of what is done.
+    """
     if getattr(args, "quiet", False):
         return
-    say("settings: " + " ".join(f"--{name}={value}" for name, value in vars(args).items()), file=file)
+    flags = [f"--{name}={value}" for name, value in vars(args).items() if name not in ("quiet", "lang")]
+    say(f"settings: {' '.join(flags)}", file=file)
 
 
 def say(text: str, *, file: TextIO | None = None) -> None:

@@ -20,6 +20,7 @@ import llvmlite
 import llvmlite.binding as llvm
 
 from gpt2_chinese.artifacts import atomic_write
+from gpt2_chinese.command_line import remark
 
 DIGEST_SIZE = hashlib.sha256().digest_size
 FUNCTION_NAME = "entry"
@@ -49,7 +50,7 @@ def load_function(
     file_name = cache_file_name(module_name, sources)
     code = read_cached_code(file_name)
     if code is None:
-        print(f"compiling {module_name}, once on this machine: less than a minute", file=sys.stderr, flush=True)
+        remark(f"compiling {module_name}, once on this machine: less than a minute", file=sys.stderr)
         code = compile_module(module_name)
         write_cached_code(file_name, code)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine())

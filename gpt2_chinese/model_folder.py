@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 
 from gpt2_chinese.artifacts import disk_errors, flush_file, flush_folder, read_json, sha256_of, write_json, write_lines
 from gpt2_chinese.best_model import BEST_MODEL, MANIFEST, note_of_a_better_model
+from gpt2_chinese.command_line import remark
 from gpt2_chinese.text.char_tokenizer import CharTokenizer
 from gpt2_chinese.text.tokenizers import (
     TOKENIZER_CONFIG,
@@ -642,4 +643,4 @@ def check_replaceable(folder: str | Path) -> None:
 
 
 def _note(message: str) -> None:
-    print(f"note: {message}", file=sys.stderr)
+    remark(f"note: {message}", file=sys.stderr)

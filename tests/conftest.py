@@ -15,6 +15,11 @@ ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = Path(os.environ.get("GPT2_CHINESE_REFERENCE", ROOT.parent / "shared" / "reference"))
 CORPORA = REFERENCE.parent / "corpora"
 
+# Tests read what scripts say in English, also on a machine whose locale is Chinese; its encoding stays.
+if os.environ.get("LC_ALL"):
+    os.environ["LC_CTYPE"] = os.environ.pop("LC_ALL")
+os.environ["LC_MESSAGES"] = "C"
+
 # Machines that run tests are shared, so no example is refused for the time that it takes.
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gpt2_chinese.command_line import remark
 from gpt2_chinese.compiled import is_cached, load_function
 from gpt2_chinese.decoding import batch_sampler, sampling
 from gpt2_chinese.decoding.decoder import Decoder, PrefilledPrompt, check_model
@@ -546,7 +547,7 @@ def make_cpu_decoder(
         precision = "bf16" if precision == "auto" else precision
         return CompiledDecoder(model, max_num_seqs, precision, prefix_cache_bytes=prefix_cache_bytes)
     except Exception as error:  # whatever a compiler raises: decoding works without it, only slower
-        print(f"note: decoding with PyTorch in float32, which is slower: {error}", file=sys.stderr)
+        remark(f"note: decoding with PyTorch in float32, which is slower: {error}", file=sys.stderr)
         return Decoder(model.float(), max_num_seqs)
 
 

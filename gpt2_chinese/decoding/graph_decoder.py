@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gpt2_chinese.command_line import remark
 from gpt2_chinese.decoding.decoder import Decoder, PrefilledPrompt
 from gpt2_chinese.precision import to_device
 
@@ -219,7 +220,7 @@ class GraphDecoder(Decoder):
                 raise RuntimeError("the replayed graph gives other logits than the step itself")
         except Exception as error:  # whatever CUDA raises: decoding continues without graphs, only slower
             self.capture = None
-            print(f"note: decoding without a CUDA graph, which is slower: {error}", file=sys.stderr)
+            remark(f"note: decoding without a CUDA graph, which is slower: {error}", file=sys.stderr)
             return None
         self._graphs[size] = graph
         return graph
@@ -279,7 +280,7 @@ def make_gpu_decoder(model: Any, max_num_seqs: int, precision: str | None) -> Gr
         ValueError: the model has cross-attention, or weights that are not finite.
     """
     if precision == "int8":
-        print("note: --precision int8 is for CPUs; this GPU computes in the model's own precision", file=sys.stderr)
+        remark("note: --precision int8 is for CPUs; this GPU computes in the model's own precision", file=sys.stderr)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision or "")
     return GraphDecoder(model, max_num_seqs, dtype)
 

@@ -35,6 +35,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+from gpt2_chinese.command_line import prepare_streams, set_quiet
 from gpt2_chinese.decoding.backend import CompletionBackend, PrefixCacheState, Request
 from gpt2_chinese.decoding.completion import EngineStopped, TextDelta, TokenLogprob
 from gpt2_chinese.text.tokenizers import TokenizerSpec, spec_of
@@ -59,7 +60,11 @@ SHUTDOWN_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What to load and how to decode; see model_folder.load_weights, engine.choose_device and Engine."""
+    """What to load and how to decode; see model_folder.load_weights, engine.choose_device and Engine.
+
+    Attributes:
+        quiet, language: of the notes that the child writes to stderr, see `command_line`.
+    """
 
     folder: str
     vocab_file: str | None = None
@@ -68,6 +73,8 @@ class EngineOptions:
     precision: str | None = "auto"
     document_marks: tuple[str, str] | None = None
     prefix_cache_bytes: int = 0
+    quiet: bool = False
+    language: str = "en"
 
 
 class Ready(NamedTuple):
@@ -515,6 +522,8 @@ def run_child() -> None:
     options = next(frames, None)
     if options is None:
         return  # the parent is gone already
+    prepare_streams(options.language)
+    set_quiet(options.quiet)
 
     def write(data: bytes) -> None:
         try:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from gpt2_chinese.command_line import add_output_flags
 from gpt2_chinese.decoding.completion import PRECISIONS
 from gpt2_chinese.serving.api import Limits
 from gpt2_chinese.serving.keys import ADMIN_KEY_VARIABLE, KEY_VARIABLE
@@ -25,6 +26,7 @@ def parse_args(argv: Sequence[str] | None = None, description: str | None = None
     _add_healing(parser)
     _add_network(parser)
     _add_limits(parser)
+    add_output_flags(parser)
     # For the processes that devices.py starts: the socket they share, and where they say that they are ready.
     parser.add_argument("--listen_fd", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--ready_fd", type=int, help=argparse.SUPPRESS)

@@ -18,7 +18,7 @@ from typing import Any
 
 from aiohttp import web
 
-from gpt2_chinese.command_line import say
+from gpt2_chinese.command_line import remark, say
 from gpt2_chinese.serving.api import DEFAULT_LENGTH, DEFAULT_SAMPLES
 from gpt2_chinese.serving.connections import start_listening, url_of
 from gpt2_chinese.serving.fast_path import refuse_overload
@@ -146,8 +146,8 @@ def startup_message(url: str) -> str:
 def _print_ready(service: Service, begin: float) -> None:
     seconds = time.monotonic() - begin
     for model in service.models:
-        ready = "ready at full speed" if model.at_full_speed else "ready"
-        say(f"{model.name} is {ready} on {service.device}, {seconds:.1f} s after the start")
+        speed = " at full speed" if model.at_full_speed else ""
+        remark(f"{model.name} is ready{speed} on {service.device}, {seconds:.1f} s after the start")
 
 
 async def _print_full_speed(service: Service, begin: float) -> None:
@@ -155,4 +155,4 @@ async def _print_full_speed(service: Service, begin: float) -> None:
     for model in [model for model in service.models if not model.at_full_speed]:
         while not model.at_full_speed:
             await asyncio.sleep(FULL_SPEED_POLL_SECONDS)
-        say(f"{model.name} is at full speed, {time.monotonic() - begin:.1f} s after the start")
+        remark(f"{model.name} is at full speed, {time.monotonic() - begin:.1f} s after the start")

@@ -18,7 +18,7 @@ from gpt2_chinese.serving.answer_size import longest_token_bytes
 from gpt2_chinese.serving.service import WARM_UP_CONTEXT, ServedModel, Service
 
 LOGGER = logging.getLogger("server")
-HEALTHY_SECONDS = 60.0
+HEALTHY_SECONDS = 10.0
 """A model that has lived for so long is started again without a pause."""
 FIRST_PAUSE, MAX_PAUSE = 0.5, 30.0
 """Seconds before the second start in a row and the most, after which the pause no longer doubles."""

@@ -56,11 +56,13 @@ def check_unknown(unknown: int, tokens: int, vocab_file: str | Path, *, allow: b
     share = unknown / max(tokens, 1)
     if share < UNKNOWN_WARNING:
         return None
-    problem = f"{share:.1%} of the tokens are [UNK]: {vocab_file} has not the characters of this text"
-    mend = "make one of it with make-vocab.py, which spells every character in bytes, or with --tokenizer bpe"
+    problem = (
+        f"{share:.1%} of the tokens are [UNK]: {vocab_file} has not the characters of this text; make one of it with "
+        "make-vocab.py, which spells every character in bytes, or with --tokenizer bpe"
+    )
     if share >= UNKNOWN_ERROR and not allow:
-        raise ValueError(f"{problem}; {mend}, or go on all the same with --allow_unk")
-    return f"warning: {problem}; {mend}"
+        raise ValueError(f"{problem}, or go on all the same with --allow_unk")
+    return f"warning: {problem}"
 
 
 def check_vocabulary(folder: str | Path, manifest: dict[str, Any] | None, vocab_file: str | Path) -> None:

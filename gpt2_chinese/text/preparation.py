@@ -6,6 +6,7 @@ on which machine they run. A worker keeps what it has learned about words for it
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from gpt2_chinese.text.word_table import (
     spell_plain_words,
 )
 from gpt2_chinese.text.word_tokenizer import (
+    IDEOGRAPHS,
     LINE_BREAK,
     RULES,
     RULES_VERSION,
@@ -127,6 +129,9 @@ def _fold_counts(batches: Iterable[CountedWords], fold: Callable[[str, bool], li
         counter.add(batch)
     folded: dict[str, int] = {}
     for (word, touching), count in counter.items():
+        if IDEOGRAPHS.fullmatch(word):  # nearly every word: it is its own
+            folded[word] = folded.get(word, 0) + count
+            continue
         for part in fold(word, touching):
             folded[part] = folded.get(part, 0) + count
     return folded
@@ -138,6 +143,24 @@ class Tokenizing:
 
     spec: TokenizerSpec
     min_length: int
+
+    def __reduce__(self) -> tuple[Callable[[bytes, int], Tokenizing], tuple[bytes, int]]:
+        # Every task has it: a vocabulary is pickled once, and unpickled once by each worker.
+        return _tokenizing_of, (_pickled(self.spec), self.min_length)
+
+
+@lru_cache(maxsize=1)
+def _pickled(spec: TokenizerSpec) -> bytes:
+    return pickle.dumps(spec)
+
+
+@lru_cache(maxsize=1)
+def _unpickled(spec: bytes) -> TokenizerSpec:
+    return pickle.loads(spec)
+
+
+def _tokenizing_of(spec: bytes, min_length: int) -> Tokenizing:
+    return Tokenizing(_unpickled(spec), min_length)
 
 
 KINDS_OF_CHANGE = ("case", "accents", "white_space", "control", "unknown")
@@ -374,9 +397,13 @@ class _TableFormatter:
             self._clear()
         self._learn(self._table.words)
 
-        counts = np.bincount(sequence[sequence >= 0], minlength=self._figures.shape[1])
-        words, spelled, unknown, case, accents = (int(counts @ figure) for figure in self._figures)
-        line_breaks = int(np.count_nonzero(sequence == LINE_BREAK_WORD))
+        # Words have numbers from 0 on, and what stands between them the two below.
+        counts = np.bincount(sequence - LINE_BREAK_WORD, minlength=self._figures.shape[1] - LINE_BREAK_WORD)
+        line_breaks, document_ends = counts[:-LINE_BREAK_WORD].tolist()
+        counts = counts[-LINE_BREAK_WORD:]
+        present = np.flatnonzero(counts)  # a batch has few of the words that are known
+        figures = self._figures[:, present] @ counts[present]
+        words, spelled, unknown, case, accents = map(int, figures)
         report.words += words
         report.spelled_words += spelled
         report.unknown_tokens += unknown
@@ -390,8 +417,8 @@ class _TableFormatter:
                 for part in parts:
                     report.unknown_words[part] += int(counts[number])
 
-        count = int(counts @ (self._ends - self._starts)) + line_breaks
-        count += 2 * int(np.count_nonzero(sequence == DOCUMENT_END))
+        count = int(counts[present] @ (self._ends[present] - self._starts[present]))
+        count += line_breaks + 2 * document_ends
         return self._decimal.write(
             sequence,
             self._starts,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -120,10 +120,8 @@ class TokenizerSpec:
 
     def settings(self) -> dict[str, Any]:
         """What a manifest keeps beside the vocabulary: JSON values."""
-        values = asdict(self)
-        for name in ("vocabulary", "definition"):
-            del values[name]
-        return values
+        names = (field.name for field in fields(self))
+        return {name: getattr(self, name) for name in names if name not in ("vocabulary", "definition")}
 
     def keeping(self, *, case: bool, spaces: bool) -> TokenizerSpec:
         """The same tokenizer, with case and with white space beside Chinese kept.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS
-from gpt2_chinese.text.word_tokenizer import BYTE_TOKENS, PART_PREFIX, fold, is_spaced, spelling
+from gpt2_chinese.text.word_tokenizer import BYTE_TOKENS, IDEOGRAPHS, PART_PREFIX, fold, is_spaced, spelling
 
 REPORT_SIZES = (1000, 2000, 5000, 10000, 20000, 50000)
 MIN_COUNT = 5  # a token that is seen less often is hardly learnt
@@ -63,7 +63,7 @@ def word_part_counts(counts: Mapping[str, int], fold: Callable[[str], str] = fol
     """
     parts: dict[str, int] = {}
     for word, count in counts.items():
-        for part in spelling(word):
+        for part in word if IDEOGRAPHS.fullmatch(word) else spelling(word):
             parts[part] = parts.get(part, 0) + count
     spaced = dict.fromkeys(part[-1] for part in parts if is_spaced(part[-1]))
     for character in [*spaced, *sorted(set(map(fold, LETTERS)))]:

@@ -308,9 +308,8 @@ class WordTable:
 
     def _classify(self, code_points: np.ndarray) -> None:
         """Learn what the characters of a text are."""
-        there = np.zeros(len(self._classes), dtype=np.uint8)
-        there[code_points] = True
-        for code in np.flatnonzero(there & (self._classes == UNSEEN)).tolist():
+        unseen = code_points[self._classes[code_points] == UNSEEN]
+        for code in set(unseen.tolist()):
             self._classes[code] = self._class_of(chr(code))
 
 

@@ -42,7 +42,7 @@ _INNER_SPACE = re.compile(r"(?<=\S)[^\S\n]+(?=\S)")
 MAX_BERT_WORD = 100
 """Characters; BERT's word piece gives up on longer words."""
 _SPECIAL_PATTERN = re.compile("|".join(re.escape(token) for token in SPECIAL_TOKENS))
-_IDEOGRAPHS = re.compile("[一-鿿]+")  # the block of CJK Unified Ideographs
+IDEOGRAPHS = re.compile("[一-鿿]+")  # the block of CJK Unified Ideographs
 _LATIN_WORD = re.compile("[a-z]+")
 # What is kept of words that were met: at most so many, of at most so many characters, which is 90 MB whatever they are.
 # They are forgotten all at once when there are more.
@@ -271,7 +271,7 @@ class WordSplitter:
 
 def fold_word(raw: str, touching: bool, rules: Rules = RULES[RULES_VERSION]) -> tuple[list[str], bool]:
     """Give the words of one THULAC word, and whether a word behind it would touch a spaced character."""
-    if _IDEOGRAPHS.fullmatch(raw):
+    if IDEOGRAPHS.fullmatch(raw):
         return [raw], False  # nearly every word: nothing to fold, to split or to space
     words: list[str] = []
     for number, chunk in enumerate(re.split(r"(\s+)", raw)):
@@ -291,7 +291,7 @@ def spelling(word: str, rules: Rules = RULES[RULES_VERSION]) -> list[str]:
         >>> spelling("##38度")
         ['##3', '##8', '度']
     """
-    if _IDEOGRAPHS.fullmatch(word):
+    if IDEOGRAPHS.fullmatch(word):
         return list(word)
     attached = word.startswith(PART_PREFIX) and len(word) > len(PART_PREFIX)
     body = word[len(PART_PREFIX) :] if attached else word

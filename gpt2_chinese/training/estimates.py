@@ -96,11 +96,10 @@ def memory_advice(windows: int, n_ctx: int, *, batch_size: int, accumulation: in
         words = str(error)
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in words:
             raise
-        wanted = re.search(r"allocate ([\d.]+ \w+)", words)
+        found = re.search(r"allocate ([\d.]+ \w+)", words)
+        wanted = f", when {found[1]} more were wanted" if found else ""
         raise ValueError(
-            f"out of memory with a micro-batch of {windows} windows of {n_ctx} tokens"
-            + (f", when {wanted[1]} more were wanted" if wanted else "")
-            + f". Take a smaller --batch_size and as much more --gradient_accumulation (they are "
-            f"{batch_size} and {accumulation}; their product decides the result), "
-            "--gradient_checkpointing, or a smaller --model_config"
+            f"out of memory with a micro-batch of {windows} windows of {n_ctx} tokens{wanted}. Take a smaller "
+            f"--batch_size and as much more --gradient_accumulation (they are {batch_size} and {accumulation}; their "
+            "product decides the result), --gradient_checkpointing, or a smaller --model_config"
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
+from gpt2_chinese.command_line import add_output_flags
 from gpt2_chinese.training.hold_out import MAX_BYTES, MIN_BYTES
 from gpt2_chinese.training.run import DEFAULT_VOCABULARY, MAX_DEFAULT_WARMUP, SAVE_SECONDS
 
@@ -38,6 +39,7 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
     _add_validation(parser)
     _add_run(parser)
     _add_hardware(parser)
+    add_output_flags(parser)
     return parser
 
 

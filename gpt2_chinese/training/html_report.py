@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_chinese.artifacts import atomic_write, read_json, write_json
+from gpt2_chinese.command_line import message_language, remark
 from gpt2_chinese.model_folder import CONFIG
 from gpt2_chinese.precision import choose_devices
 from gpt2_chinese.text.pieces import check_vocabulary, read_manifest, read_pieces_tokenizer, text_of_tokens
@@ -85,7 +86,7 @@ def write_report(
     )
     sentence = result_sentence(_best_bits(figures), figures["yardstick"])
     if sentence is not None:
-        say(f"report: {sentence[0]}")
+        say(f"report: {sentence[message_language() == 'zh']}")
     write_json(output_dir / REPORT_JSON, figures)
     with atomic_write(output_dir / REPORT_HTML) as file:
         file.write(render(figures))
@@ -123,7 +124,7 @@ def report_of_folder(args: argparse.Namespace) -> int:
         token_texts=text_of_tokens(tokenizer),
     )
     device = str(choose_devices(args.device)[0][0])
-    print(f"report: {write_report(output_dir, corpus, tokenizer, device=device, say=print)}")
+    print(f"report: {write_report(output_dir, corpus, tokenizer, device=device, say=remark)}")
     return 0
 
 

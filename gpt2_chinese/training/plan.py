@@ -23,7 +23,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2_chinese.artifacts import read_json, write_json
-from gpt2_chinese.command_line import project_file
+from gpt2_chinese.command_line import project_file, remark, say
 from gpt2_chinese.model_folder import read_config
 from gpt2_chinese.precision import Precision, choose_devices, choose_precision
 from gpt2_chinese.text.pieces import HOW_TO_FIX, MANIFEST, read_manifest
@@ -97,7 +97,7 @@ def make_plan(
     args: argparse.Namespace,
     given: set[str],
     speed_of: Callable[[str, int], float] | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = remark,
 ) -> Plan:
     """Plan what no flag says.
 
@@ -332,7 +332,8 @@ def plan_run(args: argparse.Namespace, given: set[str]) -> Plan:
     resumes = args.resume not in (None, "none") and path.is_file()
     plan = Plan.read(path) if resumes else make_plan(args, given)
     plan.apply(args)
-    print(f"plan       as in {path}" if resumes else "\n".join(describe(plan)))
+    for line in [f"plan       as in {path}"] if resumes else describe(plan):
+        (say if args.plan else remark)(line)
     return plan
 
 

@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import GPT2LMHeadModel
 
+from gpt2_chinese.command_line import is_quiet, text_stream
 from gpt2_chinese.model_folder import BEST_MODEL, read_config
 from gpt2_chinese.training.estimates import memory_estimate, peak_flops, will_overfit
 from gpt2_chinese.training.metrics import Metrics
@@ -99,10 +100,12 @@ def _held_out(corpus: Corpus) -> str:
     if not corpus.held_out_slices:
         documents = f"{corpus.held_out_documents:,} of {corpus.documents:,} documents"
         return f"; {documents} held out, {corpus.held_out_tokens:,} tokens"
-    documents = f"{corpus.held_out_documents:,} documents and " if corpus.held_out_documents else ""
+    held_out = f"{corpus.held_out_slices:,} slices of long documents"
+    if corpus.held_out_documents:
+        held_out = f"{corpus.held_out_documents:,} documents and {held_out}"
     return (
-        f"; {documents}{corpus.held_out_slices:,} slices of long documents held out, {corpus.held_out_tokens:,} "
-        f"tokens; {corpus.gap_tokens:,} tokens beside the slices left out"
+        f"; {held_out} held out, {corpus.held_out_tokens:,} tokens; {corpus.gap_tokens:,} tokens beside the slices "
+        "left out"
     )
 
 
@@ -138,7 +141,7 @@ class Reporter:
             total=run.total_steps,
             initial=state.step,
             unit=" updates",
-            disable=not rank.is_main,
+            disable=not rank.is_main or is_quiet(),
             dynamic_ncols=True,
             mininterval=10 if in_log_file else 0.1,
         )
@@ -231,7 +234,7 @@ class Reporter:
         """The number of updates has been decided."""
         self._bar.total = self._run.total_steps
         epochs = self._run.total_steps / self._run.updates_per_epoch
-        self._say(f"plan       {self._run.total_steps:,} updates, {epochs:.1f} epochs, fit into the time")
+        self._remark(f"plan       {self._run.total_steps:,} updates, {epochs:.1f} epochs, fit into the time")
 
     def _estimate_time(self, step: int) -> None:
         if self._run.plan is not None and step <= MEASURED_UPDATES:
@@ -243,7 +246,7 @@ class Reporter:
             self._timing_began = time.perf_counter()
         elif step == self._first_step + TIMED_UPDATES and remaining > TIMED_UPDATES:
             seconds = (time.perf_counter() - self._timing_began) / (TIMED_UPDATES - TIMED_UPDATES // 2) * remaining
-            self._say(f"the remaining {remaining:,} updates will take about {timedelta(seconds=round(seconds))}")
+            self._remark(f"the remaining {remaining:,} updates will take about {timedelta(seconds=round(seconds))}")
 
     def epoch(self, state: TrainingState, epoch: int) -> None:
         """Epoch `epoch` (from 1) has ended and its model is saved."""
@@ -288,7 +291,7 @@ class Reporter:
                     "not"
                 )
         for text, completion in completions.items():
-            self._say(f"    {text}|{completion}")
+            self._say(f"    {text}|{completion}", file=text_stream())
 
     def stopped(self, state: TrainingState) -> None:
         self._say(
@@ -315,6 +318,10 @@ class Reporter:
             return ""
         return f" of {self._run.total_steps:,}, {state.since_best} measurements without gain"
 
-    def _say(self, line: str) -> None:
+    def _say(self, line: str, *, file: TextIO | None = None) -> None:
         if self._rank.is_main:
-            self._bar.write(line)
+            self._bar.write(line, file=file)
+
+    def _remark(self, line: str) -> None:
+        if not is_quiet():
+            self._say(line)

@@ -217,12 +217,19 @@ def choose_vocabulary(vocab_file: str | None, manifest: Mapping[str, Any] | None
 def read_prompts(text: str) -> list[str]:
     """The texts of --sample_prompts: the lines of a file if there is one of that name, else what commas separate.
 
+    Raises:
+        ValueError: the flag has bytes that the terminal's encoding has not.
+
     Example:
         >>> read_prompts("孩子,春天；医生")
         ['孩子', '春天', '医生']
     """
     if not text:
         return []
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError(
+            "--sample_prompts is not in this terminal's encoding; name a file instead, with a prompt a line"
+        )
     lines = (
         Path(text).read_text(encoding="utf-8").splitlines() if Path(text).is_file() else re.split("[,，、;；]", text)
     )

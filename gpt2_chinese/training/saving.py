@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from gpt2_chinese.command_line import remark
 from gpt2_chinese.model_folder import BEST_MODEL, CONFIG, save_model
 from gpt2_chinese.training.checkpoints import (
     check_settings,
@@ -75,7 +76,7 @@ def restore(run: Run, rank: Rank, trainable: Trainable, resume: Path | None) -> 
     if saved is None:
         return TrainingState(RunningLoss(rank.device))
     if rank.is_main and saved.get("made_with") != _made_with():
-        print(f"note: the checkpoint was made with {saved.get('made_with')}, this is {_made_with()}: not bit for bit")
+        remark(f"note: the checkpoint was made with {saved.get('made_with')}, this is {_made_with()}: not bit for bit")
     try:
         trainable.model.load_state_dict(saved["model"])
         trainable.optimizer.load_state_dict(saved["optimizer"])
@@ -108,7 +109,7 @@ def find_checkpoint(run: Run, ranks: int) -> Path | None:
     if resume == "auto":
         path = latest_valid(folder, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
         if path is None:
-            print(f"note: there is no checkpoint in {folder}: starting at the beginning")
+            remark(f"note: there is no checkpoint in {folder}: starting at the beginning")
             return None
     else:
         path = Path(resume)
@@ -120,7 +121,7 @@ def find_checkpoint(run: Run, ranks: int) -> Path | None:
     check_settings(path, manifest["settings"], run.settings() | {"ranks": ranks})
     # What came after it will come again.
     delete_old(folder, keep=run.args.keep_checkpoints, up_to=manifest["step"])
-    print(f"resuming from {path}, after update {manifest['step']:,} of {run.total_steps:,}")
+    remark(f"resuming from {path}, after update {manifest['step']:,} of {run.total_steps:,}")
     return path
 
 
@@ -153,7 +154,7 @@ def _make_room(run: Run) -> None:
             raise ValueError(
                 f"--{flag} {source} is part of the run that --overwrite would delete: take another --output_dir"
             )
-    print(f"note: an earlier run in {run.output} is deleted: {names}")
+    remark(f"note: an earlier run in {run.output} is deleted: {names}")
     for path in [*found, *Path(run.args.writer_dir).glob("events.out.tfevents.*")]:
         if path.is_dir():
             shutil.rmtree(path)

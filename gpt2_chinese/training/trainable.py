@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2LMHeadModel
 
+from gpt2_chinese.command_line import remark
 from gpt2_chinese.model_folder import load_model
 from gpt2_chinese.precision import Precision, has_bf16, load_apex
 from gpt2_chinese.training.allocator import keep_freed_memory
@@ -70,7 +71,7 @@ def build(run: Run, rank: Rank, model: GPT2LMHeadModel, *, is_new: bool) -> Trai
     # DistributedDataParallel gives the other ranks rank 0's weights.
     if args.embedding_init == "cooccurrence" and rank.is_main and is_new:
         counted = init_embedding_from_cooccurrence(model, run.corpus.tokens, seed=args.seed)
-        print(f"embedding  initialised from the co-occurrences of {counted:,} tokens")
+        remark(f"embedding  initialised from the co-occurrences of {counted:,} tokens")
     torch.manual_seed(args.seed + rank.number)  # every rank drops out other units
     if device.type == "cpu":
         keep_freed_memory()
@@ -99,7 +100,7 @@ def build(run: Run, rank: Rank, model: GPT2LMHeadModel, *, is_new: bool) -> Trai
         if not problem:
             window_loss.compile_for((micro_batch, run.config.n_ctx))
         if rank.is_main:
-            print(f"note: not compiled: {problem}" if problem else "compiling: the first update takes a minute or so")
+            remark(f"note: not compiled: {problem}" if problem else "compiling: the first update takes a minute or so")
     optimizer = make_optimizer(
         model,
         args.lr,

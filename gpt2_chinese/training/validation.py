@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from gpt2_chinese.command_line import remark
 from gpt2_chinese.decoding.whole_characters import CharacterMasks
 from gpt2_chinese.model_folder import load_model
 from gpt2_chinese.precision import Precision, choose_devices, choose_precision
@@ -86,7 +87,7 @@ def evaluate_folder(args: argparse.Namespace) -> int:
         raise ValueError("--eval_only measures a model folder: name it with --pretrained_model")
     devices, note = choose_devices(args.device)
     if note:
-        print(f"note: {note}")
+        remark(f"note: {note}")
     precision = Precision(choose_precision(args, devices[0])[0], devices[0])
     folder = Path(args.tokenized_data_path)
     manifest = read_manifest(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import io
 import os
@@ -11,31 +12,41 @@ import sys
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from gpt2_chinese.messages import TABLE, TranslatedStream, language_of, translated
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = [*ROOT.glob("*.py"), *(path for path in (ROOT / "gpt2_chinese").rglob("*.py") if path.name != "messages.py")]
+SOURCES = [
+    *ROOT.glob("*.py"),
+    *(path for path in (ROOT / "gpt2_chinese").rglob("*.py") if path.name != "messages_zh.py"),
+]
 
 
-def printed_texts() -> list[str]:
+def printed_texts(paths: list[Path]) -> list[str]:
     """The strings of the code, with {} for values."""
     found = []
-    for path in SOURCES:
+    for path in paths:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 found.append(
                     "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
                 )
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
-    return found
+                found.append(re.sub(r"\{\w*:[^{}]*\}", "{}", node.value))  # for str.format
+    return [line for text in found for line in text.split("\n")]
+
+
+def sentences_of_argparse() -> set[str]:
+    return {re.sub(r"%(\(\w+\))?[sr]", "{}", text) for text in printed_texts([Path(argparse.__file__)])}
 
 
 def test_every_sentence_of_the_table_is_one_of_the_code():
-    texts = {re.sub(r"^(error|warning|note): ", "", text) for text in printed_texts()}
+    texts = set(printed_texts(SOURCES))
+    texts |= {re.sub(r"^(error|warning|note|report): ", "", text) for text in texts}
     # A few are put together from two strings when they are printed.
     texts |= {f"{text} {{}}" for text in texts} | {f"{{}}: {text}" for text in texts}
+    texts |= sentences_of_argparse()
     missing = [english for english, _ in TABLE if english not in texts]
     assert not missing
 
@@ -43,7 +54,7 @@ def test_every_sentence_of_the_table_is_one_of_the_code():
 def test_both_columns_have_the_same_values():
     for english, chinese in TABLE:
         assert sorted(map(int, re.findall(r"\{(\d+)\}", chinese))) == list(range(english.count("{}"))), english
-        assert re.search("[一-鿿]", chinese)
+        assert re.search("[一-鿿（]", chinese)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +65,15 @@ def test_both_columns_have_the_same_values():
         ("error: there is no x: run build_trainfile.py first, or name the file with --raw_data_path",
          "error: 没有 x：请先运行 build_trainfile.py，或用 --raw_data_path 指定文件"),
         ("cleaned:\n  html: 3 lines changed, 0 left out", "清洗：\n  html：修改 3 行，去掉 0 行"),
+        ("corpus     tokenized/: 1,013 tokens; 70 of 6,560 documents held out, 975 tokens",
+         "语料       tokenized/：1,013 个 token；6,560 篇文档中的 70 篇留作验证集，975 个 token"),
+        ("corpus     tokenized/: 1,013 tokens", "语料       tokenized/：1,013 个 token"),
+        ("precision  fp32 on cpu, cpu (this CPU has no bf16 instructions)",
+         "精度       fp32，在 cpu, cpu 上（这个 CPU 没有 bf16 指令）"),
+        ("train.py: error: argument --lr: 0 is not a number above 0", "train.py: error: 参数 --lr：0 不是大于 0 的数"),
+        ("error: port 80 on ::1 is not allowed; choose a --port from 1024 on",
+         "error: ::1 的端口 80 不允许使用；请选 1024 以上的 --port"),
+        ("listening on http://[::1]:80, loading interrupted", "正在监听 http://[::1]:80，加载 interrupted"),
         ("something else", "something else"),
         ("  1. ", "  1. "),
         ("", ""),
@@ -68,6 +88,18 @@ def test_a_stream_translates_what_is_printed_and_is_otherwise_itself():
     print("chapters: 3", "chapters: 4", sep="\n", file=TranslatedStream(stream))
     assert stream.getvalue() == "章节：3\n章节：4\n"
     assert not TranslatedStream(stream).isatty()
+
+
+def test_a_bar_on_a_terminal_is_cleared_before_a_translated_line(monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", TranslatedStream(terminal))
+    monkeypatch.setattr(sys, "stderr", TranslatedStream(terminal))
+    with tqdm(total=2, mininterval=0) as bar:
+        bar.update()
+        bar.write("chapters: 3")
+        bar.write("chapters: 4", file=terminal)
+    assert re.search(r"\r +\r章节：3\n", terminal.getvalue())
+    assert re.search(r"\r +\rchapters: 4\n", terminal.getvalue())
 
 
 @pytest.mark.parametrize(

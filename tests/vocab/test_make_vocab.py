@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,16 @@ def test_compat_equals_thulac_and_keras(make_vocab, thulac_cut, vocab_size):
     keras.fit_on_texts([thulac_cut(document, text=True) for document in DOCUMENTS])
     expected = [*SPECIAL_TOKENS, *list(keras.index_word.values())[:vocab_size]]
     assert make_vocab(DOCUMENTS, "--compat", "--vocab_size", str(vocab_size)) == expected
+
+
+def test_words_are_ranked_as_keras_does(script):
+    from tensorflow.keras.preprocessing.text import Tokenizer as KerasTokenizer
+
+    chooser = random.Random(1)
+    words = chooser.choices([chr(0x4E00 + number) for number in range(300)], k=900)  # with many ties
+    keras = KerasTokenizer(filters="", lower=False)
+    keras.fit_on_texts([words])
+    assert script("make-vocab").rank_words(dict(Counter(words))) == list(keras.index_word.values())
 
 
 def test_keras_loaded_alone_is_the_keras_of_tensorflow():
