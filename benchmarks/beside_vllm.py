@@ -98,7 +98,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def our_server(folder: Path) -> Iterator[str]:
     """Run server.py in fp32; gives its address when it decodes at full speed."""
     command = [sys.executable, str(ROOT / "server.py"), "--model_path", str(folder), "--model_name", NAME]
-    command += ["--port", "0", "--precision", "fp32"]
+    command += ["--port", "0", "--precision", "fp32", "--lang", "en"]
     with ended(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")) as process:
         assert process.stdout is not None
         for line in process.stdout:

@@ -36,6 +36,7 @@ NOT_RUN = {
     "python3 -m venv": "it builds environments",
     "pip install": "it installs",
     "tensorboard ": "a server of somebody else's",
+    "vllm ": "a server of somebody else's; `make check-vllm` installs it and compares texts",
     "torchrun ": "it needs two machines; training/test_ranks.py runs two ranks on one",
     "python train.py --device 0,1": "it needs two GPUs; training/test_ranks.py runs two ranks on a CPU",
     "python train.py --minutes": "it trains for minutes; training/test_plan.py runs a short plan",
