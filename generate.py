@@ -26,7 +26,14 @@ from gpt2_chinese.command_line import (
     run_script,
     set_quiet,
 )
-from gpt2_chinese.decoding.completion import PRECISIONS, SAMPLING_LIMITS, Completion, SamplingParams, TextDelta
+from gpt2_chinese.decoding.completion import (
+    PRECISION_HELP,
+    PRECISIONS,
+    SAMPLING_LIMITS,
+    Completion,
+    SamplingParams,
+    TextDelta,
+)
 from gpt2_chinese.decoding.engine import Engine, choose_device
 from gpt2_chinese.model_folder import load_weights, note_of_a_better_model
 
@@ -57,14 +64,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="tokens around a document (default: those that the folder tells)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or the number of a GPU (%(default)s)")
-    parser.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="auto",
-        help="of the weights; on a CPU fp32 is exact, bf16 (auto) twice as fast for small batches, and int8, which "
-        "also quantizes the inputs of matrix products, twice as fast again but less exact; on a GPU fp32, bf16 or the "
-        "model's own (auto)",
-    )
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help=PRECISION_HELP)
     # the completions
     parser.add_argument("--prefix", help="the text to complete; without it the script asks for texts")
     parser.add_argument("--length", type=int, default=50, help="most tokens of a completion, -1 is n_ctx (%(default)s)")

@@ -69,7 +69,8 @@ def make_vocabulary(args: argparse.Namespace, folder: Path) -> Path:
 
 def tokenize(args: argparse.Namespace, folder: Path, vocabulary: Path, name: str) -> Path:
     flags = ["--raw_data_path", folder / "train.json", "--vocab_filename", vocabulary, "--num_pieces", 10]
-    run(sys.executable, "make-tokenized.py", *flags, "--min_length", 0, "--overwrite", "--tokenized_data_path", folder / name)
+    flags += ["--min_length", 0, "--tokenized_data_path", folder / name, "--overwrite"]
+    run(sys.executable, "make-tokenized.py", *flags)
     return folder / name
 
 

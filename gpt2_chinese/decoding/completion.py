@@ -7,6 +7,11 @@ from dataclasses import dataclass
 PRECISIONS = ("auto", "fp32", "bf16", "int8")
 """Precisions of the weights. "auto" is bf16 on a CPU and the model's own on a GPU; int8 is for CPUs only."""
 
+PRECISION_HELP = (
+    "precision of the weights. On a CPU: fp32; bf16, half the memory; int8, a quarter of the memory and the fastest, "
+    "but less exact; auto is bf16. On a GPU: fp32 or bf16; auto is the model's own (default: %(default)s)"
+)
+
 SAMPLING_LIMITS: dict[str, tuple[float, float]] = {
     "temperature": (0, 10),
     "top_k": (0, 1_000_000),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpt2_chinese.command_line import add_output_flags
-from gpt2_chinese.decoding.completion import PRECISIONS
+from gpt2_chinese.decoding.completion import PRECISION_HELP, PRECISIONS
 from gpt2_chinese.serving.api import Limits
 from gpt2_chinese.serving.keys import ADMIN_KEY_VARIABLE, KEY_VARIABLE
 
@@ -65,13 +65,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="auto, cpu, cuda, or the number of a GPU; several, such as 0,1, start one process for each "
         "(default: %(default)s)",
     )
-    parser.add_argument(
-        "--precision",
-        choices=PRECISIONS,
-        default="auto",
-        help="precision of the weights. On a CPU: fp32; bf16, half the memory; int8, a quarter of the memory and the "
-        "fastest, but less exact; auto is bf16. On a GPU: fp32 or bf16; auto is fp32 (default: %(default)s)",
-    )
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help=PRECISION_HELP)
 
 
 def _add_healing(parser: argparse.ArgumentParser) -> None:
