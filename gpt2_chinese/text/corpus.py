@@ -482,20 +482,20 @@ def _json_strings(file: IO[str], path: Path) -> Iterator[list[str]]:
         while True:
             if next_character() != '"':
                 raise fail("a string is missing here")
-            # A line break never stands inside a JSON string, so whole lines that end with a comma are whole documents,
-            # and json.loads takes them all at once. What it refuses goes through the loop below, for a clear error.
-            end = buffer.rfind(",\n", position)
-            if end > position and buffer is not refused:
+            # json.loads takes all whole documents of the buffer at once. What it refuses goes through the loop below,
+            # for a clear error; so does a buffer in which no document is seen to end, and none is looked for again.
+            end = -1 if buffer is refused else _last_end(buffer, position)
+            if end > position:
                 try:
                     documents = json.loads(f"[{buffer[position:end]}]")
                 except json.JSONDecodeError:
                     documents = []
                 if documents and all(type(document) is str for document in documents):
                     number += len(documents)
-                    position = end + 1
+                    position = buffer.index(",", end) + 1
                     yield documents
                     continue
-                refused = buffer
+            refused = buffer
             end = _string_end(buffer, position + 1)
             while end < 0:
                 # A document longer than the buffer: double it, so that the whole costs linear time.
@@ -521,6 +521,19 @@ def _json_strings(file: IO[str], path: Path) -> Iterator[list[str]]:
                 raise fail("a comma or ] is missing here")
     if next_character():
         raise fail("there is something behind the closing ]")
+
+
+def _last_end(buffer: str, position: int) -> int:
+    """Where the last document that is seen to end before a comma ends, or -1.
+
+    A line break never stands inside a JSON string. A quotation mark before a comma may, behind a backslash; what is
+    cut there is no JSON.
+    """
+    for separator in (",\n", '", "', '","'):
+        end = buffer.rfind(separator, position)
+        if end > position:
+            return end + separator.startswith('"')
+    return -1
 
 
 def _string_end(buffer: str, start: int) -> int:
