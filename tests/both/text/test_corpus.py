@@ -301,7 +301,7 @@ def test_malformed_train_json_is_named_with_the_place(tmp_path, text, message):
 
 
 def test_documents_on_one_line_are_read_many_at_a_time(tmp_path):
-    """As GPT2-Chinese's users have them; one at a time, each looked for in the whole block, took a hundred times as long."""
+    """The layout of GPT2-Chinese; looked for one at a time they took a hundred times as long."""
     path = tmp_path / "train.json"
     documents = [f'第{number}个文档，"引文", 完' for number in range(5000)]
     path.write_text(json.dumps(documents, ensure_ascii=False), encoding="utf-8")
