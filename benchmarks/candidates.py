@@ -8,11 +8,15 @@ Requests with and without take turns, in groups; the ratio is that of the sums o
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gpt2_chinese.decoding.completion import SamplingParams
 from gpt2_chinese.decoding.engine import Engine

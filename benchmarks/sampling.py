@@ -10,11 +10,15 @@ the special tokens: NumPy's assignment of -inf, and the compiled sampling.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gpt2_chinese.decoding.batch_sampler import BatchSampler
 from gpt2_chinese.decoding.completion import SamplingParams

@@ -117,10 +117,7 @@ def main() -> None:
         ("a new model, its own vocabulary", "new", f"{NEW} {epochs}"),
         ("a new model, the old vocabulary", "old", f"{NEW} {epochs}"),
         *((f"going on, AdamW at {lr}", "old", f"{going_on} {ADAMW} --lr {lr} {epochs}") for lr in args.lrs),
-        *(
-            (f"going on, Muon at {lr} and {muon}", "old", f"{going_on} {MUON} --lr {lr} --muon_lr {muon} {epochs}")
-            for lr, muon in (("5e-3", "2e-3"),)
-        ),
+        ("going on, Muon at 5e-3 and 2e-3", "old", f"{going_on} {MUON} --lr 5e-3 --muon_lr 2e-3 {epochs}"),
         *(
             (f"its own vocabulary on the old layers, AdamW at {lr}", "new", f"{transplant} {ADAMW} --lr {lr} {epochs}")
             for lr in args.lrs[-1:]
@@ -133,6 +130,7 @@ def main() -> None:
             )
             for lr, muon in (("5e-3", "2e-3"), ("1.5e-2", "6e-3"))
         ),
+        ("going on, Muon at 1.5e-2 and 6e-3", "old", f"{going_on} {MUON} --lr 1.5e-2 --muon_lr 6e-3 {epochs}"),
     ]
     for number, (title, vocabulary, flags) in enumerate(trials):
         trained_on, measured_on = pieces[vocabulary]

@@ -271,6 +271,13 @@ def test_requirements_are_exact_and_without_apex():
         assert not any(line.lower().startswith("apex") for line in lines)
 
 
+def test_benchmarks_run_from_any_folder():
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        before, imports, _ = text.partition("\nfrom gpt2_chinese")
+        assert not imports or "sys.path" in before, path.name
+
+
 def test_make_help_lists_every_target():
     makefile = text_of("Makefile")
     targets = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split()
