@@ -948,6 +948,12 @@ TABLE: tuple[tuple[str, str], ...] = (
         "{0} 步的预热比整个训练还长：学习率到不了 --lr",
     ),
     (
+        "--lr {} suits models of 100 million parameters; one of {} hardly learns new texts with it: try "
+        "--optimizer muon --lr 1.5e-2 --muon_lr 6e-3",
+        "--lr {0} 适合参数一亿左右的模型；参数只有 {1} 个的模型用它几乎学不到新文本：请试 "
+        "--optimizer muon --lr 1.5e-2 --muon_lr 6e-3",
+    ),
+    (
         "--log_step {} is longer than the run: only its last update is logged",
         "--log_step {0} 比整个训练还长：只记录最后一步",
     ),

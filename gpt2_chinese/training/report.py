@@ -21,6 +21,7 @@ from transformers import GPT2LMHeadModel
 from gpt2_chinese.command_line import is_quiet, text_stream
 from gpt2_chinese.model_folder import BEST_MODEL, read_config
 from gpt2_chinese.training.estimates import memory_estimate, peak_flops, will_overfit
+from gpt2_chinese.training.flags import PRETRAINED_LR
 from gpt2_chinese.training.metrics import Metrics
 from gpt2_chinese.training.plan import MEASURED_UPDATES, REPORT_SECONDS, updates_until
 from gpt2_chinese.training.ranks import Rank
@@ -32,6 +33,7 @@ from gpt2_chinese.training.validation import Validation
 
 SAVING_SECONDS, SAVED_BYTES = 0.5, 200e6  # of a model and a checkpoint: in any case, and written in a second
 TIMED_UPDATES = 10  # before the remaining time is estimated; the first half of them compiles and allocates
+SMALL_MODEL = 30_000_000  # parameters; a smaller one wants higher learning rates, also where it goes on with new texts
 
 _SCHEDULES = {
     "linear": "then linear decay to 0",
@@ -85,6 +87,11 @@ def describe(run: Run, model: GPT2LMHeadModel) -> Iterator[str]:
         yield f"note: the warm-up of {run.warmup_steps:,} updates is longer than the run: --lr is never reached"
     if args.log_step > run.total_steps:
         yield f"note: --log_step {args.log_step} is longer than the run: only its last update is logged"
+    if args.pretrained_model and args.optimizer == "adamw" and args.lr <= PRETRAINED_LR and parameters < SMALL_MODEL:
+        yield (
+            f"note: --lr {args.lr:g} suits models of 100 million parameters; one of {parameters:,} hardly learns new "
+            "texts with it: try --optimizer muon --lr 1.5e-2 --muon_lr 6e-3"
+        )
     yield f"writes     {args.output_dir}, TensorBoard in {args.writer_dir} every {args.log_step} updates"
     if will_overfit(tokens, parameters, args.epochs):
         yield (

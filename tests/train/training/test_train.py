@@ -421,7 +421,10 @@ def test_training_goes_on_from_a_model_of_ours(train, capsys):
         model_config="none",
     )
     assert scalars("more/tb")["loss"][0] < scalars()["loss"][0] - 0.1
-    assert "model/final_model: 2 layers" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "model/final_model: 2 layers" in printed and "suits models of 100 million" not in printed
+    run(train, epochs=1, pretrained_model="model/final_model", output_dir="slow", lr=5e-5, model_config="none")
+    assert "note: --lr 5e-05 suits models of 100 million parameters" in capsys.readouterr().out
 
 
 def test_training_goes_on_from_gpt2_chinese_s_folder_and_pieces(script, reference, tmp_path, monkeypatch):
