@@ -325,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     with Engine(model, tokenizer, max_num_seqs=max_num_seqs, precision=args.precision) as engine:
         length = engine.n_ctx if args.length == -1 else args.length
         for note in notes_of_limits(length, args.topk, engine.n_ctx, len(tokenizer)):
-            print(f"note: {note}", file=sys.stderr)
+            remark(f"note: {note}", file=sys.stderr)
         if titles:
             write_articles(engine, titles, length, args)
             return None

@@ -45,17 +45,8 @@ class Server:
     """A process of server.py on a free port; `with Server(...) as server:` ends it."""
 
     def __init__(self, model_path: str, *flags: str) -> None:
-        command = [
-            sys.executable,
-            str(ROOT / "server.py"),
-            "--model_path",
-            model_path,
-            "--port",
-            "0",
-            "--lang",
-            "en",
-            *flags,
-        ]
+        command = [sys.executable, str(ROOT / "server.py"), "--model_path", model_path, "--port", "0"]
+        command += ["--lang", "en", *flags]
         begin = time.perf_counter()
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
         assert self.process.stdout is not None

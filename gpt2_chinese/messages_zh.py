@@ -948,6 +948,15 @@ TABLE: tuple[tuple[str, str], ...] = (
         "{0} 步的预热比整个训练还长：学习率到不了 --lr",
     ),
     (
+        "--length {} is more than the model's n_ctx of {} tokens: a longer text goes on from its last {} to {} tokens "
+        "only",
+        "--length {0} 超过模型的 n_ctx（{1} 个 token）：更长的文本只根据最后 {2} 到 {3} 个 token 续写",
+    ),
+    (
+        "--topk {} is more than the vocabulary's {} tokens: the same as --topk 0",
+        "--topk {0} 超过词表的 {1} 个 token：与 --topk 0 相同",
+    ),
+    (
         "--lr {} suits models of 100 million parameters; one of {} hardly learns new texts with it: try "
         "--optimizer muon --lr 1.5e-2 --muon_lr 6e-3",
         "--lr {0} 适合参数一亿左右的模型；参数只有 {1} 个的模型用它几乎学不到新文本：请试 "

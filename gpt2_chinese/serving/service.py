@@ -44,7 +44,7 @@ class ServedModel:
         restart: start the model again when its process has died.
         watched: the folder in which --watch looks for new models.
         restarts, reloads: how often the model was started again, and exchanged.
-        deaths_in_a_row: those before it has lived for a minute.
+        deaths_in_a_row: those before it has lived for `supervision.HEALTHY_SECONDS`.
         taken_at: when the engine began to serve, in seconds of `time.monotonic()`.
         past_prompt_tokens, past_generated_tokens, past_prefix_hits, past_reused_tokens: those of earlier engines.
         change_lock: held while the engine is being exchanged.

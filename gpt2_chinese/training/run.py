@@ -161,8 +161,8 @@ class Run:
         return self.epoch_ends(step) or (self.args.val_steps > 0 and step % self.args.val_steps == 0)
 
     def decides_updates(self, step: int) -> bool:
-        """Whether a plan decides behind this update how many there will be."""
-        return self.plan is not None and step == min(MEASURED_UPDATES, self.total_steps)
+        """Whether a plan decides behind this update how many there will be; a shorter run keeps the first estimate."""
+        return self.plan is not None and step == MEASURED_UPDATES
 
     def limit_updates(self, max_steps: int) -> None:
         """End the run after so many updates, 0 for no limit; what is decided once is decided for all ranks."""

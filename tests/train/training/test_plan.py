@@ -124,6 +124,14 @@ def test_the_updates_are_decided_whatever_the_warm_up(train, monkeypatch, capsys
     assert "plan       37 updates" in capsys.readouterr().out
 
 
+def test_a_run_that_is_over_before_its_speed_is_known_keeps_its_first_estimate(train, monkeypatch):
+    pieces()
+    monkeypatch.setattr(Reporter, "updates_in_time", None)
+    flags = ["--minutes", "5", "--device", "cpu", "--precision", "fp32", "--val_fraction", "0.1", "--batch_size", "2"]
+    assert train.main([*flags, "--compile", "off", "--max_steps", "12"]) == 0
+    assert json.loads(Path("model/metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"] == 12
+
+
 def test_an_interrupted_planned_run_keeps_its_plan_and_ends_as_if_it_had_not_been(train, monkeypatch, capsys):
     pieces()
     flags = ["--minutes", "5", "--device", "cpu", "--precision", "fp32", "--val_fraction", "0.1", "--patience", "0"]
