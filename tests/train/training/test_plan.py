@@ -120,6 +120,7 @@ def test_the_updates_are_decided_whatever_the_warm_up(train, monkeypatch, capsys
     pieces()
     monkeypatch.setattr(Reporter, "updates_in_time", lambda self, state, loss: 37)
     flags = ["--minutes", "5", "--device", "cpu", "--precision", "fp32", "--val_fraction", "0.1", "--batch_size", "2"]
+    flags += ["--model_config", "shape.json"]
     assert train.main([*flags, "--compile", "off", "--warmup_steps", warmup]) == 0
     assert "plan       37 updates" in capsys.readouterr().out
 
@@ -128,6 +129,7 @@ def test_a_run_that_is_over_before_its_speed_is_known_keeps_its_first_estimate(t
     pieces()
     monkeypatch.setattr(Reporter, "updates_in_time", None)
     flags = ["--minutes", "5", "--device", "cpu", "--precision", "fp32", "--val_fraction", "0.1", "--batch_size", "2"]
+    flags += ["--model_config", "shape.json"]
     assert train.main([*flags, "--compile", "off", "--max_steps", "12"]) == 0
     assert json.loads(Path("model/metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"] == 12
 
