@@ -138,6 +138,7 @@ def test_an_interrupted_planned_run_keeps_its_plan_and_ends_as_if_it_had_not_bee
     pieces()
     flags = ["--minutes", "5", "--device", "cpu", "--precision", "fp32", "--val_fraction", "0.1", "--patience", "0"]
     flags += ["--batch_size", "2", "--save_steps", "3", "--compile", "off"]
+    monkeypatch.setattr(planning, "SHAPES", SHAPES[:1])  # a smaller one is saved sooner, and it is saved often
     monkeypatch.setattr(Reporter, "updates_in_time", lambda self, state, loss: 45)
     assert train.main([*flags, "--output_dir", "whole", "--writer_dir", "whole/tb"]) == 0
     assert "plan       45 updates" in capsys.readouterr().out
