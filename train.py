@@ -32,9 +32,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2LMHeadModel
 
 from gpt2_chinese.artifacts import exclusive_lock
+from gpt2_chinese.best_model import BEST_MODEL, FINAL_MODEL
 from gpt2_chinese.command_line import prepare_streams, print_settings, remark, run_script, set_quiet
 from gpt2_chinese.messages import language_of
-from gpt2_chinese.model_folder import BEST_MODEL
 from gpt2_chinese.precision import Precision
 from gpt2_chinese.training.estimates import memory_advice
 from gpt2_chinese.training.evaluation import Documents
@@ -44,7 +44,7 @@ from gpt2_chinese.training.optimizers import set_learning_rate
 from gpt2_chinese.training.plan import PLAN, plan_run
 from gpt2_chinese.training.ranks import Rank, Torchrun, process_group, run_on_all
 from gpt2_chinese.training.report import Reporter, describe
-from gpt2_chinese.training.run import DEFAULT_VOCABULARY, FINAL_MODEL, Run, build_model, epoch_name, prepare
+from gpt2_chinese.training.run import DEFAULT_VOCABULARY, Run, build_model, epoch_name, prepare
 from gpt2_chinese.training.saving import find_checkpoint, restore, save_checkpoint, save_model_folder
 from gpt2_chinese.training.state import TrainingState
 from gpt2_chinese.training.stopping import Interrupted, StopSignal, stop_signal
@@ -224,6 +224,30 @@ def train_spawned(rank: Rank, run: Run, resume: Path | None) -> int:
     return train(rank, run, build_model(run.args, run.vocab_file, run.tokenizer), resume)
 
 
+def train_teachers(run: Run) -> int:
+    """Train the models of a plan that the last one is to learn from and that are not there yet; gives the status."""
+    assert run.plan is not None
+    for number, (args, plan) in enumerate(run.plan.teacher_runs(run.args), 1):
+        if (Path(args.output_dir) / FINAL_MODEL).is_dir():
+            continue
+        minutes = f"{plan.seconds / 60:.1f} minutes"
+        remark(f"plan       teacher {number} of {run.plan.teachers} in {args.output_dir}, {minutes}")
+        teacher, model = prepare(args, 0, remark, plan)
+        status = train_on_devices(teacher, model, find_checkpoint(teacher, len(teacher.devices)))
+        if status:
+            return status
+    remark(f"plan       the last model learns from the text and from {run.plan.teachers} teachers")
+    return 0
+
+
+def train_on_devices(run: Run, model: GPT2LMHeadModel, resume: Path | None) -> int:
+    """Train in this process, or in one for each device; gives the exit status."""
+    if len(run.devices) == 1:
+        return train(Rank(0, 1, run.devices[0]), run, model, resume)
+    del model  # every rank builds its own
+    return run_on_all(run.devices, train_spawned, run, resume)
+
+
 def tokenize(args: argparse.Namespace) -> None:
     """Run stage 3, as GPT2-Chinese's train.py does with --raw.
 
@@ -278,11 +302,9 @@ def main(argv: list[str] | None = None) -> int:
             rank = Rank(torchrun.rank, torchrun.world_size, torchrun.device(run.devices, args.device))
             with process_group(rank):
                 status = train(rank, run, model, resume)
-        elif ranks > 1:
-            del model  # every rank builds its own
-            status = run_on_all(run.devices, train_spawned, run, resume)
         else:
-            status = train(Rank(0, 1, run.devices[0]), run, model, resume)
+            status = train_teachers(run) if plan is not None and plan.teachers else 0
+            status = status or train_on_devices(run, model, resume)
         if args.report and is_main and status == 0:
             device = str(run.devices[0])
             print(f"report: {write_report(run.output, run.corpus, run.tokenizer, device=device, say=remark)}")

@@ -8,8 +8,8 @@ from typing import Any
 from gpt2_chinese.artifacts import read_json
 
 MANIFEST = "manifest.json"
-BEST_MODEL = "best_model"
-"""The folder that train.py writes beside the others."""
+BEST_MODEL, FINAL_MODEL = "best_model", "final_model"
+"""The folders that train.py writes beside the others: the model with the fewest bits per character, and the last."""
 
 
 def note_of_a_better_model(folder: str | Path) -> str | None:

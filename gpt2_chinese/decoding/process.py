@@ -47,6 +47,7 @@ LOGGER = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[2]
 CHILD = Path(__file__).resolve().with_name("child.py")
 FRAME_LENGTH = struct.Struct("<I")
+OUT_OF_MEMORY_SCORE = "500"  # thousandths of the memory that the kernel takes this process to have besides its own
 HEARTBEAT_SECONDS = 1.0
 """A child that loads or decodes sends something at least so often, so that its parent can tell that it lives."""
 WATCH_SECONDS = 0.5
@@ -511,9 +512,16 @@ def load_engine(options: EngineOptions, on_step_end: Callable[[], None]) -> Engi
     )
 
 
+def die_first() -> None:
+    """Let Linux end this process, and not its parent, where memory runs out: it can be started again."""
+    with suppress(OSError):  # another system, or not allowed
+        Path("/proc/self/oom_score_adj").write_text(OUT_OF_MEMORY_SCORE, encoding="ascii")
+
+
 def run_child() -> None:
     """The child's main function."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    die_first()
     to_parent = os.fdopen(os.dup(1), "wb")
     write_lock = threading.Lock()
     loaded = threading.Event()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2_chinese.artifacts import atomic_write, read_json, write_json
+from gpt2_chinese.best_model import FINAL_MODEL
 from gpt2_chinese.command_line import message_language, remark
 from gpt2_chinese.model_folder import CONFIG
 from gpt2_chinese.precision import choose_devices
@@ -19,7 +20,7 @@ from gpt2_chinese.text.tokenizers import Tokenizer, vocabulary_of_folder
 from gpt2_chinese.training.hold_out import MAX_BYTES, MIN_BYTES, HoldOut
 from gpt2_chinese.training.report_figures import gather_figures, read_facts
 from gpt2_chinese.training.report_pictures import loss_picture, speed_picture
-from gpt2_chinese.training.run import FINAL_MODEL, choose_vocabulary
+from gpt2_chinese.training.run import choose_vocabulary
 from gpt2_chinese.training.token_cache import Corpus, read_pieces
 
 REPORT_HTML, REPORT_JSON = "report.html", "report.json"

@@ -7,22 +7,25 @@ The rules come from experiments, which docs/training.md lists. In short:
   larger one learns less in the time, a smaller one has learnt what it can.
 - A model memorises a small text however slowly it learns: parameters are bounded by the tokens, and so are the epochs.
 - With several epochs, dropout, weight decay and windows at other places in each epoch all help, and add up.
+- Where there is time for three times as many epochs as a model can use, two of them are its teachers.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2_chinese.artifacts import read_json, write_json
+from gpt2_chinese.best_model import BEST_MODEL, FINAL_MODEL
 from gpt2_chinese.command_line import project_file, remark, say
 from gpt2_chinese.model_folder import read_config
 from gpt2_chinese.precision import Precision, choose_devices, choose_precision
@@ -33,6 +36,7 @@ from gpt2_chinese.training.loss import WindowLoss
 from gpt2_chinese.training.optimizers import make_optimizer
 
 PLAN = "plan.json"
+TEACHERS = "teachers"  # their folder in --output_dir
 SHAPES = ("2x128", "3x192", "4x256", "6x384", "8x512", "12x768")  # of config/plan/, the smallest first
 BATCH_SIZE = 16
 ENOUGH_TOKENS = 20  # for each parameter of the layers; Hoffmann et al. 2022, for text that is not repeated
@@ -42,9 +46,21 @@ WARMUP_STEPS = 30
 MEASURED_UPDATES = 30  # after them the number of updates is decided, from how long they took
 REPORT_SECONDS = 15  # at the end, for model/report.html
 SPARED = 0.03  # of the time, for saving and for what other programs take
+MAX_TEACHERS = 4
+TAUGHT_EPOCHS = 17  # in the time, from which on two teachers and their pupil are better than one model
+TEACHING_GAIN = 0.07  # bits per character
+TAUGHT_WIDTH = 256
+PUPIL_SHARE = 0.2  # of an update's time, that each teacher adds to it
 _PROBE_SECONDS = 1.0  # for a shape
 _TRIED_TOKENS = (50_000, 1_600_000)
 _TRIED_WIDTHS = (192, 256)
+
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("model_config", "optimizer", "embedding_init", "schedule"), str),
+    **dict.fromkeys(("epochs", "batch_size", "stride", "warmup_steps", "patience", "log_step", "max_steps"), int),
+    **dict.fromkeys(("lr", "muon_lr", "dropout", "weight_decay", "muon_weight_decay"), float),
+    **dict.fromkeys(("shift_windows", "report"), bool),
+}  # of the flags that a plan has
 
 # Bits per character of medical_qa.txt after so many epochs e: floor + gap * e ** -1.13, fitted to the experiments.
 _CURVES = {"3x192": (3.11, 0.417), "4x256": (3.00, 0.512)}
@@ -67,15 +83,39 @@ class Plan:
         flags: of train.py, those that were not given.
         reasons: why, a line each.
         deadline: Unix time at which the run has to be over.
+        seconds: of the run without its teachers, from its first update to the deadline.
+        teachers: models that are trained before, for the last one to learn from.
+        teacher_seconds: of each.
     """
 
     flags: dict[str, Any]
     reasons: list[str] = field(default_factory=list)
     deadline: float = 0.0
+    seconds: float = 0.0
+    teachers: int = 0
+    teacher_seconds: float = 0.0
 
     def apply(self, args: argparse.Namespace) -> None:
         for name, value in self.flags.items():
             setattr(args, name, value)
+        if self.teachers:
+            args.teacher = ",".join(str(folder / BEST_MODEL) for folder in self.teacher_folders(args))
+
+    def teacher_folders(self, args: argparse.Namespace) -> list[Path]:
+        """The --output_dir of each teacher."""
+        return [Path(args.output_dir) / TEACHERS / str(number) for number in range(1, self.teachers + 1)]
+
+    def teacher_runs(self, args: argparse.Namespace) -> Iterator[tuple[argparse.Namespace, Plan]]:
+        """The flags of each teacher and its own plan, whose time begins when it is asked for."""
+        for number, folder in enumerate(self.teacher_folders(args), 1):
+            own = copy.copy(args)
+            own.output_dir, own.writer_dir = str(folder), str(Path(args.writer_dir) / TEACHERS / str(number))
+            own.seed, own.teacher, own.report = args.seed + number, "", False
+            if args.resume != "none":
+                own.resume = "auto" if args.resume else None
+            own.max_steps = self.flags.get("max_steps", args.max_steps)
+            seconds = self.teacher_seconds
+            yield own, replace(self, teachers=0, seconds=seconds, deadline=time.time() + seconds)
 
     def write(self, path: Path) -> None:
         write_json(path, asdict(self))
@@ -87,10 +127,24 @@ class Plan:
         Raises:
             ValueError: it is not what `write` wrote.
         """
+        what = f"{path} is not a plan that train.py --minutes wrote"
+        mend = "copy it again, or start over with --resume none"
         try:
-            return cls(**read_json(path))
+            plan = cls(**read_json(path))
         except TypeError as error:
-            raise ValueError(f"{path} is not a plan that train.py --minutes wrote ({error})") from error
+            raise ValueError(f"{what} ({error}); {mend}") from error
+        numbers = (plan.deadline, plan.seconds, plan.teacher_seconds)
+        if (
+            not isinstance(plan.flags, dict)
+            or any(type(value) is not _KINDS.get(name) for name, value in plan.flags.items())
+            or not isinstance(plan.reasons, list)
+            or not all(isinstance(reason, str) for reason in plan.reasons)
+            or any(type(number) not in (int, float) or not math.isfinite(number) for number in numbers)
+            or type(plan.teachers) is not int
+            or not 0 <= plan.teachers <= MAX_TEACHERS
+        ):
+            raise ValueError(f"{what}; {mend}")
+        return plan
 
 
 def make_plan(
@@ -115,12 +169,14 @@ def make_plan(
         say("measuring how fast this machine trains")
         speed_of = Probe(args)
     shapes = [args.model_config] if "model_config" in given else [_path_of(shape) for shape in SHAPES]
-    shape, speed = choose_shape(facts, shapes, speed_of)
+    shape, speed, is_taught = choose_shape(facts, shapes, speed_of, may_be_taught="teacher" not in given)
     epochs = facts.seconds * (1 - SPARED) * speed / facts.tokens
-    flags, reasons = _settings(facts, shape, epochs)
+    teachers = teachers_for(facts.tokens, epochs) if is_taught else 0
+    parts = teachers + 1 + PUPIL_SHARE * teachers  # of the time, each of which a teacher has
+    flags, reasons = _settings(facts, shape, epochs / parts)
     flags = {name: value for name, value in flags.items() if name not in given}
     windows = flags.get("batch_size", args.batch_size) * args.gradient_accumulation
-    epochs_at_most = min(epochs, flags.get("epochs", args.epochs))
+    epochs_at_most = min(epochs / parts, flags.get("epochs", args.epochs))
     if "max_steps" not in given:
         flags["max_steps"] = max(
             1, math.ceil(epochs_at_most * facts.tokens / (windows * (read_config(shape).n_ctx - 1)))
@@ -129,24 +185,41 @@ def make_plan(
         f"{facts.tokens:,} tokens in {facts.documents:,} documents, vocabulary {facts.vocab_size:,}, "
         f"{facts.seconds / 60:.1f} minutes left",
         f"{Path(shape).stem}: {speed:,.0f} tokens/s here, {epochs:.1f} epochs in the time",
+        *_teaching(teachers, epochs / parts),
         *reasons,
-        *_expectation(facts, shape, epochs_at_most),
+        *_expectation(facts, shape, epochs_at_most, teachers),
         *_untried(facts, shape, args),
     ]
-    return Plan(flags, why, deadline)
+    reserved = REPORT_SECONDS if flags.get("report", args.report) else 0
+    of_a_teacher = max(0.0, deadline - time.time() - reserved) / parts if teachers else 0.0
+    seconds = deadline - time.time() - teachers * of_a_teacher
+    return Plan(flags, why, deadline, seconds, teachers, of_a_teacher)
 
 
 def _path_of(shape: str) -> str:
     return project_file(f"config/plan/{shape}.json")
 
 
-def choose_shape(facts: Facts, shapes: list[str], speed_of: Callable[[str, int], float]) -> tuple[str, float]:
-    """The largest shape that there are time and text enough for, and its speed in tokens a second.
+class Choice(NamedTuple):
+    """A shape, its speed in tokens a second, and whether it is to have teachers of its own kind."""
+
+    shape: str
+    speed: float
+    is_taught: bool = False
+
+
+def choose_shape(
+    facts: Facts, shapes: list[str], speed_of: Callable[[str, int], float], *, may_be_taught: bool = True
+) -> Choice:
+    """The largest shape that there are time and text enough for, or one that there is time to teach.
+
+    In the same time the larger of two models is better up to a width of `TAUGHT_WIDTH`, and above it the taught one.
 
     Args:
         shapes: paths of configurations, the smallest first.
     """
-    chosen: tuple[str, float] | None = None
+    chosen: Choice | None = None
+    taught: Choice | None = None
     for shape in shapes:
         config = read_config(shape)
         parameters = layer_parameters(config)
@@ -154,13 +227,24 @@ def choose_shape(facts: Facts, shapes: list[str], speed_of: Callable[[str, int],
             break
         speed = speed_of(shape, facts.vocab_size)
         seen = facts.seconds * speed
+        if may_be_taught and seen * (1 - SPARED) >= TAUGHT_EPOCHS * facts.tokens:
+            taught = Choice(shape, speed, is_taught=True)
         enough = seen >= min(enough_epochs(config) * facts.tokens, ENOUGH_TOKENS * parameters)
         if chosen is None or enough:
-            chosen = shape, speed
+            chosen = Choice(shape, speed)
         if not enough:
             break
     assert chosen is not None
+    if taught is not None and (taught.shape == chosen.shape or read_config(taught.shape).n_embd >= TAUGHT_WIDTH):
+        return taught
     return chosen
+
+
+def teachers_for(tokens: int, epochs: float) -> int:
+    """How many teachers there are, where the time is enough for so many epochs of one model."""
+    wanted = max_epochs(tokens)  # of every model, before there are more than two of them
+    affordable = (epochs / wanted - 1) / (1 + PUPIL_SHARE)
+    return min(MAX_TEACHERS, max(2, int(affordable)))
 
 
 def enough_epochs(config: GPT2Config) -> float:
@@ -234,6 +318,15 @@ def _settings(facts: Facts, shape: str, epochs: float) -> tuple[dict[str, Any], 
     return flags, reasons
 
 
+def _teaching(teachers: int, epochs: float) -> list[str]:
+    if not teachers:
+        return []
+    return [
+        f"time for {teachers} teachers of that shape and a model that learns from the text and from them, "
+        f"{epochs:.1f} epochs each"
+    ]
+
+
 def regularization(tokens: int) -> tuple[float, float, float]:
     """Dropout, and the weight decay of AdamW's and Muon's part, for several epochs of a text of so many tokens."""
     return (0.2, 1.0, 3.0) if tokens < SMALL else (0.1, 0.3, 0.5)
@@ -244,13 +337,14 @@ def max_epochs(tokens: int) -> int:
     return 10 if tokens < SMALL else 16
 
 
-def _expectation(facts: Facts, shape: str, epochs: float) -> list[str]:
+def _expectation(facts: Facts, shape: str, epochs: float, teachers: int) -> list[str]:
     curve = _CURVES.get(Path(shape).stem)
     if curve is None or not _TRIED_TOKENS[0] <= facts.tokens <= _TRIED_TOKENS[1]:
         return []
     floor, gap = curve
+    bits = floor + gap * max(1.0, epochs) ** -1.13 - (TEACHING_GAIN if teachers else 0)
     return [
-        f"expected: about {floor + gap * max(1.0, epochs) ** -1.13:.2f} bits per character if the text is like "
+        f"expected: about {bits:.2f} bits per character if the text is like "
         "medical_qa.txt, a megaword of modern prose; less text or verse gives more bits"
     ]
 
@@ -332,15 +426,26 @@ def plan_run(args: argparse.Namespace, given: set[str]) -> Plan:
     resumes = args.resume not in (None, "none") and path.is_file()
     plan = Plan.read(path) if resumes else make_plan(args, given)
     plan.apply(args)
-    for line in [f"plan       as in {path}"] if resumes else describe(plan):
+    if resumes:  # what was to come still has its time
+        missing = sum(not (folder / FINAL_MODEL).is_dir() for folder in plan.teacher_folders(args))
+        plan.deadline = time.time() + plan.seconds + missing * plan.teacher_seconds
+    for line in [f"plan       as in {path}"] if resumes else describe(plan, args):
         (say if args.plan else remark)(line)
     return plan
 
 
-def describe(plan: Plan) -> list[str]:
+def describe(plan: Plan, args: argparse.Namespace) -> list[str]:
     """The plan, a line for each thing to know, and the flags that do the same without planning."""
     flags = " ".join(_as_flag(name, value) for name, value in plan.flags.items() if value is not False)
-    return [*(f"plan       {reason}" for reason in plan.reasons), f"plan       train.py {flags}"]
+    commands = [f"train.py {flags}"]
+    if plan.teachers:
+        commands = [
+            f"train.py {flags} --no-report --seed {one.seed} --output_dir {one.output_dir}"
+            f" --writer_dir {one.writer_dir}"
+            for one, _ in plan.teacher_runs(args)
+        ]
+        commands.append(f"train.py {flags} --teacher {args.teacher}")
+    return [f"plan       {line}" for line in (*plan.reasons, *commands)]
 
 
 def _as_flag(name: str, value: Any) -> str:

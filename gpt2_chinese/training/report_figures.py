@@ -14,15 +14,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpt2_chinese.artifacts import read_json
+from gpt2_chinese.best_model import BEST_MODEL, FINAL_MODEL
 from gpt2_chinese.decoding.completion import SamplingParams
 from gpt2_chinese.decoding.engine import Engine
-from gpt2_chinese.model_folder import BEST_MODEL, CONFIG, MANIFEST, load_weights
+from gpt2_chinese.model_folder import CONFIG, MANIFEST, load_weights
 from gpt2_chinese.text.tokenizers import Tokenizer
 from gpt2_chinese.training.copy_meter import MIN_RUN, copied_from, distinct_n, repetition
 from gpt2_chinese.training.corpus_text import CorpusText
 from gpt2_chinese.training.ngram import ORDER, measure_yardstick
 from gpt2_chinese.training.plan import PLAN, Plan
-from gpt2_chinese.training.run import FINAL_MODEL, METRICS
+from gpt2_chinese.training.run import METRICS
 from gpt2_chinese.training.token_cache import Corpus
 
 FORMAT = 1

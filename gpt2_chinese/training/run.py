@@ -19,8 +19,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2_chinese.artifacts import sha256_of
+from gpt2_chinese.best_model import BEST_MODEL, FINAL_MODEL
 from gpt2_chinese.command_line import project_file
-from gpt2_chinese.model_folder import BEST_MODEL, check_replaceable, find_config, load_model, read_config
+from gpt2_chinese.model_folder import check_replaceable, find_config, load_model, read_config
 from gpt2_chinese.precision import choose_devices, choose_precision, load_apex
 from gpt2_chinese.text.pieces import (
     check_unknown,
@@ -41,7 +42,7 @@ from gpt2_chinese.training.windows import effective_stride, epoch_order, shifted
 
 DEFAULT_VOCABULARY = Path("vocab/vocab_user.txt")
 MAX_DEFAULT_WARMUP = 2000  # updates, unless --warmup_steps says otherwise
-FINAL_MODEL, CHECKPOINTS, METRICS = "final_model", "checkpoints", "metrics.jsonl"
+CHECKPOINTS, METRICS = "checkpoints", "metrics.jsonl"
 OTHER_FILES = (PLAN, "report.html", "report.json")
 GUESSING_MARGIN = 0.5  # nats; a new model begins a little above the loss of guessing
 SAVE_SECONDS = 600  # between checkpoints: what a power cut costs, whatever the speed of the machine

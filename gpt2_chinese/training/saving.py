@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
+from gpt2_chinese.best_model import BEST_MODEL, FINAL_MODEL
 from gpt2_chinese.command_line import remark
-from gpt2_chinese.model_folder import BEST_MODEL, CONFIG, save_model
+from gpt2_chinese.model_folder import CONFIG, save_model
 from gpt2_chinese.training.checkpoints import (
     check_settings,
     checkpoints_in,
@@ -23,8 +24,9 @@ from gpt2_chinese.training.checkpoints import (
     write_checkpoint,
 )
 from gpt2_chinese.training.loss import unpadded
+from gpt2_chinese.training.plan import TEACHERS
 from gpt2_chinese.training.ranks import Rank
-from gpt2_chinese.training.run import CHECKPOINTS, FINAL_MODEL, METRICS, OTHER_FILES, Run
+from gpt2_chinese.training.run import CHECKPOINTS, METRICS, OTHER_FILES, Run
 from gpt2_chinese.training.state import RunningLoss, TrainingState
 from gpt2_chinese.training.trainable import Trainable
 
@@ -108,8 +110,9 @@ def find_checkpoint(run: Run, ranks: int) -> Path | None:
         return None
     if resume == "auto":
         path = latest_valid(folder, warn=lambda message: print(f"warning: {message}", file=sys.stderr))
-        if path is None:
+        if path is None and not (run.output / TEACHERS).is_dir():
             remark(f"note: there is no checkpoint in {folder}: starting at the beginning")
+        if path is None:
             return None
     else:
         path = Path(resume)
@@ -136,6 +139,11 @@ def _make_room(run: Run) -> None:
         return
     names = ", ".join(path.name for path in found)
     if not (run.args.overwrite or run.args.resume == "none"):
+        if run.output / TEACHERS in found and run.output / FINAL_MODEL not in found:
+            raise ValueError(
+                f"{run.output} is of a run that was interrupted, after its teachers or one of them: continue it with "
+                "--resume, take another --output_dir, or start over with --resume none, which deletes it"
+            )
         for step, path in checkpoints_in(run.output / CHECKPOINTS)[:1]:
             total = _interrupted(path, step)
             if total:
@@ -149,6 +157,8 @@ def _make_room(run: Run) -> None:
         )
     deleted = {path.resolve() for path in found}
     sources = {"pretrained_model": [run.args.pretrained_model], "teacher": run.args.teacher.split(",")}
+    if run.plan is not None and run.plan.teachers:
+        del sources["teacher"]  # they are made anew
     for flag, source in [(flag, Path(folder)) for flag, folders in sources.items() for folder in folders if folder]:
         if deleted & {source.resolve(), *source.resolve().parents}:
             raise ValueError(
@@ -173,6 +183,7 @@ def _written_by_a_run(output: Path) -> list[Path]:
         for path in output.iterdir()
         if (path.name in files and path.is_file())
         or (path.name == CHECKPOINTS and checkpoints_in(path))
+        or (path.name == TEACHERS and path.is_dir())
         or (models.fullmatch(path.name) and (path / CONFIG).is_file())
     )
 

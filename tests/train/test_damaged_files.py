@@ -10,8 +10,10 @@ import pickle
 import random
 import shutil
 import struct
+import sys
 import tracemalloc
 import zipfile
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -23,13 +25,17 @@ from tiny_model import save_tiny_model, tiny_model
 from gpt2_chinese.artifacts import atomic_write, disk_errors, write_json
 from gpt2_chinese.compiled import code_digest, read_cached_code, write_cached_code
 from gpt2_chinese.model_folder import load_weights
+from gpt2_chinese.text.corpus import read_train_json
 from gpt2_chinese.text.pieces import read_manifest
-from gpt2_chinese.text.vocabulary import read_vocabulary
+from gpt2_chinese.text.vocabulary import Marks, read_vocabulary
 from gpt2_chinese.training.checkpoints import latest_valid, read_checkpoint, verify, write_checkpoint
 from gpt2_chinese.training.metrics import Metrics
+from gpt2_chinese.training.plan import Plan
+from gpt2_chinese.training.token_cache import read_pieces
 from gpt2_chinese.weights_file import read_weights_file
 
-EXAMPLES = int(os.environ.get("GPT2_CHINESE_EXAMPLES", "45"))
+EXAMPLES = int(os.environ.get("GPT2_CHINESE_EXAMPLES", "500"))
+FILES = 14  # that are damaged in turn; each counts as an example
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="links, owners and permissions of POSIX")
 
 
@@ -374,6 +380,12 @@ def originals(good, tmp_path_factory):
     (folder / "metrics").mkdir()
     (folder / "metrics" / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "epoch": 0.1, "loss": 3}\n' * 3)
 
+    Plan({"epochs": 3, "lr": 1e-3}, ["why"], 5.0).write(folder / "metrics" / "plan.json")
+    (folder / "metrics" / "train.json").write_text(json.dumps(["一二三", "四五"]), encoding="utf-8")
+    pieces, marks = folder / "pieces", Marks(1, 2, None, None, None, ())
+    pieces.mkdir()
+    (pieces / "tokenized_train_0.txt").write_text("1 5 6 7 2 1 8 9 2\n", encoding="ascii")
+
     def resume(copy: Path) -> None:
         Metrics(copy / "tb", copy / "metrics.jsonl", resumed_from=2).__exit__(None, None, None)
 
@@ -389,14 +401,39 @@ def originals(good, tmp_path_factory):
         (checkpoint, "state.pt", read_checkpoint),
         (tokenized, "manifest.json", read_manifest),
         (folder / "metrics", "metrics.jsonl", resume),
+        (folder / "metrics", "plan.json", lambda copy: Plan.read(copy / "plan.json").apply(Namespace())),
+        (folder / "metrics", "train.json", lambda copy: list(read_train_json(copy / "train.json"))),
+        (pieces, "tokenized_train_0.txt", lambda copy: read_pieces(copy, vocab_size=10, marks=marks)),
     ]
 
 
+def peak_megabytes() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
+@pytest.fixture(scope="module")
+def steady_memory(originals):
+    """The process takes hardly more memory for damaged files than for good ones."""
+    if os.name != "posix":
+        yield
+        return
+    for folder, _, read in originals:
+        read(folder)
+    before = peak_megabytes()
+    yield
+    assert peak_megabytes() < before + 100
+
+
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=EXAMPLES // FILES)
 @given(st.integers(0, 2**40))
-def test_no_damage_to_a_file_that_is_read_is_a_traceback_or_takes_memory(originals, tmp_path_factory, seed):
+def test_no_damage_to_a_file_that_is_read_is_a_traceback_or_takes_memory(
+    originals, steady_memory, tmp_path_factory, seed
+):
     source = random.Random(seed)
+    assert len(originals) == FILES
     for folder, name, read in originals:
         copy = tmp_path_factory.mktemp("copy") / "copy"
         shutil.copytree(folder, copy)

@@ -102,6 +102,12 @@ def test_a_model_that_is_killed_or_hangs_comes_back_and_who_waits_is_told(healin
     until(lambda: healing.resources()["threads"] <= threads)
 
 
+def test_where_memory_runs_out_the_kernel_ends_the_model_and_not_the_server(healing):
+    """benchmarks/out_of_memory.py lets it run out, as root."""
+    server, model = (int(Path(f"/proc/{one}/oom_score").read_text("ascii")) for one in healing.processes()[:2])
+    assert model > server + 200
+
+
 def test_a_folder_is_reloaded_between_requests_and_a_broken_one_is_refused(healing, folder):
     def reload(key: str = "secret") -> tuple[int, dict]:
         return ask(healing, "/admin/reload", {}, key)[:2]

@@ -14,12 +14,16 @@ from gpt2_chinese.model_folder import read_config
 from gpt2_chinese.training import plan as planning
 from gpt2_chinese.training.flags import given_flags, parse_args
 from gpt2_chinese.training.plan import (
+    MAX_TEACHERS,
     SHAPES,
+    TAUGHT_EPOCHS,
     Facts,
     Plan,
     choose_shape,
     layer_parameters,
     make_plan,
+    max_epochs,
+    teachers_for,
     updates_until,
 )
 from gpt2_chinese.training.report import Reporter
@@ -34,8 +38,8 @@ def speed_of(shape: str, vocab_size: int) -> float:
 def shape_for(tokens: int, minutes: float, speed: float = 1.0) -> str:
     shapes = [planning._path_of(shape) for shape in SHAPES]
     facts = Facts(tokens, documents=100, vocab_size=5000, seconds=60 * minutes)
-    chosen, _ = choose_shape(facts, shapes, lambda shape, size: speed * speed_of(shape, size))
-    return Path(chosen).stem
+    chosen = choose_shape(facts, shapes, lambda shape, size: speed * speed_of(shape, size), may_be_taught=False)
+    return Path(chosen.shape).stem
 
 
 def test_more_time_more_text_and_a_faster_machine_give_a_larger_model():
@@ -119,7 +123,7 @@ def test_the_updates_are_decided_whatever_the_warm_up(train, monkeypatch, capsys
     pieces()
     monkeypatch.setattr(Reporter, "updates_in_time", lambda self, state, loss: 37)
     flags = ["--minutes", "5", "--device", "cpu", "--precision", "fp32", "--val_fraction", "0.1", "--batch_size", "2"]
-    flags += ["--model_config", "shape.json"]
+    flags += ["--model_config", "shape.json", "--teacher", ""]
     assert train.main([*flags, "--compile", "off", "--warmup_steps", warmup]) == 0
     assert "plan       37 updates" in capsys.readouterr().out
 
@@ -128,7 +132,7 @@ def test_a_run_that_is_over_before_its_speed_is_known_keeps_its_first_estimate(t
     pieces()
     monkeypatch.setattr(Reporter, "updates_in_time", None)
     flags = ["--minutes", "5", "--device", "cpu", "--precision", "fp32", "--val_fraction", "0.1", "--batch_size", "2"]
-    flags += ["--model_config", "shape.json"]
+    flags += ["--model_config", "shape.json", "--teacher", ""]
     assert train.main([*flags, "--compile", "off", "--max_steps", "12"]) == 0
     assert json.loads(Path("model/metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"] == 12
 
@@ -136,7 +140,7 @@ def test_a_run_that_is_over_before_its_speed_is_known_keeps_its_first_estimate(t
 def test_an_interrupted_planned_run_keeps_its_plan_and_ends_as_if_it_had_not_been(train, monkeypatch, capsys):
     pieces()
     flags = ["--minutes", "5", "--device", "cpu", "--precision", "fp32", "--val_fraction", "0.1", "--patience", "0"]
-    flags += ["--batch_size", "2", "--save_steps", "3", "--compile", "off"]
+    flags += ["--batch_size", "2", "--save_steps", "3", "--compile", "off", "--teacher", ""]
     monkeypatch.setattr(planning, "SHAPES", SHAPES[:1])  # a smaller one is saved sooner, and it is saved often
     monkeypatch.setattr(Reporter, "updates_in_time", lambda self, state, loss: 45)
     assert train.main([*flags, "--output_dir", "whole", "--writer_dir", "whole/tb"]) == 0
@@ -159,8 +163,93 @@ def test_an_interrupted_planned_run_keeps_its_plan_and_ends_as_if_it_had_not_bee
             patch.setattr(planning, "make_plan", None)
             if after > 30:
                 patch.setattr(Reporter, "updates_in_time", None)
-            patch.setattr(planning, "time", None)  # the deadline is that of the first run
             assert train.main([*flags, "--resume"]) == 0
         assert "plan       as in model/plan.json" in capsys.readouterr().out
         assert_same_weights(weights("whole/final_model"), weights())
         Path("model").rename(f"interrupted{after}")
+
+
+def test_teachers_need_time_for_three_models_and_more_time_gives_more_of_them():
+    tokens = 1_000_000
+    shapes = [planning._path_of(shape) for shape in SHAPES]
+    for minutes, shape, is_taught in ((2, "3x192", False), (12, "4x256", False), (30, "4x256", True)):
+        chosen = choose_shape(Facts(tokens, 100, 5000, 60 * minutes), shapes, speed_of)
+        assert (Path(chosen.shape).stem, chosen.is_taught) == (shape, is_taught)
+    assert chosen.speed * 30 * 60 > TAUGHT_EPOCHS * tokens
+    assert [teachers_for(tokens, epochs) for epochs in (TAUGHT_EPOCHS, 60, 80, 93, 1000)] == [2, 2, 3, 4, MAX_TEACHERS]
+    assert max_epochs(tokens) * (4 + 1 + 0.2 * 4) <= 93
+
+
+def test_the_time_of_a_plan_is_that_of_its_teachers_and_the_last_model(train):
+    pieces()
+    plan = planned("--no-report", minutes=10)
+    assert plan.teachers == MAX_TEACHERS
+    whole = plan.teachers * plan.teacher_seconds + plan.seconds
+    assert 590 < whole <= 600
+    assert plan.seconds == pytest.approx(plan.teacher_seconds * (1 + 0.2 * MAX_TEACHERS), rel=0.02)
+    args = parse_args(["--minutes", "10", "--seed", "7", "--output_dir", "out"])
+    plan.apply(args)
+    assert args.teacher.split(",") == [f"out/teachers/{number}/best_model" for number in (1, 2, 3, 4)]
+    runs = list(plan.teacher_runs(args))
+    assert [one.seed for one, _ in runs] == [8, 9, 10, 11] and {one.teacher for one, _ in runs} == {""}
+    assert all(own.teachers == 0 and own.seconds == plan.teacher_seconds for _, own in runs)
+
+
+def test_teachers_that_are_given_are_all_there_are(train):
+    pieces()
+    assert planned("--teacher", "mine", minutes=10).teachers == 0
+
+
+def test_the_commands_that_a_plan_prints_train_the_teachers_first(train, capsys):
+    pieces()
+    assert train.main(["--minutes", "60", "--plan", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    commands = [line for line in printed.splitlines() if line.startswith("plan       train.py")]
+    assert len(commands) == MAX_TEACHERS + 1
+    assert all(f"--output_dir model/teachers/{number}" in line for number, line in enumerate(commands[:-1], 1))
+    assert "--teacher model/teachers/1/best_model,model/teachers/2/best_model" in commands[-1]
+
+
+def test_a_run_with_teachers_that_is_interrupted_in_each_part_ends_as_if_it_had_not_been(train, monkeypatch, capsys):
+    pieces()
+    flags = ["--minutes", "60", "--device", "cpu", "--precision", "fp32", "--val_fraction", "0.1", "--patience", "0"]
+    flags += ["--batch_size", "2", "--save_steps", "5", "--compile", "off", "--no-report"]
+    flags += ["--model_config", "shape.json"]
+    monkeypatch.setattr(planning, "MAX_TEACHERS", 2)
+    monkeypatch.setattr(Reporter, "updates_in_time", lambda self, state, loss: 36)
+    assert train.main([*flags, "--output_dir", "whole", "--writer_dir", "whole/tb"]) == 0
+    capsys.readouterr()
+    first, second = (weights(f"whole/teachers/{number}/final_model") for number in (1, 2))
+    assert any(not (first[name] == second[name]).all() for name in first)
+    assert not (Path("whole") / "teachers" / "3").exists()
+
+    original = train.train_update
+    resume: list[str] = []
+    for after in (20, 36, 36):  # of the first teacher; after it and some of the second; and in the last model
+        calls: list[int] = []
+
+        def stopping(*args, calls=calls, after=after, **kwargs):
+            calls.append(1)
+            if len(calls) == after:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "train_update", stopping)
+            assert train.main([*flags, *resume]) == 143
+        resume = ["--resume"]
+    with pytest.raises(ValueError, match="interrupted"):
+        train.main(flags)
+    assert train.main([*flags, "--resume"]) == 0
+    assert "the last model learns from the text and from 2 teachers" in capsys.readouterr().out
+    for folder in ("teachers/1/final_model", "teachers/2/best_model", "final_model", "best_model"):
+        assert_same_weights(weights(f"whole/{folder}"), weights(f"model/{folder}"))
+    with pytest.raises(ValueError, match="holds an earlier run .*teachers.*--overwrite"):
+        train.main(flags)
+
+
+def test_a_run_that_was_interrupted_at_its_teachers_is_not_begun_anew_unasked(train, monkeypatch):
+    pieces()
+    Path("model/teachers/1").mkdir(parents=True)
+    with pytest.raises(ValueError, match="interrupted, after its teachers or one of them: continue it with --resume"):
+        train.main(["--device", "cpu", "--model_config", "shape.json"])
