@@ -230,8 +230,8 @@ def train_teachers(run: Run) -> int:
     for number, (args, plan) in enumerate(run.plan.teacher_runs(run.args), 1):
         if (Path(args.output_dir) / FINAL_MODEL).is_dir():
             continue
-        minutes = f"{plan.seconds / 60:.1f} minutes"
-        remark(f"plan       teacher {number} of {run.plan.teachers} in {args.output_dir}, {minutes}")
+        minutes, count = plan.seconds / 60, run.plan.teachers
+        remark(f"plan       teacher {number} of {count} in {args.output_dir}, {minutes:.1f} minutes")
         teacher, model = prepare(args, 0, remark, plan)
         status = train_on_devices(teacher, model, find_checkpoint(teacher, len(teacher.devices)))
         if status:

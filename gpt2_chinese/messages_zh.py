@@ -1495,4 +1495,370 @@ TABLE: tuple[tuple[str, str], ...] = (
         "--device: several devices are not possible on Windows; start one server per --port instead",
         "--device：Windows 上不能用多个设备；请为每个 --port 启动一个服务",
     ),
+    # what is wrong with files, models and packages
+    (
+        "--compat is for words and characters, which GPT2-Chinese has; leave it out for BPE",
+        "--compat 用于 GPT2-Chinese 有的按词和按字两种分词器，BPE 请去掉它",
+    ),
+    (
+        "most frequent unknown words:",
+        "最常见的未知词：",
+    ),
+    (
+        "  --vocab_size       tokens  tokens per character  rarest seen  embedding",
+        "  --vocab_size     token 数      每字符 token 数   最少出现  词嵌入",
+    ),
+    (
+        "--compat writes GPT2-Chinese's vocabulary of words; leave out --compat or --tokenizer",
+        "--compat 写出 GPT2-Chinese 的按词词表；请去掉 --compat 或 --tokenizer",
+    ),
+    (
+        "--keep_case and --keep_spaces are for words and characters: GPT2-Chinese keeps neither, BPE both",
+        "--keep_case 和 --keep_spaces 用于按词和按字：GPT2-Chinese 两者都不保留，BPE 两者都保留",
+    ),
+    (
+        "--report is about the default vocabulary; leave out --compat or --report",
+        "--report 针对默认词表；请去掉 --compat 或 --report",
+    ),
+    (
+        "--model_config {}: {} must be a number",
+        "--model_config {0}：{1} 必须是数字",
+    ),
+    (
+        "others may write this file, so its code is not run",
+        "其他用户可以写这个文件，因此不运行其中的代码",
+    ),
+    (
+        "the vocabulary has {} tokens, the model {}",
+        "词表有 {0} 个 token，模型有 {1} 个",
+    ),
+    (
+        "{}: {} is {} and should be a matrix; {}",
+        "{0}：{1} 是 {2}，应当是矩阵；{3}",
+    ),
+    (
+        "{}: a manifest is a JSON object, this is a {}",
+        "{0}：清单应当是 JSON 对象，这里是 {1}",
+    ),
+    (
+        "the weights in {}: {} is of {}, not of fractions; {}",
+        "{0} 里的权重：{1} 的类型是 {2}，不是小数；{3}",
+    ),
+    (
+        "{} has no weight_map, which says in which file each weight is; copy it again",
+        "{0} 没有 weight_map，它说明每个权重在哪个文件里；请重新复制",
+    ),
+    (
+        "{} names {}, which is not in {}; copy it there",
+        "{0} 提到 {1}，但 {2} 里没有；请复制进去",
+    ),
+    (
+        "{} is another name of a file; delete it",
+        "{0} 是另一个文件的别名（链接），请删除它",
+    ),
+    (
+        "{} is nested too deeply; it is damaged, copy it again",
+        "{0} 嵌套过深，已损坏，请重新复制",
+    ),
+    (
+        "{} has a number of too many digits; it is damaged, copy it again",
+        "{0} 里有位数过多的数字，已损坏，请重新复制",
+    ),
+    (
+        "another run is writing it; wait for its end, or stop it",
+        "另一个进程正在写它；请等它结束，或停止它",
+    ),
+    (
+        "another run is writing into this folder; wait for its end, or stop it",
+        "另一次运行正在写这个文件夹；请等它结束，或停止它",
+    ),
+    (
+        "--amp_backend apex: {}. NVIDIA removed amp from apex in May 2025 (and the package `apex` on PyPI is "
+        "another program); leave the flag out, torch has had the same inside since 1.6",
+        "--amp_backend apex：{0}。NVIDIA 在 2025 年 5 月从 apex 中去掉了 amp（PyPI 上的 `apex` 是另一个程序）；"
+        "请去掉这个参数，torch 从 1.6 起自带同样的功能",
+    ),
+    (
+        "{}: llama.cpp's GPT-2 has gelu_new, not {}",
+        "{0}：llama.cpp 的 GPT-2 用 gelu_new，不是 {1}",
+    ),
+    (
+        "{}: {} MB, for llama.cpp",
+        "{0}：{1} MB，供 llama.cpp 使用",
+    ),
+    (
+        "it has no header of safetensors",
+        "它没有 safetensors 的文件头",
+    ),
+    (
+        "its header is not a JSON object",
+        "它的文件头不是 JSON 对象",
+    ),
+    (
+        "it has {} bytes and describes {}",
+        "它有 {0} 字节，而文件头写的是 {1} 字节",
+    ),
+    (
+        "{} does not hold a model's weights by name; copy it again, or take another",
+        "{0} 里没有按名称保存的模型权重；请重新复制，或换一个文件",
+    ),
+    (
+        "its header is not JSON",
+        "它的文件头不是 JSON",
+    ),
+    (
+        "it does not describe {} as it must",
+        "它对 {0} 的描述不合格式",
+    ),
+    (
+        "its tensors overlap or leave room between them",
+        "它的张量互相重叠，或者之间有空隙",
+    ),
+    (
+        "--scheduler needs the package distributed, here and on the cluster: pip install distributed",
+        "--scheduler 需要本机和集群上都有 distributed：pip install distributed",
+    ),
+    (
+        "--scheduler {}: no Dask scheduler answers there ({})",
+        "--scheduler {0}：那里没有 Dask 调度器应答（{1}）",
+    ),
+    (
+        "a worker process died (killed, or out of memory); try again, with fewer --workers if memory was short",
+        "一个工作进程退出了（被结束，或内存用尽）；请重试，如果内存不足请减少 --workers",
+    ),
+    (
+        "is a {} tokenizer{}, and only byte-level BPE is read from a tokenizer.json; for WordPiece give its "
+        "vocab.txt with --tokenizer char",
+        "是 {0} 分词器{1}，而 tokenizer.json 只支持字节级 BPE；WordPiece 请用 --tokenizer char 给出它的 vocab.txt",
+    ),
+    (
+        "has {}, which ends a document; name the one it has with --document_marks",
+        "有表示文档结尾的 {0}；请用 --document_marks 指定它的标记",
+    ),
+    (
+        "is not a tokenizer.json of the tokenizers package; copy it again",
+        "不是 tokenizers 包的 tokenizer.json，请重新复制",
+    ),
+    (
+        "is damaged: {}; copy it again",
+        "已损坏：{0}；请重新复制",
+    ),
+    (
+        "id {} is not in the vocabulary of {} tokens",
+        "编号 {0} 不在 {1} 个 token 的词表里",
+    ),
+    (
+        "the nearest one is {}, but the text is hardly {}",
+        "最接近的是 {0}，但这段文字不像{1}",
+    ),
+    (
+        "it looks like {} or a similar encoding of a {} language",
+        "看起来像 {0}，或{1}语言的类似编码",
+    ),
+    (
+        "it may be {} or {}",
+        "可能是 {0} 或 {1}",
+    ),
+    (
+        "has no [UNK], which stands for characters that are not in it; add a line [UNK]",
+        "没有 [UNK]，它代表词表里没有的字；请加一行 [UNK]",
+    ),
+    (
+        "this tokenizer cuts words with THULAC: pip install thulac==0.2.2",
+        "这个分词器用 THULAC 切词：pip install thulac==0.2.2",
+    ),
+    (
+        "has neither [UNK] nor the 256 bytes, so some characters have no id; add a line [UNK]",
+        "既没有 [UNK] 也没有 256 个字节，有些字没有编号；请加一行 [UNK]",
+    ),
+    (
+        "--clean: the rule {} needs a package that is not installed: pip install {} (requirements-vocab.txt "
+        "has it), or turn it off with --clean no-{}",
+        "--clean：规则 {0} 需要没有安装的包：pip install {1}（requirements-vocab.txt 里有），或用 --clean "
+        "no-{2} 关掉它",
+    ),
+    (
+        "{} is a vocabulary of words or characters; for --tokenizer bpe give a tokenizer.json",
+        "{0} 是按词或按字的词表；--tokenizer bpe 请给出 tokenizer.json",
+    ),
+    (
+        "{} must be a JSON object, it is {}; copy it again",
+        "{0} 必须是 JSON 对象，这里是 {1}；请重新复制",
+    ),
+    (
+        "{}: BPE keeps both anyway; leave it out",
+        "{0}：BPE 本来就两者都保留，请去掉它",
+    ),
+    (
+        "{}: GPT2-Chinese keeps neither; leave out --compat or {}",
+        "{0}：GPT2-Chinese 两者都不保留；请去掉 --compat 或 {1}",
+    ),
+    (
+        "{}: the vocabulary has no token {} for white space; build it with make-vocab.py --keep_spaces",
+        "{0}：词表没有表示空白的 token {1}；请用 make-vocab.py --keep_spaces 制作词表",
+    ),
+    (
+        "{}: the model is of older rules ({}), which keep neither",
+        "{0}：模型用的是旧规则（{1}），两者都不保留",
+    ),
+    (
+        "--document_marks is for vocabularies of characters and BPE; words have [MASK] and [CLS]",
+        "--document_marks 用于按字和 BPE 的词表；按词的词表有 [MASK] 和 [CLS]",
+    ),
+    (
+        "{}: rules is {}, this version has {}; copy the file again, or update this program",
+        "{0}：规则是 {1}，本版本是 {2}；请重新复制文件，或更新本程序",
+    ),
+    (
+        "the thulac package is not installed: pip install thulac==0.2.2",
+        "没有安装 thulac 包：pip install thulac==0.2.2",
+    ),
+    (
+        "{} is not the model of thulac 0.2.2: pip install --force-reinstall thulac==0.2.2",
+        "{0} 不是 thulac 0.2.2 的模型：pip install --force-reinstall thulac==0.2.2",
+    ),
+    (
+        "user word {}: a word is not empty and has no white space and no U+0000 in it",
+        "用户词 {0}：词不能为空，也不能含空白和 U+0000",
+    ),
+    (
+        "has no {}, which {}; put it on a line of its own where the model was trained with it, or name the "
+        "tokens that begin and end a document with --document_marks",
+        "没有 {0}（{1}）；如果模型是用它训练的，请把它单独写成一行，或用 --document_marks 指定文档开头和结尾的 token",
+    ),
+    (
+        "--data_path {}: there is no such folder; put your TXT files into one",
+        "--data_path {0}：没有这个文件夹；请把 TXT 文件放进一个文件夹",
+    ),
+    (
+        "--data_path {}: there is no .txt or .txt.gz file in it; put your texts there, one document a line",
+        "--data_path {0}：里面没有 .txt 或 .txt.gz 文件；请把文本放进去，每行一篇文档",
+    ),
+    (
+        "{}: not {}; {}",
+        "{0}：不是 {1}；{2}",
+    ),
+    (
+        "no JSON string ({})",
+        "不是 JSON 字符串（{0}）",
+    ),
+    (
+        "the whole was refused",
+        "整个被拒绝",
+    ),
+    (
+        "{} has {} bytes when unpacked, more than {}; divide it",
+        "{0} 解压后有 {1} 字节，超过 {2}；请拆分它",
+    ),
+    (
+        "META-INF/container.xml names no package",
+        "META-INF/container.xml 没有写明 package",
+    ),
+    (
+        "it has no pages",
+        "它没有页面",
+    ),
+    (
+        "{}, line {}: no row of a table ({}); correct it",
+        "{0} 第 {1} 行：不是表格的一行（{2}）；请改正",
+    ),
+    (
+        "{} is not an e-book that can be read ({}); convert it again",
+        "{0} 不是能读的电子书（{1}）；请重新转换",
+    ),
+    (
+        "{}, line {}: a quotation mark is not closed within {} lines; double the quotation marks inside a "
+        "text, or remove this one",
+        "{0} 第 {1} 行：引号在 {2} 行内没有结束；请把文本里的引号写成两个，或删去这一个",
+    ),
+    (
+        "{}: its part {} cannot be read ({}); convert or copy it again",
+        "{0}：其中的 {1} 读不出来（{2}）；请重新转换或复制",
+    ),
+    (
+        "{} is of a run that was interrupted, after its teachers or one of them: continue it with --resume, "
+        "take another --output_dir, or start over with --resume none, which deletes it",
+        "{0} 里的训练在教师模型之后（或其中一个之后）中断了：请用 --resume 继续，换一个 --output_dir，或用 "
+        "--resume none 删除它重新开始",
+    ),
+    (
+        "{}: {} of {} lines are damaged and left out",
+        "{0}：{2} 行中有 {1} 行损坏，已略去",
+    ),
+    (
+        "--minutes plans by {}, which is not there; {}",
+        "--minutes 按 {0} 规划，而它不存在；{1}",
+    ),
+    (
+        "{} is not a plan that train.py --minutes wrote",
+        "{0} 不是 train.py --minutes 写的规划",
+    ),
+    (
+        "copy it again, or start over with --resume none",
+        "请重新复制，或用 --resume none 重新开始",
+    ),
+    (
+        "plan       teacher {} of {} in {}, {} minutes",
+        "规划       第 {0} 个教师模型（共 {1} 个），在 {2}，{3} 分钟",
+    ),
+    (
+        "plan       the last model learns from the text and from {} teachers",
+        "规划       最后一个模型从文本和 {0} 个教师模型学习",
+    ),
+    (
+        "time for {} teachers of that shape and a model that learns from the text and from them, {} epochs each",
+        "时间够训练 {0} 个同样大小的教师模型，再训练一个从文本和它们学习的模型，各 {1} 轮",
+    ),
+    (
+        "{} is no state of a run: it has no {}; {}",
+        "{0} 不是训练状态：没有 {1}；{2}",
+    ),
+    (
+        "{} cannot be read: {}",
+        "{0} 读不出来：{1}",
+    ),
+    (
+        "{} is damaged: it is no manifest of a checkpoint",
+        "{0} 已损坏：不是检查点的清单",
+    ),
+    (
+        "{} is missing",
+        "缺少 {0}",
+    ),
+    (
+        "{} is damaged: it has {} bytes and was written with {}",
+        "{0} 已损坏：有 {1} 字节，写入时是 {2} 字节",
+    ),
+    (
+        "{} is damaged: its SHA-256 is not that of {}",
+        "{0} 已损坏：SHA-256 与 {1} 里的不同",
+    ),
+    (
+        "--precision int8 is for CPUs; this GPU computes in the model's own precision",
+        "--precision int8 用于 CPU；这块 GPU 按模型自己的精度计算",
+    ),
+    (
+        "the replayed graph gives other logits than the step itself",
+        "重放的计算图给出的 logits 与单步计算不同",
+    ),
+    (
+        "decoding without a CUDA graph, which is slower: {}",
+        "解码时不用 CUDA graph，会慢一些：{0}",
+    ),
+    (
+        "character {} is half of a surrogate pair (U+{}), not a character; send the text as UTF-8",
+        "第 {0} 个字符是代理对的一半（U+{1}），不是字符；请用 UTF-8 发送文本",
+    ),
+    (
+        "the model has cross-attention; only a plain GPT-2 can be decoded",
+        "模型带有交叉注意力；只能解码普通的 GPT-2",
+    ),
+    (
+        "the compiled decoder has no activation function {}",
+        "编译的解码器没有激活函数 {0}",
+    ),
+    (
+        "--prefix_cache must be 0 or more megabytes, it is {}",
+        "--prefix_cache 必须是 0 或更大的兆字节数，现在是 {0}",
+    ),
 )

@@ -51,6 +51,53 @@ def test_every_sentence_of_the_table_is_one_of_the_code():
     assert not missing
 
 
+TELLING = {"say", "remark", "print", "warn", "_say", "_remark"}
+ARGUMENTS_OF_PROGRAMS = (
+    "samples and length",
+    "score_prompt",
+    "a stop string",
+    "logprobs must",
+    "a prompt must",
+    "token id",
+)
+
+
+def template(node: ast.expr) -> str | None:
+    """A string with {} for values, if that is what an expression is."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
+
+
+def told_texts(path: Path) -> list[str]:
+    """What a module says or raises, with {} for values."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        call = node.exc if isinstance(node, ast.Raise) else node
+        if not isinstance(call, ast.Call):
+            continue
+        name = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
+        if isinstance(node, ast.Raise) or name in TELLING:
+            found += [text for argument in call.args if (text := template(argument)) is not None]
+    return found
+
+
+def test_what_a_script_tells_its_user_is_in_the_table():
+    """Answers of the server and lines of its log are for programs; so are commands, and arguments of functions."""
+    missing = []
+    for path in SOURCES:
+        if path.name == "server.py" or path.parent.name == "serving":
+            continue
+        for text in told_texts(path):
+            words = re.findall("[A-Za-z]{2,}", re.sub(r"^(note|warning|error): ", "", text).replace("{}", " "))
+            if len(words) < 3 or text.startswith(("python ", *ARGUMENTS_OF_PROGRAMS)) or "pip install gguf" in text:
+                continue
+            line = text.replace("{}", "X1")
+            if translated(line) == line:
+                missing.append(f"{path.name}: {text}")
+    assert not missing
+
+
 def test_both_columns_have_the_same_values():
     for english, chinese in TABLE:
         assert sorted(map(int, re.findall(r"\{(\d+)\}", chinese))) == list(range(english.count("{}"))), english
