@@ -1620,7 +1620,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     ),
     (
         "--scheduler {}: no Dask scheduler answers there ({})",
-        "--scheduler {0}：那里没有 Dask 调度器应答（{1}）",
+        "--scheduler {0}：那里没有 Dask 调度器响应（{1}）",
     ),
     (
         "a worker process died (killed, or out of memory); try again, with fewer --workers if memory was short",

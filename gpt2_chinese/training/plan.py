@@ -41,13 +41,12 @@ SHAPES = ("2x128", "3x192", "4x256", "6x384", "8x512", "12x768")  # of config/pl
 BATCH_SIZE = 16
 ENOUGH_TOKENS = 20  # for each parameter of the layers; Hoffmann et al. 2022, for text that is not repeated
 SMALL = 200_000  # tokens of a text that wants stronger regularization; between the two that were tried
-MAX_PARAMETERS = 16  # of the layers, for each token of the text
+MAX_PARAMETERS = 24  # of the layers, for each token of the text
 WARMUP_STEPS = 30
 MEASURED_UPDATES = 30  # after them the number of updates is decided, from how long they took
 REPORT_SECONDS = 15  # at the end, for model/report.html
 SPARED = 0.03  # of the time, for saving and for what other programs take
 MAX_TEACHERS = 4
-TAUGHT_EPOCHS = 17  # in the time, from which on two teachers and their pupil are better than one model
 TEACHING_GAIN = 0.07  # bits per character
 TAUGHT_WIDTH = 256
 PUPIL_SHARE = 0.2  # of an update's time, that each teacher adds to it
@@ -173,7 +172,7 @@ def make_plan(
     epochs = facts.seconds * (1 - SPARED) * speed / facts.tokens
     teachers = teachers_for(facts.tokens, epochs) if is_taught else 0
     parts = teachers + 1 + PUPIL_SHARE * teachers  # of the time, each of which a teacher has
-    flags, reasons = _settings(facts, shape, epochs / parts)
+    flags, reasons = _settings(facts, shape, epochs / parts, is_taught=teachers > 0)
     flags = {name: value for name, value in flags.items() if name not in given}
     windows = flags.get("batch_size", args.batch_size) * args.gradient_accumulation
     epochs_at_most = min(epochs / parts, flags.get("epochs", args.epochs))
@@ -227,7 +226,7 @@ def choose_shape(
             break
         speed = speed_of(shape, facts.vocab_size)
         seen = facts.seconds * speed
-        if may_be_taught and seen * (1 - SPARED) >= TAUGHT_EPOCHS * facts.tokens:
+        if may_be_taught and seen * (1 - SPARED) >= taught_epochs(facts.tokens) * facts.tokens:
             taught = Choice(shape, speed, is_taught=True)
         enough = seen >= min(enough_epochs(config) * facts.tokens, ENOUGH_TOKENS * parameters)
         if chosen is None or enough:
@@ -240,9 +239,14 @@ def choose_shape(
     return chosen
 
 
+def taught_epochs(tokens: int) -> int:
+    """The epochs in the time from which on two teachers and their pupil are better than one model."""
+    return 10 if tokens < SMALL else 17
+
+
 def teachers_for(tokens: int, epochs: float) -> int:
     """How many teachers there are, where the time is enough for so many epochs of one model."""
-    wanted = max_epochs(tokens)  # of every model, before there are more than two of them
+    wanted = 5 if tokens < SMALL else 8  # of every model, before there are more than two of them
     affordable = (epochs / wanted - 1) / (1 + PUPIL_SHARE)
     return min(MAX_TEACHERS, max(2, int(affordable)))
 
@@ -275,10 +279,10 @@ def _facts(args: argparse.Namespace, seconds: float) -> Facts:
     return Facts(tokens, documents, manifest["vocabulary"]["size"], seconds)
 
 
-def _settings(facts: Facts, shape: str, epochs: float) -> tuple[dict[str, Any], list[str]]:
+def _settings(facts: Facts, shape: str, epochs: float, *, is_taught: bool) -> tuple[dict[str, Any], list[str]]:
     """The flags for a shape and so many epochs, and why."""
     config = read_config(shape)
-    limit = max_epochs(facts.tokens)
+    limit = max_epochs(facts.tokens, is_taught=is_taught)
     repeated = epochs >= 1.5
     dropout, weight_decay, muon_weight_decay = regularization(facts.tokens) if repeated else (0.0, 0.0, 0.0)
     scale = min(1.0, 256 / config.n_embd)  # of the learning rates, for wider models than were tried
@@ -332,9 +336,11 @@ def regularization(tokens: int) -> tuple[float, float, float]:
     return (0.2, 1.0, 3.0) if tokens < SMALL else (0.1, 0.3, 0.5)
 
 
-def max_epochs(tokens: int) -> int:
-    """How often a text is shown at most: a small one is memorised sooner, however strong the weight decay is."""
-    return 10 if tokens < SMALL else 16
+def max_epochs(tokens: int, *, is_taught: bool) -> int:
+    """How often a text is shown at most: a small one is memorised sooner, though not by a model that has teachers."""
+    if tokens >= SMALL:
+        return 16
+    return 10 if is_taught else 6
 
 
 def _expectation(facts: Facts, shape: str, epochs: float, teachers: int) -> list[str]:

@@ -16,13 +16,12 @@ from gpt2_chinese.training.flags import given_flags, parse_args
 from gpt2_chinese.training.plan import (
     MAX_TEACHERS,
     SHAPES,
-    TAUGHT_EPOCHS,
     Facts,
     Plan,
     choose_shape,
     layer_parameters,
     make_plan,
-    max_epochs,
+    taught_epochs,
     teachers_for,
     updates_until,
 )
@@ -175,9 +174,9 @@ def test_teachers_need_time_for_three_models_and_more_time_gives_more_of_them():
     for minutes, shape, is_taught in ((2, "3x192", False), (12, "4x256", False), (30, "4x256", True)):
         chosen = choose_shape(Facts(tokens, 100, 5000, 60 * minutes), shapes, speed_of)
         assert (Path(chosen.shape).stem, chosen.is_taught) == (shape, is_taught)
-    assert chosen.speed * 30 * 60 > TAUGHT_EPOCHS * tokens
-    assert [teachers_for(tokens, epochs) for epochs in (TAUGHT_EPOCHS, 60, 80, 93, 1000)] == [2, 2, 3, 4, MAX_TEACHERS]
-    assert max_epochs(tokens) * (4 + 1 + 0.2 * 4) <= 93
+    assert chosen.speed * 30 * 60 > taught_epochs(tokens) * tokens
+    assert [teachers_for(tokens, epochs) for epochs in (17, 30, 37, 47, 1000)] == [2, 2, 3, 4, MAX_TEACHERS]
+    assert [teachers_for(60_000, epochs) for epochs in (10, 20, 26, 29)] == [2, 2, 3, 4]
 
 
 def test_the_time_of_a_plan_is_that_of_its_teachers_and_the_last_model(train):
