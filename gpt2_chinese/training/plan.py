@@ -38,9 +38,9 @@ from gpt2_chinese.training.optimizers import make_optimizer
 PLAN = "plan.json"
 TEACHERS = "teachers"  # their folder in --output_dir
 SHAPES = ("2x128", "3x192", "4x256", "6x384", "8x512", "12x768")  # of config/plan/, the smallest first
-BATCH_SIZE = 16
 ENOUGH_TOKENS = 20  # for each parameter of the layers; Hoffmann et al. 2022, for text that is not repeated
 SMALL = 200_000  # tokens of a text that wants stronger regularization; between the two that were tried
+BATCH_SIZE, SMALL_BATCH_SIZE = 16, 4  # windows of an update
 MAX_PARAMETERS = 24  # of the layers, for each token of the text
 WARMUP_STEPS = 30
 MEASURED_UPDATES = 30  # after them the number of updates is decided, from how long they took
@@ -166,7 +166,7 @@ def make_plan(
     facts = _facts(args, deadline - time.time())
     if speed_of is None:
         say("measuring how fast this machine trains")
-        speed_of = Probe(args)
+        speed_of = Probe(args, args.batch_size if "batch_size" in given else BATCH_SIZE)
     shapes = [args.model_config] if "model_config" in given else [_path_of(shape) for shape in SHAPES]
     shape, speed, is_taught = choose_shape(facts, shapes, speed_of, may_be_taught="teacher" not in given)
     epochs = facts.seconds * (1 - SPARED) * speed / facts.tokens
@@ -289,7 +289,7 @@ def _settings(facts: Facts, shape: str, epochs: float, *, is_taught: bool) -> tu
     flags: dict[str, Any] = {
         "model_config": shape,
         "epochs": limit,
-        "batch_size": BATCH_SIZE,
+        "batch_size": batch_size(facts.tokens, is_taught=is_taught),
         "stride": config.n_ctx - 1,
         "optimizer": "muon",
         "embedding_init": "cooccurrence",
@@ -336,6 +336,11 @@ def regularization(tokens: int) -> tuple[float, float, float]:
     return (0.2, 1.0, 3.0) if tokens < SMALL else (0.1, 0.3, 0.5)
 
 
+def batch_size(tokens: int, *, is_taught: bool) -> int:
+    """Windows of an update: a model of a small text that has no teachers overfits less with small ones."""
+    return SMALL_BATCH_SIZE if tokens < SMALL and not is_taught else BATCH_SIZE
+
+
 def max_epochs(tokens: int, *, is_taught: bool) -> int:
     """How often a text is shown at most: a small one is memorised sooner, though not by a model that has teachers."""
     if tokens >= SMALL:
@@ -368,8 +373,8 @@ def _untried(facts: Facts, shape: str, args: argparse.Namespace) -> list[str]:
 class Probe:
     """Tokens a second of a shape, found by a few updates of a new model on random tokens, without compiling it."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self._args = args
+    def __init__(self, args: argparse.Namespace, windows: int) -> None:
+        self._args, self._windows = args, windows
         devices, _ = choose_devices(args.device)
         self._device, self._devices = devices[0], len(devices)
         self._precision = Precision(choose_precision(args, self._device)[0], self._device)
@@ -383,7 +388,7 @@ class Probe:
         flops = flops_per_token(config, parameters)
         if (
             self._known
-            and self._known[-1][1] * flops / self._known[-1][0] * BATCH_SIZE * config.n_ctx > 4 * _PROBE_SECONDS
+            and self._known[-1][1] * flops / self._known[-1][0] * self._windows * config.n_ctx > 4 * _PROBE_SECONDS
         ):
             seconds = self._known[-1][1] * flops / self._known[-1][0]  # too slow to be tried: as the one before
         else:
@@ -397,7 +402,7 @@ class Probe:
         model = GPT2LMHeadModel(config).to(self._device).train()  # type: ignore[arg-type]
         loss_of = WindowLoss(model)
         optimizer = make_optimizer(model, 1e-4, optimizer="muon")
-        windows = torch.randint(config.vocab_size, (BATCH_SIZE, config.n_ctx), device=self._device)
+        windows = torch.randint(config.vocab_size, (self._windows, config.n_ctx), device=self._device)
         fastest, began, updates = math.inf, time.perf_counter(), 0
         while updates < 3 or time.perf_counter() - began < _PROBE_SECONDS:
             start = time.perf_counter()
