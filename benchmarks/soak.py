@@ -115,6 +115,7 @@ async def soak(server: Server, seconds: float, harm: Sequence[int], pause: float
     peak: dict[int, int] = {}
     async with open_session(server.url) as session:
         requests = sample_requests(40)
+        await full_speed(session)
         alone = [(await post_generate(session, fields))[1] for fields in requests]
         before = server.resources()
         end = time.monotonic() + seconds
@@ -198,6 +199,15 @@ async def soak(server: Server, seconds: float, harm: Sequence[int], pause: float
         "before": before,
         "after": after,
     }
+
+
+async def full_speed(session: aiohttp.ClientSession) -> None:
+    """Wait for the compiled decoder, which rounds otherwise than PyTorch does until then; a seed's texts may differ."""
+    while True:
+        async with session.get("/health") as response:
+            if (await response.json()).get("full_speed"):
+                return
+        await asyncio.sleep(0.2)
 
 
 async def restarts(session: aiohttp.ClientSession) -> int:

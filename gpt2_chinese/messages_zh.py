@@ -1645,7 +1645,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     ),
     (
         "id {} is not in the vocabulary of {} tokens",
-        "编号 {0} 不在 {1} 个 token 的词表里",
+        "ID {0} 不在 {1} 个 token 的词表里",
     ),
     (
         "the nearest one is {}, but the text is hardly {}",
@@ -1669,7 +1669,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     ),
     (
         "has neither [UNK] nor the 256 bytes, so some characters have no id; add a line [UNK]",
-        "既没有 [UNK] 也没有 256 个字节，有些字没有编号；请加一行 [UNK]",
+        "既没有 [UNK] 也没有 256 个字节，有些字没有 ID；请加一行 [UNK]",
     ),
     (
         "--clean: the rule {} needs a package that is not installed: pip install {} (requirements-vocab.txt "

@@ -166,7 +166,7 @@ def make_plan(
     facts = _facts(args, deadline - time.time())
     if speed_of is None:
         say("measuring how fast this machine trains")
-        speed_of = Probe(args, args.batch_size if "batch_size" in given else BATCH_SIZE)
+        speed_of = Probe(args, args.batch_size if "batch_size" in given else batch_size(facts.tokens))
     shapes = [args.model_config] if "model_config" in given else [_path_of(shape) for shape in SHAPES]
     shape, speed, is_taught = choose_shape(facts, shapes, speed_of, may_be_taught="teacher" not in given)
     epochs = facts.seconds * (1 - SPARED) * speed / facts.tokens
@@ -289,7 +289,7 @@ def _settings(facts: Facts, shape: str, epochs: float, *, is_taught: bool) -> tu
     flags: dict[str, Any] = {
         "model_config": shape,
         "epochs": limit,
-        "batch_size": batch_size(facts.tokens, is_taught=is_taught),
+        "batch_size": batch_size(facts.tokens),
         "stride": config.n_ctx - 1,
         "optimizer": "muon",
         "embedding_init": "cooccurrence",
@@ -336,9 +336,9 @@ def regularization(tokens: int) -> tuple[float, float, float]:
     return (0.2, 1.0, 3.0) if tokens < SMALL else (0.1, 0.3, 0.5)
 
 
-def batch_size(tokens: int, *, is_taught: bool) -> int:
-    """Windows of an update: a model of a small text that has no teachers overfits less with small ones."""
-    return SMALL_BATCH_SIZE if tokens < SMALL and not is_taught else BATCH_SIZE
+def batch_size(tokens: int) -> int:
+    """Windows of an update: a model of a small text overfits less with small ones, and has more of them."""
+    return SMALL_BATCH_SIZE if tokens < SMALL else BATCH_SIZE
 
 
 def max_epochs(tokens: int, *, is_taught: bool) -> int:
