@@ -12,6 +12,14 @@ BEST_MODEL, FINAL_MODEL = "best_model", "final_model"
 """The folders that train.py writes beside the others: the model with the fewest bits per character, and the last."""
 
 
+def model_of_run(folder: str | Path) -> Path:
+    """The best model in an --output_dir of train.py, or else the last; any other folder is given back."""
+    for name in (BEST_MODEL, FINAL_MODEL):
+        if (Path(folder) / name).is_dir():
+            return Path(folder) / name
+    return Path(folder)
+
+
 def note_of_a_better_model(folder: str | Path) -> str | None:
     """A sentence about the best model of the same run, if it lies beside this one and is another one."""
     folder = Path(folder)

@@ -270,8 +270,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--teacher",
         default="",
         metavar="FOLDER[,FOLDER...]",
-        help="model folders of the same vocabulary: learn the mean of their predictions beside the text "
-        "(default: none)",
+        help="model folders of the same vocabulary, or --output_dir of runs: learn the mean of their predictions "
+        "beside the text; an empty value keeps --minutes from planning teachers (default: none)",
     )
     parser.add_argument(
         "--teacher_share",

@@ -25,7 +25,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2_chinese.artifacts import read_json, write_json
-from gpt2_chinese.best_model import BEST_MODEL, FINAL_MODEL
+from gpt2_chinese.best_model import FINAL_MODEL
 from gpt2_chinese.command_line import project_file, remark, say
 from gpt2_chinese.model_folder import read_config
 from gpt2_chinese.precision import Precision, choose_devices, choose_precision
@@ -98,7 +98,7 @@ class Plan:
         for name, value in self.flags.items():
             setattr(args, name, value)
         if self.teachers:
-            args.teacher = ",".join(str(folder / BEST_MODEL) for folder in self.teacher_folders(args))
+            args.teacher = ",".join(map(str, self.teacher_folders(args)))
 
     def teacher_folders(self, args: argparse.Namespace) -> list[Path]:
         """The --output_dir of each teacher."""

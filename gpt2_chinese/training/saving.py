@@ -165,7 +165,11 @@ def _make_room(run: Run) -> None:
                 f"--{flag} {source} is part of the run that --overwrite would delete: take another --output_dir"
             )
     remark(f"note: an earlier run in {run.output} is deleted: {names}")
-    for path in [*found, *Path(run.args.writer_dir).glob("events.out.tfevents.*")]:
+    events = "events.out.tfevents.*"
+    points = [
+        path for pattern in (events, f"{TEACHERS}/*/{events}") for path in Path(run.args.writer_dir).glob(pattern)
+    ]
+    for path in [*found, *points]:
         if path.is_dir():
             shutil.rmtree(path)
         else:

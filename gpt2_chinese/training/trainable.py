@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2LMHeadModel
 
+from gpt2_chinese.best_model import model_of_run
 from gpt2_chinese.command_line import remark
 from gpt2_chinese.model_folder import load_model
 from gpt2_chinese.precision import Precision, has_bf16, load_apex
@@ -54,7 +55,7 @@ def read_teachers(args: argparse.Namespace, vocab_file: Path, n_ctx: int) -> lis
     """
     teachers = []
     for folder in filter(None, args.teacher.split(",")):
-        model, _ = load_model(folder, vocab_file=vocab_file)
+        model, _ = load_model(model_of_run(folder), vocab_file=vocab_file)
         if model.config.n_positions < n_ctx:
             raise ValueError(
                 f"--teacher {folder} knows {model.config.n_positions} positions, and a window of this run has {n_ctx} "

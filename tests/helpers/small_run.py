@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +78,22 @@ def run(train, *flags: str, device: str = "cpu", **named: object) -> int:
         while int(time.time()) == second:
             time.sleep(0.02)
     return train.main(argv)
+
+
+@contextmanager
+def stopped_after(train, monkeypatch, updates: int) -> Iterator[None]:
+    """This process gets SIGTERM at so manyth an update of a run."""
+    original, calls = train.train_update, []
+
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == updates:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_update", stopping)
+        yield
 
 
 def weights(folder: str = "model/final_model") -> dict[str, torch.Tensor]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
-from small_run import assert_same_weights, weights, write_documents
+from small_run import assert_same_weights, stopped_after, weights, write_documents
 
 from gpt2_chinese.model_folder import read_config
 from gpt2_chinese.training import plan as planning
@@ -147,16 +145,7 @@ def test_an_interrupted_planned_run_keeps_its_plan_and_ends_as_if_it_had_not_bee
     assert json.loads(Path("whole/plan.json").read_text(encoding="utf-8"))["flags"]["optimizer"] == "muon"
 
     for after in (10, 40):  # before the number of updates is decided, and after
-        original, calls = train.train_update, []
-
-        def stopping(*args, original=original, calls=calls, after=after, **kwargs):
-            calls.append(1)
-            if len(calls) == after:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return original(*args, **kwargs)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(train, "train_update", stopping)
+        with stopped_after(train, monkeypatch, after):
             assert train.main(flags) == 143
         with monkeypatch.context() as patch:
             patch.setattr(planning, "make_plan", None)
@@ -188,7 +177,7 @@ def test_the_time_of_a_plan_is_that_of_its_teachers_and_the_last_model(train):
     assert plan.seconds == pytest.approx(plan.teacher_seconds * (1 + 0.2 * MAX_TEACHERS), rel=0.02)
     args = parse_args(["--minutes", "10", "--seed", "7", "--output_dir", "out"])
     plan.apply(args)
-    assert args.teacher.split(",") == [f"out/teachers/{number}/best_model" for number in (1, 2, 3, 4)]
+    assert args.teacher.split(",") == [f"out/teachers/{number}" for number in (1, 2, 3, 4)]
     runs = list(plan.teacher_runs(args))
     assert [one.seed for one, _ in runs] == [8, 9, 10, 11] and {one.teacher for one, _ in runs} == {""}
     assert all(own.teachers == 0 and own.seconds == plan.teacher_seconds for _, own in runs)
@@ -206,7 +195,7 @@ def test_the_commands_that_a_plan_prints_train_the_teachers_first(train, capsys)
     commands = [line for line in printed.splitlines() if line.startswith("plan       train.py")]
     assert len(commands) == MAX_TEACHERS + 1
     assert all(f"--output_dir model/teachers/{number}" in line for number, line in enumerate(commands[:-1], 1))
-    assert "--teacher model/teachers/1/best_model,model/teachers/2/best_model" in commands[-1]
+    assert "--teacher model/teachers/1,model/teachers/2," in commands[-1]
 
 
 def test_a_run_with_teachers_that_is_interrupted_in_each_part_ends_as_if_it_had_not_been(train, monkeypatch, capsys):
@@ -222,19 +211,9 @@ def test_a_run_with_teachers_that_is_interrupted_in_each_part_ends_as_if_it_had_
     assert any(not (first[name] == second[name]).all() for name in first)
     assert not (Path("whole") / "teachers" / "3").exists()
 
-    original = train.train_update
     resume: list[str] = []
     for after in (20, 36, 36):  # of the first teacher; after it and some of the second; and in the last model
-        calls: list[int] = []
-
-        def stopping(*args, calls=calls, after=after, **kwargs):
-            calls.append(1)
-            if len(calls) == after:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return original(*args, **kwargs)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(train, "train_update", stopping)
+        with stopped_after(train, monkeypatch, after):
             assert train.main([*flags, *resume]) == 143
         resume = ["--resume"]
     with pytest.raises(ValueError, match="interrupted"):
@@ -252,3 +231,12 @@ def test_a_run_that_was_interrupted_at_its_teachers_is_not_begun_anew_unasked(tr
     Path("model/teachers/1").mkdir(parents=True)
     with pytest.raises(ValueError, match="interrupted, after its teachers or one of them: continue it with --resume"):
         train.main(["--device", "cpu", "--model_config", "shape.json"])
+
+
+def test_teachers_without_a_validation_set_are_their_last_models(train, monkeypatch):
+    pieces()
+    monkeypatch.setattr(planning, "MAX_TEACHERS", 2)
+    monkeypatch.setattr(Reporter, "updates_in_time", lambda self, state, loss: 31)
+    flags = ["--minutes", "60", "--device", "cpu", "--precision", "fp32", "--val_fraction", "0", "--batch_size", "2"]
+    assert train.main([*flags, "--compile", "off", "--no-report", "--model_config", "shape.json"]) == 0
+    assert Path("model/final_model").is_dir() and not Path("model/teachers/1/best_model").exists()

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_run import assert_same_weights, run, scalars, weights, write_documents, write_shape
+from small_run import assert_same_weights, run, scalars, stopped_after, weights, write_documents, write_shape
 from tqdm import tqdm
 
 from gpt2_chinese.training import evaluation, saving
@@ -117,16 +117,7 @@ def test_kills_at_random_moments_change_no_bit_and_lose_one_interval_at_most(tra
 
 def interrupted(train, monkeypatch, after: int, *flags: str) -> None:
     """Leave the checkpoints of a run that was stopped by SIGTERM after some updates."""
-    original, calls = train.train_update, []
-
-    def stopping(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == after:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_update", stopping)
+    with stopped_after(train, monkeypatch, after):
         assert run(train, *small_run_flags(), *flags) == 143
 
 
