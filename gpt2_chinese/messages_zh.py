@@ -1063,8 +1063,8 @@ TABLE: tuple[tuple[str, str], ...] = (
         "规划       同 {0}",
     ),
     (
-        "plan       {} updates, {} epochs, fit into the time",
-        "规划       {0} 步，{1} 轮，在时间之内",
+        "plan       about {} updates, {} epochs, fit into the time",
+        "规划       约 {0} 步，{1} 轮，在时间之内",
     ),
     (
         "{} tokens in {} documents, vocabulary {}, {} minutes left",

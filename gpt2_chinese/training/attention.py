@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt2_chinese.training.dropout import draw_kept
+
 CAUSAL_ATTENTION = "causal"
 BLOCK = 128  # queries at a time; their scores end with the last key that they may see, so few are made in vain
 
@@ -45,12 +47,12 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -
 
     Returns:
         The output, in the shape of the queries; and for the backward pass the weights of all blocks, one behind the
-        other, and which of them dropout kept (empty without dropout).
+        other, and which of them dropout kept, as ones and zeros (empty without dropout).
     """
     queries, keys, values = _joined(query, key, value)
     output = query.new_empty(queries.shape)  # contiguous, as the fake says; of one window the queries are a view
     weights = query.new_empty(_count_weights(query))
-    kept = torch.empty(len(weights) if dropout else 0, dtype=torch.bool)
+    kept = draw_kept(len(weights) if dropout else 0, dropout, weights.dtype)
     later = torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu_(1)
     with torch.autocast("cpu", enabled=False):
         for first, last, block_weights, block_kept in _blocks(queries, weights, kept):
@@ -58,18 +60,17 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -
             size = last - first
             scores[:, :, first:].masked_fill_(later[:size, :size], -torch.inf)
             torch.softmax(scores, -1, out=block_weights)
-            dropped = block_weights
-            if dropout:
-                dropped, mask = torch.native_dropout(block_weights, dropout, True)
-                block_kept.copy_(mask)
+            dropped = block_weights * block_kept if dropout else block_weights
             output[:, first:last] = torch.bmm(dropped, values[:, :last])
+    if dropout:
+        output *= 1 / (1 - dropout)  # fewer numbers than the weights, which it belongs to
     return output.view(query.shape), weights, kept
 
 
 @block_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> tuple[Tensor, Tensor, Tensor]:
     count = _count_weights(query)
-    kept = query.new_empty(count if dropout else 0, dtype=torch.bool)
+    kept = query.new_empty(count if dropout else 0)
     return torch.empty_like(query, memory_format=torch.contiguous_format), query.new_empty(count), kept
 
 
@@ -80,6 +81,8 @@ def block_attention_backward(
     """Gradients of queries, keys and values; those of a key or value are summed over the blocks in float32."""
     queries, keys, values = _joined(query, key, value)
     gradient = outer.reshape(queries.shape)
+    if dropout:
+        gradient = gradient * (1 / (1 - dropout))
     to_queries = query.new_empty(queries.shape)
     wide = torch.promote_types(keys.dtype, torch.float32)
     # Each one for itself, for no operation may return views of one.
@@ -90,8 +93,8 @@ def block_attention_backward(
             to_weights = torch.bmm(rows, values[:, :last].mT)
             dropped = block_weights
             if dropout:
-                dropped = (block_weights * block_kept).mul_(1 / (1 - dropout))
-                to_weights.mul_(block_kept).mul_(1 / (1 - dropout))
+                dropped = block_weights * block_kept
+                to_weights.mul_(block_kept)
             to_values[:, :last] += torch.bmm(dropped.mT, rows)
             to_scores = torch.ops.aten._softmax_backward_data(to_weights, block_weights, -1, block_weights.dtype)
             to_keys[:, :last] += torch.bmm(to_scores.mT, queries[:, first:last])

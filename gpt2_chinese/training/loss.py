@@ -16,6 +16,7 @@ from transformers import AttentionInterface, GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
 
 from gpt2_chinese.training.attention import CAUSAL_ATTENTION, causal_attention
+from gpt2_chinese.training.dropout import use_cpu_dropout
 
 HEAD_ROWS = 512  # of logits at a time on a CPU
 
@@ -122,6 +123,8 @@ class WindowLoss(nn.Module):
             if isinstance(getattr(module, "act", None), NewGELUActivation):
                 # The same formula as one operation; without a compiler it is eight, a seventh of an update's time.
                 module.act = nn.GELU(approximate="tanh")
+        if model.device.type == "cpu":
+            use_cpu_dropout(model)
         if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model = model

@@ -43,7 +43,8 @@ SMALL = 200_000  # tokens of a text that wants stronger regularization; between 
 BATCH_SIZE, SMALL_BATCH_SIZE = 16, 4  # windows of an update
 MAX_PARAMETERS = 24  # of the layers, for each token of the text
 WARMUP_STEPS = 30
-MEASURED_UPDATES = 30  # after them the number of updates is decided, from how long they took
+MEASURED_UPDATES = 30  # after them the number of updates is decided, from how long they took,
+CORRECTED_EVERY = 1.25  # and corrected when there have been so many times as many
 REPORT_SECONDS = 15  # at the end, for model/report.html
 SPARED = 0.03  # of the time, for saving and for what other programs take
 MAX_TEACHERS = 4
@@ -85,6 +86,7 @@ class Plan:
         seconds: of the run without its teachers, from its first update to the deadline.
         teachers: models that are trained before, for the last one to learn from.
         teacher_seconds: of each.
+        is_settled: the number of updates was decided before the run was interrupted; not written.
     """
 
     flags: dict[str, Any]
@@ -93,6 +95,7 @@ class Plan:
     seconds: float = 0.0
     teachers: int = 0
     teacher_seconds: float = 0.0
+    is_settled: bool = False
 
     def apply(self, args: argparse.Namespace) -> None:
         for name, value in self.flags.items():
@@ -114,10 +117,13 @@ class Plan:
                 own.resume = "auto" if args.resume else None
             own.max_steps = self.flags.get("max_steps", args.max_steps)
             seconds = self.teacher_seconds
-            yield own, replace(self, teachers=0, seconds=seconds, deadline=time.time() + seconds)
+            plan = replace(self, teachers=0, seconds=seconds, deadline=time.time() + seconds, is_settled=False)
+            yield own, plan
 
     def write(self, path: Path) -> None:
-        write_json(path, asdict(self))
+        written = asdict(self)
+        del written["is_settled"]
+        write_json(path, written)
 
     @classmethod
     def read(cls, path: Path) -> Plan:
@@ -429,6 +435,14 @@ def updates_until(deadline: float, now: float, *, per_update: float, per_epoch: 
         per_epoch: seconds that measuring and saving take at the end of each epoch.
     """
     return max(1, int((deadline - now) * (1 - SPARED) / (per_update + per_epoch / updates_per_epoch)))
+
+
+def decides_after(step: int) -> bool:
+    """Whether the number of updates is decided or corrected behind this one: 30, 38, 48, 60 …"""
+    due = MEASURED_UPDATES
+    while due < step:
+        due = math.ceil(due * CORRECTED_EVERY)
+    return due == step
 
 
 def plan_run(args: argparse.Namespace, given: set[str]) -> Plan:

@@ -158,6 +158,7 @@ class Reporter:
         self._has_warned = False
         now = time.perf_counter()
         self._last_point = self._last_checkpoint = self._timing_began = now
+        self._timed_from = state.step  # the update behind which the timing began
         self._epoch_began = now - state.epoch_seconds
 
     def __enter__(self) -> Reporter:
@@ -190,7 +191,9 @@ class Reporter:
         try:
             yield
         finally:
-            self._last_point += time.perf_counter() - began
+            seconds = time.perf_counter() - began
+            self._last_point += seconds
+            self._timing_began += seconds
 
     def update(self, state: TrainingState, loss: Tensor, grad_norm: Tensor, *, lr_factor: float, windows: int) -> None:
         """An update has been made; the figures, which wait for a GPU, are read at every `--log_step`."""
@@ -219,13 +222,16 @@ class Reporter:
         self._bar.set_postfix_str(f"loss {loss:.3f}, {self._tokens_per_second:,.0f} tokens/s", refresh=False)
 
     def updates_in_time(self, state: TrainingState, loss: Tensor) -> int:
-        """How many updates a planned run shall have, as fast as the last ones were; reading `loss` waits for them."""
+        """How many updates a planned run shall have, if all take as long as those since this was asked before.
+
+        Reading `loss` waits for the last one.
+        """
         run, plan = self._run, self._run.plan
         assert plan is not None
         loss.item()
         now = time.perf_counter()
-        timed = max(1, state.step - self._first_step - TIMED_UPDATES // 2)
-        per_update = (now - self._timing_began) / timed
+        per_update = (now - self._timing_began) / max(1, state.step - self._timed_from)
+        self._timing_began, self._timed_from = now, state.step
         windows = len(run.starts) * run.config.n_ctx
         measuring = per_update * run.updates_per_epoch * run.corpus.held_out_tokens / windows / 3  # forward passes only
         saving = SAVING_SECONDS + self._parameters * 32 / SAVED_BYTES
@@ -238,20 +244,18 @@ class Reporter:
         )
 
     def planned(self, state: TrainingState) -> None:
-        """The number of updates has been decided."""
+        """The number of updates has been decided, or corrected."""
         self._bar.total = self._run.total_steps
         epochs = self._run.total_steps / self._run.updates_per_epoch
-        self._remark(f"plan       {self._run.total_steps:,} updates, {epochs:.1f} epochs, fit into the time")
+        if state.step == MEASURED_UPDATES:
+            self._remark(f"plan       about {self._run.total_steps:,} updates, {epochs:.1f} epochs, fit into the time")
 
     def _estimate_time(self, step: int) -> None:
-        if self._run.plan is not None and step <= MEASURED_UPDATES:
-            if step == self._first_step + TIMED_UPDATES // 2:
-                self._timing_began = time.perf_counter()
-            return
-        remaining = self._run.total_steps - step
         if step == self._first_step + TIMED_UPDATES // 2:
-            self._timing_began = time.perf_counter()
-        elif step == self._first_step + TIMED_UPDATES and remaining > TIMED_UPDATES:
+            self._timing_began, self._timed_from = time.perf_counter(), step
+        remaining = self._run.total_steps - step
+        is_known = step == self._first_step + TIMED_UPDATES and self._run.plan is None
+        if is_known and remaining > TIMED_UPDATES:
             seconds = (time.perf_counter() - self._timing_began) / (TIMED_UPDATES - TIMED_UPDATES // 2) * remaining
             self._remark(f"the remaining {remaining:,} updates will take about {timedelta(seconds=round(seconds))}")
 

@@ -34,7 +34,7 @@ from gpt2_chinese.text.pieces import (
 from gpt2_chinese.text.tokenizers import Tokenizer, vocabulary_of_folder
 from gpt2_chinese.training.hold_out import MAX_BYTES, MIN_BYTES, HoldOut
 from gpt2_chinese.training.optimizers import learning_rate_factor
-from gpt2_chinese.training.plan import MEASURED_UPDATES, PLAN, Plan
+from gpt2_chinese.training.plan import PLAN, Plan, decides_after
 from gpt2_chinese.training.state import TrainingState
 from gpt2_chinese.training.token_cache import Corpus, read_pieces
 from gpt2_chinese.training.vocabulary_transfer import transfer_vocabulary
@@ -162,8 +162,11 @@ class Run:
         return self.epoch_ends(step) or (self.args.val_steps > 0 and step % self.args.val_steps == 0)
 
     def decides_updates(self, step: int) -> bool:
-        """Whether a plan decides behind this update how many there will be; a shorter run keeps the first estimate."""
-        return self.plan is not None and step == MEASURED_UPDATES
+        """Whether a plan decides behind this update how many there will be, or corrects it.
+
+        A shorter run keeps the first estimate, and one that goes on what was decided, to end as it would have.
+        """
+        return self.plan is not None and not self.plan.is_settled and decides_after(step)
 
     def limit_updates(self, max_steps: int) -> None:
         """End the run after so many updates, 0 for no limit; what is decided once is decided for all ranks."""

@@ -24,7 +24,7 @@ from gpt2_chinese.training.checkpoints import (
     write_checkpoint,
 )
 from gpt2_chinese.training.loss import unpadded
-from gpt2_chinese.training.plan import TEACHERS
+from gpt2_chinese.training.plan import MEASURED_UPDATES, TEACHERS
 from gpt2_chinese.training.ranks import Rank
 from gpt2_chinese.training.run import CHECKPOINTS, METRICS, OTHER_FILES, Run
 from gpt2_chinese.training.state import RunningLoss, TrainingState
@@ -121,6 +121,7 @@ def find_checkpoint(run: Run, ranks: int) -> Path | None:
     manifest = verify(path)
     if run.plan is not None:
         run.limit_updates(manifest["settings"].get("the number of updates", 0))
+        run.plan.is_settled = manifest["step"] >= MEASURED_UPDATES
     check_settings(path, manifest["settings"], run.settings() | {"ranks": ranks})
     # What came after it will come again.
     delete_old(folder, keep=run.args.keep_checkpoints, up_to=manifest["step"])

@@ -17,6 +17,7 @@ from gpt2_chinese.training.plan import (
     Facts,
     Plan,
     choose_shape,
+    decides_after,
     layer_parameters,
     make_plan,
     taught_epochs,
@@ -122,7 +123,26 @@ def test_the_updates_are_decided_whatever_the_warm_up(train, monkeypatch, capsys
     flags = ["--minutes", "5", "--device", "cpu", "--precision", "fp32", "--val_fraction", "0.1", "--batch_size", "2"]
     flags += ["--model_config", "shape.json", "--teacher", ""]
     assert train.main([*flags, "--compile", "off", "--warmup_steps", warmup]) == 0
-    assert "plan       37 updates" in capsys.readouterr().out
+    assert "plan       about 37 updates" in capsys.readouterr().out
+
+
+def test_the_number_of_updates_is_corrected_all_along(train, monkeypatch):
+    pieces()
+    asked = []
+
+    def slower_and_slower(self, state, loss):
+        asked.append(state.step)
+        return 100 if state.step == 30 else 70
+
+    monkeypatch.setattr(Reporter, "updates_in_time", slower_and_slower)
+    flags = ["--minutes", "5", "--device", "cpu", "--precision", "fp32", "--val_fraction", "0.1", "--batch_size", "2"]
+    flags += ["--model_config", "shape.json", "--teacher", "", "--patience", "0", "--log_step", "1", "--no-report"]
+    assert train.main([*flags, "--compile", "off"]) == 0
+    assert asked == [30, 38, 48, 60]
+    assert [step for step in range(1, 100) if decides_after(step)] == [30, 38, 48, 60, 75, 94]
+    points = [json.loads(line) for line in Path("model/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rates = {point["step"]: point["learning_rate"] for point in points if "learning_rate" in point}
+    assert max(rates) == 70 and rates[70] < rates[69] < 0.06 * max(rates.values())
 
 
 def test_a_run_that_is_over_before_its_speed_is_known_keeps_its_first_estimate(train, monkeypatch):
@@ -141,7 +161,7 @@ def test_an_interrupted_planned_run_keeps_its_plan_and_ends_as_if_it_had_not_bee
     monkeypatch.setattr(planning, "SHAPES", SHAPES[:1])  # a smaller one is saved sooner, and it is saved often
     monkeypatch.setattr(Reporter, "updates_in_time", lambda self, state, loss: 45)
     assert train.main([*flags, "--output_dir", "whole", "--writer_dir", "whole/tb"]) == 0
-    assert "plan       45 updates" in capsys.readouterr().out
+    assert "plan       about 45 updates" in capsys.readouterr().out
     assert json.loads(Path("whole/plan.json").read_text(encoding="utf-8"))["flags"]["optimizer"] == "muon"
 
     for after in (10, 40):  # before the number of updates is decided, and after
