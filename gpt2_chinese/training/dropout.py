@@ -1,4 +1,4 @@
-"""Dropout for training on a CPU, where PyTorch draws a random number for each unit: most of the time that dropout takes."""
+"""Dropout for training on a CPU, where PyTorch draws a random number for each unit, which takes most of its time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def draw_kept(count: int, dropout: float, dtype: torch.dtype) -> torch.Tensor:
     return words.view(torch.int16)[:count].ge(min(threshold, _STEPS // 2 - 1)).to(dtype)
 
 
-# Opaque to torch.compile, whose own random numbers are as slow; with the tag, it neither merges two draws nor repeats one.
+# Opaque to torch.compile, whose own random numbers are slow; with the tag it neither merges two draws nor repeats one.
 @torch.library.custom_op(
     "gpt2_chinese::draw_kept", mutates_args=(), device_types="cpu", tags=(torch.Tag.nondeterministic_seeded,)
 )
