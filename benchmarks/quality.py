@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.transfer import position, run  # noqa: E402
 from benchmarks.yardstick import as_arrays  # noqa: E402
+from gpt2_chinese.text.tokenizers import KINDS  # noqa: E402
 from gpt2_chinese.training.ngram import ngram_bits  # noqa: E402
 
 SHARES = {"test": (0.0, 0.1), "tune": (0.1, 0.2)}
@@ -38,6 +39,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--trials", type=Path, help="a file with a trial on each line")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="(default: %(default)s)")
     parser.add_argument("--held_out", choices=SHARES, default="test", help="tenth to measure on (default: %(default)s)")
+    parser.add_argument("--tokenizer", default="bpe", choices=KINDS, help="(default: %(default)s, as in make model)")
     parser.add_argument("--vocab_size", default="auto", help="of make-vocab.py (default: %(default)s)")
     parser.add_argument("--min_length", default="1", help="of make-tokenized.py (default: %(default)s)")
     parser.add_argument("--folder", type=Path, default=Path("quality"), help="to work in (default: %(default)s)")
@@ -58,26 +60,31 @@ def split(documents: list[str]) -> dict[str, list[str]]:
     return parts
 
 
-def prepare(args: argparse.Namespace, parts: dict[str, list[str]]) -> float:
-    """Stages 2 and 3 for the documents to train on, and 3 for those to measure on; gives the seconds of the first."""
+def prepare(args: argparse.Namespace, parts: dict[str, list[str]]) -> tuple[Path, float]:
+    """Stages 2 and 3 for the documents to train on, and 3 for those to measure on.
+
+    Returns:
+        The vocabulary, and the seconds that the first of it took.
+    """
     folder: Path = args.folder
     folder.mkdir(parents=True, exist_ok=True)
     for name, documents in parts.items():
         (folder / f"{name}.json").write_text(json.dumps(documents, ensure_ascii=False), encoding="utf-8")
-    vocabulary = folder / "vocab.txt"
+    vocabulary = folder / ("tokenizer.json" if args.tokenizer == "bpe" else "vocab.txt")
     began = time.time()
     flags = ["--raw_data_path", folder / "train.json", "--vocab_file", vocabulary, "--vocab_size", args.vocab_size]
+    flags += ["--tokenizer", args.tokenizer]
     run(args.vocab_python, "make-vocab.py", *flags, "--model_config", "config/model_config_mini.json", "--overwrite")
     for name in ("train", args.held_out):
         flags = ["--raw_data_path", folder / f"{name}.json", "--vocab_filename", vocabulary, "--overwrite"]
-        flags += ["--min_length", args.min_length if name == "train" else "0"]
+        flags += ["--tokenizer", args.tokenizer, "--min_length", args.min_length if name == "train" else "0"]
         run(sys.executable, "make-tokenized.py", *flags, "--tokenized_data_path", folder / f"tokenized_{name}")
         if name == "train":
             seconds = time.time() - began
-    return seconds
+    return vocabulary, seconds
 
 
-def train(args: argparse.Namespace, trial: str, seed: int, prepared_in: float) -> tuple[Path, float]:
+def train(args: argparse.Namespace, trial: str, seed: int, vocabulary: Path, prepared_in: float) -> tuple[Path, float]:
     """The model of a trial, and the seconds that it took, preparation included; 0 if it was there."""
     flags = shlex.split(trial)
     output = args.folder / hashlib.sha256(f"{trial} {seed}".encode()).hexdigest()[:12]
@@ -85,7 +92,7 @@ def train(args: argparse.Namespace, trial: str, seed: int, prepared_in: float) -
     if (output / "final_model").is_dir():
         return model, 0.0
     began = time.time() - prepared_in
-    common = ["--tokenized_data_path", args.folder / "tokenized_train", "--vocab_file", args.folder / "vocab.txt"]
+    common = ["--tokenized_data_path", args.folder / "tokenized_train", "--vocab_file", vocabulary]
     common += ["--output_dir", output, "--writer_dir", output / "tensorboard", "--seed", seed, "--overwrite"]
     if "--minutes" in flags:
         common += ["--minutes_from", int(began)]
@@ -110,12 +117,12 @@ def main() -> None:
     for order in (5, 7):
         bits = ngram_bits(as_arrays(parts["train"]), as_arrays(held_out), order=order)
         print(f"{order}-gram of characters: {bits / characters:.4f} bits per character", flush=True)
-    prepared_in = prepare(args, parts)
+    vocabulary, prepared_in = prepare(args, parts)
     print(f"stages 2 and 3: {prepared_in:.1f} s", flush=True)
     for trial in args.trial:
         found = []
         for seed in args.seeds:
-            model, seconds = train(args, trial, seed, prepared_in)
+            model, seconds = train(args, trial, seed, vocabulary, prepared_in)
             found.append(measure(args, model))
             print(f"  seed {seed}: {found[-1]:.4f} bits per character, {seconds:.0f} s", flush=True)
         spread = f" ({min(found):.4f} to {max(found):.4f})" if len(found) > 1 else ""

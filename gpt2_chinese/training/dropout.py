@@ -42,7 +42,7 @@ class CpuDropout(nn.Module):
     def forward(self, units: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0:
             return units
-        return units * _draw_kept(units.detach(), self.p) * (1 / (1 - self.p))
+        return (units * _draw_kept(units.detach(), self.p)).mul_(1 / (1 - self.p))
 
 
 def use_cpu_dropout(model: nn.Module) -> None:

@@ -42,11 +42,12 @@ ENOUGH_TOKENS = 20  # for each parameter of the layers; Hoffmann et al. 2022, fo
 SMALL = 200_000  # tokens of a text that wants stronger regularization; between the two that were tried
 BATCH_SIZE, SMALL_BATCH_SIZE = 16, 4  # windows of an update
 MAX_PARAMETERS = 24  # of the layers, for each token of the text
+FEW_EPOCHS, MANY_EPOCHS = 3.5, 5.5  # below the first dropout only slows a model down, from the second on it wants more
 WARMUP_STEPS = 30
 MEASURED_UPDATES = 30  # after them the number of updates is decided, from how long they took,
 CORRECTED_EVERY = 1.25  # and corrected when there have been so many times as many
-REPORT_SECONDS = 15  # at the end, for model/report.html
-SPARED = 0.03  # of the time, for saving and for what other programs take
+REPORT_SECONDS = 12  # at the end, for model/report.html
+SPARED = 0.015  # of the time, for saving and for what other programs take
 MAX_TEACHERS = 4
 TEACHING_GAIN = 0.07  # bits per character
 TAUGHT_WIDTH = 256
@@ -290,7 +291,7 @@ def _settings(facts: Facts, shape: str, epochs: float, *, is_taught: bool) -> tu
     config = read_config(shape)
     limit = max_epochs(facts.tokens, is_taught=is_taught)
     repeated = epochs >= 1.5
-    dropout, weight_decay, muon_weight_decay = regularization(facts.tokens) if repeated else (0.0, 0.0, 0.0)
+    dropout, weight_decay, muon_weight_decay = regularization(facts.tokens, epochs)
     scale = min(1.0, 256 / config.n_embd)  # of the learning rates, for wider models than were tried
     flags: dict[str, Any] = {
         "model_config": shape,
@@ -312,13 +313,13 @@ def _settings(facts: Facts, shape: str, epochs: float, *, is_taught: bool) -> tu
         "report": True,
     }
     reasons = []
-    if repeated:
+    if dropout:
         reasons.append(
             f"several epochs: dropout {dropout}, weight decay {weight_decay} and {muon_weight_decay} (Muon), windows "
             "at other places in each"
         )
     else:
-        reasons.append("hardly more than one epoch: no dropout and no weight decay")
+        reasons.append("few epochs, nothing is memorised: no dropout and little weight decay")
     if epochs > limit:
         minutes = facts.seconds * limit / epochs / 60
         reasons.append(
@@ -337,9 +338,15 @@ def _teaching(teachers: int, epochs: float) -> list[str]:
     ]
 
 
-def regularization(tokens: int) -> tuple[float, float, float]:
-    """Dropout, and the weight decay of AdamW's and Muon's part, for several epochs of a text of so many tokens."""
-    return (0.2, 1.0, 3.0) if tokens < SMALL else (0.1, 0.3, 0.5)
+def regularization(tokens: int, epochs: float) -> tuple[float, float, float]:
+    """Dropout, and the weight decay of AdamW's and Muon's part, for so many epochs of a text of so many tokens."""
+    if epochs < 1.5:
+        return 0.0, 0.0, 0.0
+    if tokens < SMALL:
+        return 0.2, 1.0, 3.0
+    if epochs < FEW_EPOCHS:
+        return 0.0, 0.03, 0.1
+    return (0.05, 0.3, 0.5) if epochs < MANY_EPOCHS else (0.1, 0.3, 0.5)
 
 
 def batch_size(tokens: int) -> int:

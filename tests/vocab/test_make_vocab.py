@@ -165,6 +165,30 @@ def test_bpe_is_a_tokenizer_json_that_keeps_case_and_begins_with_the_end_of_text
     assert rows[0]["tokens_per_character"] < 1 and "recommended: --vocab_size" in capsys.readouterr().out
 
 
+def test_auto_learns_bpe_from_documents_of_the_whole_corpus_but_not_from_all(script, tmp_path, monkeypatch):
+    pytest.importorskip("tokenizers")
+    module = script("make-vocab")
+    corpus = tmp_path / "train.json"
+    documents = [chr(0x4E00 + number // 10) * 4 for number in range(1000)]  # a hundred characters, ten documents each
+    corpus.write_text(json.dumps(documents, ensure_ascii=False), encoding="utf-8")
+    monkeypatch.setattr(module, "size_for_a_small_model", lambda size: 1000)
+    flags = ["--raw_data_path", str(corpus), "--vocab_file", str(tmp_path / "v.json"), "--overwrite"]
+
+    def merged(size: str) -> list[str]:
+        module.main([*flags, "--tokenizer", "bpe", "--vocab_size", size])
+        tokenizer = read_tokenizer(tmp_path / "v.json").build()
+        return [text for text in documents[::10] if len(tokenizer.encode(text)) == 1]
+
+    assert len(merged("1000")) == len(merged("auto")) == 100
+    monkeypatch.setattr(module, "BPE_LEARNT_AT_LEAST", 400)
+    monkeypatch.setattr(module, "BPE_LEARNT_FROM", 0)
+    assert len(merged("1000")) == 100
+    known = merged("auto")
+    assert 5 < len(known) <= 80
+    places = [documents.index(text) for text in known]
+    assert min(places) < 200 and max(places) > 800
+
+
 def test_compat_is_for_words(script, capsys):
     with pytest.raises(SystemExit):
         script("make-vocab").main(["--compat", "--tokenizer", "char"])

@@ -20,6 +20,7 @@ from gpt2_chinese.training.plan import (
     decides_after,
     layer_parameters,
     make_plan,
+    regularization,
     taught_epochs,
     teachers_for,
     updates_until,
@@ -58,6 +59,13 @@ def test_a_tiny_text_gets_a_tiny_model_however_much_time_there_is():
 def test_a_huge_text_does_not_force_the_smallest_model():
     """A gigabyte in a day is not seen four times, but a larger model learns more from it than the smallest one."""
     assert SHAPES.index(shape_for(300_000_000, 24 * 60)) >= 2
+
+
+def test_what_is_seen_a_few_times_is_hardly_regularized_and_the_more_the_oftener():
+    assert [regularization(1_000_000, epochs)[0] for epochs in (1, 2, 4, 8)] == [0, 0, 0.05, 0.1]
+    for tokens in (50_000, 1_000_000):
+        kinds = zip(*(regularization(tokens, epochs) for epochs in (1, 2, 4, 8)), strict=True)
+        assert all(list(kind) == sorted(kind) and kind[0] == 0 < kind[-1] for kind in kinds)
 
 
 def pieces() -> None:
