@@ -67,6 +67,7 @@ DESCRIPTIONS = {"word": "words", "char": "characters and runs of letters or digi
 DEFAULT_FILES = {"word": "vocab/vocab_user.txt", "char": "vocab/vocab_user.txt", "bpe": "vocab/tokenizer.json"}
 END_OF_TEXT = "<|endoftext|>"
 AUTO = "auto"  # --vocab_size
+SMALLEST_SIZES = {"word": 2000, "char": 2000, "bpe": 3000}  # of it; in fewer tokens of BPE many characters are bytes
 BPE_SAMPLE = 1_000_000  # characters of the corpus that sizes of BPE are compared on
 # Characters of the corpus for each token that --vocab_size auto learns BPE from, and at least: more of them change few
 # merges, and take seconds of the minutes that such a model has.
@@ -449,7 +450,7 @@ def main(argv: list[str] | None = None) -> None:
     check_replaceable(args)
     args.chooses_size = args.vocab_size == AUTO
     if args.chooses_size:
-        args.vocab_size = size_for_a_small_model(size)
+        args.vocab_size = size_for_a_small_model(size, SMALLEST_SIZES[args.tokenizer])
         print(f"--vocab_size auto: {args.vocab_size:,} for {size / 1e6:.1f} MB")
     config = None if args.compat else read_config(args.model_config)
     if args.tokenizer == "bpe":

@@ -16,13 +16,13 @@ MAX_WORD = 100  # characters; longer "words" (links, encoded data) are spelled, 
 LETTERS = string.digits + string.ascii_letters + string.punctuation
 
 
-def size_for_a_small_model(corpus_bytes: int) -> int:
+def size_for_a_small_model(corpus_bytes: int, smallest: int = 2_000) -> int:
     """How many tokens suit a model that is trained on so much text for minutes or hours: 4 times the square root of its
-    characters, of three bytes each, from 2,000 to 30,000.
+    characters, of three bytes each, from `smallest` to 30,000.
 
     A larger vocabulary has tokens that are seen too seldom to be learnt, and a larger head, which costs time.
     """
-    return min(30_000, max(2_000, int(round(4 * math.sqrt(corpus_bytes / 3), -2))))
+    return min(30_000, max(smallest, int(round(4 * math.sqrt(corpus_bytes / 3), -2))))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from gpt2_chinese.model_folder import BEST_MODEL, read_config
 from gpt2_chinese.training.estimates import memory_estimate, peak_flops, will_overfit
 from gpt2_chinese.training.flags import PRETRAINED_LR
 from gpt2_chinese.training.metrics import Metrics
-from gpt2_chinese.training.plan import MEASURED_UPDATES, REPORT_SECONDS, updates_until
+from gpt2_chinese.training.plan import MEASURED_UPDATES, REPORT_SECONDS, TEACHERS, updates_until
 from gpt2_chinese.training.ranks import Rank
 from gpt2_chinese.training.run import CHECKPOINTS, METRICS, Run, epoch_name
 from gpt2_chinese.training.state import TrainingState
@@ -322,7 +322,8 @@ class Reporter:
             when = "the same" if state.best_step == state.step else f"of update {state.best_step:,}"
             print(f"the best model, {when}, has {state.best_bits:.4f} bits per character and is in {best}")
             path = best
-        print(f"python generate.py --model_path {path}")
+        if self._run.output.parent.name != TEACHERS:  # what a teacher is for is to teach
+            print(f"python generate.py --model_path {path}")
 
     def _early(self, state: TrainingState) -> str:
         if state.step == self._run.total_steps:

@@ -171,7 +171,7 @@ def test_auto_learns_bpe_from_documents_of_the_whole_corpus_but_not_from_all(scr
     corpus = tmp_path / "train.json"
     documents = [chr(0x4E00 + number // 10) * 4 for number in range(1000)]  # a hundred characters, ten documents each
     corpus.write_text(json.dumps(documents, ensure_ascii=False), encoding="utf-8")
-    monkeypatch.setattr(module, "size_for_a_small_model", lambda size: 1000)
+    monkeypatch.setattr(module, "size_for_a_small_model", lambda size, smallest: 1000)
     flags = ["--raw_data_path", str(corpus), "--vocab_file", str(tmp_path / "v.json"), "--overwrite"]
 
     def merged(size: str) -> list[str]:

@@ -234,7 +234,8 @@ def test_a_run_with_teachers_that_is_interrupted_in_each_part_ends_as_if_it_had_
     monkeypatch.setattr(planning, "MAX_TEACHERS", 2)
     monkeypatch.setattr(Reporter, "updates_in_time", lambda self, state, loss: 36)
     assert train.main([*flags, "--output_dir", "whole", "--writer_dir", "whole/tb"]) == 0
-    capsys.readouterr()
+    commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python generate.py")]
+    assert commands == ["python generate.py --model_path whole/best_model"]
     first, second = (weights(f"whole/teachers/{number}/final_model") for number in (1, 2))
     assert any(not (first[name] == second[name]).all() for name in first)
     assert not (Path("whole") / "teachers" / "3").exists()
