@@ -1079,8 +1079,8 @@ TABLE: tuple[tuple[str, str], ...] = (
         "训练多轮：dropout {0}，权重衰减 {1} 和 {2}（Muon），每轮的窗口位置不同",
     ),
     (
-        "few epochs, nothing is memorised: no dropout and little weight decay",
-        "只有几轮，还记不住语料：不用 dropout，权重衰减很小",
+        "few epochs for such a model, little is memorised: no dropout and little weight decay",
+        "这样的模型几轮之内记不住多少语料：不用 dropout，权重衰减很小",
     ),
     (
         "a text of this size is memorised after {} epochs: some {} minutes are enough; more text is what helps",

@@ -6,7 +6,7 @@ The rules come from experiments, which docs/training.md lists. In short:
 - The largest shape that sees the text `enough_epochs` times, or `ENOUGH_TOKENS` tokens a parameter, is the best one: a
   larger one learns less in the time, a smaller one has learnt what it can.
 - A model memorises a small text however slowly it learns: parameters are bounded by the tokens, and so are the epochs.
-- With several epochs, dropout, weight decay and windows at other places in each epoch all help, and add up.
+- With several epochs, windows at other places in each help; dropout and weight decay too, as far as a model memorises.
 - Where there is time for three times as many epochs as a model can use, two of them are its teachers.
 """
 
@@ -42,7 +42,7 @@ ENOUGH_TOKENS = 20  # for each parameter of the layers; Hoffmann et al. 2022, fo
 SMALL = 200_000  # tokens of a text that wants stronger regularization; between the two that were tried
 BATCH_SIZE, SMALL_BATCH_SIZE = 16, 4  # windows of an update
 MAX_PARAMETERS = 24  # of the layers, for each token of the text
-FEW_EPOCHS, MANY_EPOCHS = 3.5, 5.5  # below the first dropout only slows a model down, from the second on it wants more
+LITTLE, MUCH = 8.0, 20.0  # epochs times parameters for a token: below, dropout only slows down; above, it wants more
 WARMUP_STEPS = 30
 MEASURED_UPDATES = 30  # after them the number of updates is decided, from how long they took,
 CORRECTED_EVERY = 1.25  # and corrected when there have been so many times as many
@@ -291,7 +291,7 @@ def _settings(facts: Facts, shape: str, epochs: float, *, is_taught: bool) -> tu
     config = read_config(shape)
     limit = max_epochs(facts.tokens, is_taught=is_taught)
     repeated = epochs >= 1.5
-    dropout, weight_decay, muon_weight_decay = regularization(facts.tokens, epochs)
+    dropout, weight_decay, muon_weight_decay = regularization(facts.tokens, epochs, layer_parameters(config))
     scale = min(1.0, 256 / config.n_embd)  # of the learning rates, for wider models than were tried
     flags: dict[str, Any] = {
         "model_config": shape,
@@ -319,7 +319,7 @@ def _settings(facts: Facts, shape: str, epochs: float, *, is_taught: bool) -> tu
             "at other places in each"
         )
     else:
-        reasons.append("few epochs, nothing is memorised: no dropout and little weight decay")
+        reasons.append("few epochs for such a model, little is memorised: no dropout and little weight decay")
     if epochs > limit:
         minutes = facts.seconds * limit / epochs / 60
         reasons.append(
@@ -338,15 +338,22 @@ def _teaching(teachers: int, epochs: float) -> list[str]:
     ]
 
 
-def regularization(tokens: int, epochs: float) -> tuple[float, float, float]:
-    """Dropout, and the weight decay of AdamW's and Muon's part, for so many epochs of a text of so many tokens."""
+def regularization(tokens: int, epochs: float, parameters: int) -> tuple[float, float, float]:
+    """Dropout, and the weight decay of AdamW's and Muon's part.
+
+    What a model memorises grows with the passes over the text and with its parameters for each token.
+
+    Args:
+        parameters: of the layers.
+    """
     if epochs < 1.5:
         return 0.0, 0.0, 0.0
     if tokens < SMALL:
         return 0.2, 1.0, 3.0
-    if epochs < FEW_EPOCHS:
+    memorised = epochs * parameters / tokens
+    if memorised < LITTLE:
         return 0.0, 0.03, 0.1
-    return (0.05, 0.3, 0.5) if epochs < MANY_EPOCHS else (0.1, 0.3, 0.5)
+    return (0.05, 0.3, 0.5) if memorised < MUCH else (0.1, 0.3, 0.5)
 
 
 def batch_size(tokens: int) -> int:

@@ -61,10 +61,13 @@ def test_a_huge_text_does_not_force_the_smallest_model():
     assert SHAPES.index(shape_for(300_000_000, 24 * 60)) >= 2
 
 
-def test_what_is_seen_a_few_times_is_hardly_regularized_and_the_more_the_oftener():
-    assert [regularization(1_000_000, epochs)[0] for epochs in (1, 2, 4, 8)] == [0, 0, 0.05, 0.1]
-    for tokens in (50_000, 1_000_000):
-        kinds = zip(*(regularization(tokens, epochs) for epochs in (1, 2, 4, 8)), strict=True)
+def test_dropout_and_decay_grow_with_the_epochs_and_with_the_parameters_for_a_token():
+    small, large = (layer_parameters(read_config(planning._path_of(shape))) for shape in ("2x128", "4x256"))
+    assert [regularization(800_000, epochs, large)[0] for epochs in (1, 2, 4, 8)] == [0, 0, 0.05, 0.1]
+    assert [regularization(800_000, epochs, small)[0] for epochs in (1, 2, 4, 8)] == [0, 0, 0, 0]
+    assert regularization(8_000_000, 8, large)[0] == 0
+    for tokens in (50_000, 800_000):
+        kinds = zip(*(regularization(tokens, epochs, large) for epochs in (1, 2, 4, 8)), strict=True)
         assert all(list(kind) == sorted(kind) and kind[0] == 0 < kind[-1] for kind in kinds)
 
 
