@@ -123,9 +123,10 @@ def test_more_bad_updates_may_be_allowed(train):
 
 
 def test_two_ranks_keep_the_best_model_of_one(train):
-    assert run(train, *OVERFITTING, epochs=3) == 0
+    flags = [*OVERFITTING, "--optimizer", "adamw"]  # where Muon computes in bf16, the last bits of a gradient grow
+    assert run(train, *flags, epochs=3) == 0
     Path("model").rename("one")
-    assert run(train, *OVERFITTING, epochs=3, device="cpu,cpu") == 0
+    assert run(train, *flags, epochs=3, device="cpu,cpu") == 0
     assert (
         facts("best_model")["updates"]
         == json.loads(Path("one/best_model/manifest.json").read_text(encoding="utf-8"))["facts"]["updates"]

@@ -55,7 +55,8 @@ def test_it_takes_the_place_of_pytorch_s_and_is_off_outside_training():
     model = GPT2LMHeadModel(config)
     assert any(isinstance(module, nn.Dropout) for module in model.modules())
     names = model.state_dict().keys()
-    WindowLoss(model)
+    WindowLoss(model.eval())
+    assert not any(module.training for module in model.modules() if isinstance(module, CpuDropout))
     assert not any(isinstance(module, nn.Dropout) for module in model.modules())
     assert names == model.state_dict().keys() and model.config.resid_pdrop == 0.1
     units = torch.ones(9)
