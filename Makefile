@@ -55,8 +55,9 @@ demo: $(VOCAB)/.built $(TRAIN)/.built ## the six stages on the shipped corpus, f
 
 # make model DATA=folder MINUTES=30 [OUT=folder] [RESUME=1] [TOKENIZER=word]; the minutes are those of all stages together.
 MINUTES ?= 30
-# In the same time BPE needs fewer bits per character than THULAC's words: docs/training.md has the figures.
-TOKENIZER ?= bpe
+# In a short time BPE needs fewer bits per character than THULAC's words: docs/training.md has the figures. A folder that
+# was begun with words goes on with them.
+TOKENIZER ?= $(if $(wildcard $(OUT)/vocab.txt),word,bpe)
 MODEL_VOCABULARY = $(OUT)/$(if $(filter bpe,$(TOKENIZER)),tokenizer.json,vocab.txt)
 OUT ?= model_$(notdir $(patsubst %/,%,$(DATA)))
 
@@ -68,7 +69,7 @@ model: $(VOCAB)/.built $(TRAIN)/.built ## DATA=folder MINUTES=30: the best model
 	$(VOCAB)/bin/python make-vocab.py --raw_data_path "$(OUT)/train.json" --vocab_file "$(MODEL_VOCABULARY)" \
 		--tokenizer $(TOKENIZER) --vocab_size auto --model_config config/model_config_mini.json && \
 	$(TRAIN)/bin/python make-tokenized.py --raw_data_path "$(OUT)/train.json" \
-		--vocab_filename "$(MODEL_VOCABULARY)" $(if $(filter char,$(TOKENIZER)),--tokenizer char) \
+		--vocab_filename "$(MODEL_VOCABULARY)" --tokenizer $(TOKENIZER) \
 		--tokenized_data_path "$(OUT)/tokenized" --min_length 1 && \
 	$(TRAIN)/bin/python train.py --minutes $(MINUTES) --minutes_from $$began --tokenized_data_path "$(OUT)/tokenized" \
 		--vocab_file "$(MODEL_VOCABULARY)" --output_dir "$(OUT)/model" --writer_dir "$(OUT)/tensorboard_summary" \

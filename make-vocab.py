@@ -101,7 +101,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=size_or_auto,
         default=50000,
         help="tokens at most; for words and characters the five special tokens are not counted; auto grows with the "
-        "square root of the corpus, which suits a small model",
+        "square root of the corpus, which suits a small model, and learns BPE from a part of a large corpus",
     )
     parser.add_argument(
         "--compat", action="store_true", help="write GPT2-Chinese's vocabulary byte for byte, with its gaps"

@@ -164,9 +164,11 @@ class Run:
     def decides_updates(self, step: int) -> bool:
         """Whether a plan decides behind this update how many there will be, or corrects it.
 
-        A shorter run keeps the first estimate, and one that goes on what was decided, to end as it would have.
+        A shorter run keeps the first estimate, and so does one that is over with this update. One that goes on after an
+        interruption keeps what its checkpoint says, and so ends the same however long it takes.
         """
-        return self.plan is not None and not self.plan.is_settled and decides_after(step)
+        may_decide = self.plan is not None and not self.plan.is_settled and step < self.total_steps
+        return may_decide and decides_after(step)
 
     def limit_updates(self, max_steps: int) -> None:
         """End the run after so many updates, 0 for no limit; what is decided once is decided for all ranks."""

@@ -8,10 +8,12 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from small_run import assert_same_weights, run, weights, write_documents, write_shape
 
 import generate
 from gpt2_chinese.model_folder import note_of_a_better_model
+from gpt2_chinese.precision import has_bf16
 
 # A high learning rate and few documents: the validation loss rises soon.
 OVERFITTING = ["--epochs", "8", "--batch_size", "4", "--stride", "7", "--val_fraction", "0.1", "--optimizer", "muon"]
@@ -122,8 +124,11 @@ def test_more_bad_updates_may_be_allowed(train):
     assert run(train, *flags, epochs=5) == 0
 
 
-def test_two_ranks_keep_the_best_model_of_one(train):
-    flags = [*OVERFITTING, "--optimizer", "adamw"]  # where Muon computes in bf16, the last bits of a gradient grow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_ranks_keep_the_best_model_of_one(train, optimizer):
+    if optimizer == "muon" and has_bf16(torch.device("cpu")):
+        pytest.skip("Muon computes in bf16 here: the last bits of a gradient, in which two ranks differ, grow")
+    flags = [*OVERFITTING, "--optimizer", optimizer]
     assert run(train, *flags, epochs=3) == 0
     Path("model").rename("one")
     assert run(train, *flags, epochs=3, device="cpu,cpu") == 0
