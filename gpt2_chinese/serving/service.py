@@ -44,7 +44,8 @@ class ServedModel:
         restart: start the model again when its process has died.
         watched: the folder in which --watch looks for new models.
         restarts, reloads: how often the model was started again, and exchanged.
-        deaths_in_a_row: those before it has lived for `supervision.HEALTHY_SECONDS`.
+        deaths_in_a_row: those of engines that have not lived (`has_lived`).
+        start_seconds: what the last start took.
         taken_at: when the engine began to serve, in seconds of `time.monotonic()`.
         past_prompt_tokens, past_generated_tokens, past_prefix_hits, past_reused_tokens: those of earlier engines.
         change_lock: held while the engine is being exchanged.
@@ -65,6 +66,7 @@ class ServedModel:
     restarts: int = 0
     reloads: int = 0
     deaths_in_a_row: int = 0
+    start_seconds: float = 0.0
     taken_at: float = 0.0
     past_prompt_tokens: int = 0
     past_generated_tokens: int = 0
@@ -89,6 +91,13 @@ class ServedModel:
         if self.engine is not None and not self.engine.alive:
             return "restarting" if self.restart else "dead"
         return "loading" if self.engine is None else "ready"
+
+    def has_lived(self, now: float) -> bool:
+        """Whether the engine has served for longer than its start took.
+
+        One that lives so long may be started again at once: starts then take at most half of the time.
+        """
+        return now - self.taken_at > self.start_seconds
 
     @property
     def running(self) -> int:

@@ -18,8 +18,6 @@ from gpt2_chinese.serving.answer_size import longest_token_bytes
 from gpt2_chinese.serving.service import WARM_UP_CONTEXT, ServedModel, Service
 
 LOGGER = logging.getLogger("server")
-HEALTHY_SECONDS = 10.0
-"""A model that has lived for so long is started again without a pause."""
 FIRST_PAUSE, MAX_PAUSE = 0.5, 30.0
 """Seconds before the second start in a row and the most, after which the pause no longer doubles."""
 POLL_SECONDS = 0.1
@@ -83,6 +81,7 @@ class Supervisor:
 
     def _start(self, model: ServedModel, load: Callable[[], CompletionBackend]) -> CompletionBackend:
         """Start a backend and let it complete something, in this thread."""
+        begin = time.monotonic()
         engine = load()
         engine.start()
         try:
@@ -94,6 +93,7 @@ class Supervisor:
         except BaseException:
             engine.close()
             raise
+        model.start_seconds = time.monotonic() - begin
         return engine
 
     def _take(self, model: ServedModel, engine: CompletionBackend) -> None:
@@ -138,14 +138,13 @@ class Supervisor:
 
     def _restart(self, model: ServedModel, dead: CompletionBackend) -> None:
         LOGGER.error("%s is started again: %s", model.name, dead.error)
-        dead.close()
-        if time.monotonic() - model.taken_at > HEALTHY_SECONDS:
+        if model.has_lived(time.monotonic()):
             model.deaths_in_a_row = 0
+        dead.close()
         while True:
             model.deaths_in_a_row += 1
             if self._stopping.wait(restart_pause(model.deaths_in_a_row)):
                 return
-            begin = time.monotonic()
             try:
                 engine = self._start(model, model.load)
             except BaseException as error:
@@ -153,7 +152,7 @@ class Supervisor:
                 continue
             self._exchange(model, engine)
             model.restarts += 1
-            LOGGER.error("%s is ready again, started in %.1f s", model.name, time.monotonic() - begin)
+            LOGGER.error("%s is ready again, started in %.1f s", model.name, model.start_seconds)
             return
 
     # Another model without a stop.

@@ -18,6 +18,7 @@ import pytest
 from tiny_model import endless_model, save_tiny_model, tiny_model
 
 from benchmarks import serving
+from gpt2_chinese.serving.service import ServedModel
 from gpt2_chinese.serving.supervision import MAX_PAUSE, newest_model, restart_pause
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -170,6 +171,11 @@ def test_a_model_process_that_is_killed_while_it_loads_is_one_line(tmp_path):
 def test_deaths_in_a_row_make_the_pause_grow():
     pauses = [restart_pause(count) for count in range(1, 40)]
     assert pauses[:4] == [0, 0.5, 1, 2] and pauses == sorted(pauses) and pauses[-1] == MAX_PAUSE
+
+
+def test_what_has_lived_for_longer_than_its_start_took_is_started_again_at_once():
+    model = ServedModel("tiny", lambda: None, start_seconds=3.0, taken_at=100.0)
+    assert not model.has_lived(103.0) and model.has_lived(103.1)
 
 
 def test_watching_takes_the_folder_that_was_written_last(tmp_path):
