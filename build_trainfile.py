@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from gpt2_chinese.artifacts import atomic_write
 from gpt2_chinese.command_line import add_output_flags, print_settings, progress_disabled, run_script, set_quiet
+from gpt2_chinese.help_formatter import HelpFormatter
 from gpt2_chinese.messages import language_of
 from gpt2_chinese.text.cleaning import RULES as CLEANING_RULES
 from gpt2_chinese.text.cleaning import Cleaner, parse_rules
@@ -44,7 +45,7 @@ MIN_LENGTH = 128  # make-tokenized.py's default: it keeps documents of more char
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Gather text files into data/train.json.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description="Gather text files into data/train.json.", formatter_class=HelpFormatter
     )
     # files
     parser.add_argument("--data_path", default="data/", help="the folder of the text files; subfolders are read too")

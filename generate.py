@@ -35,6 +35,7 @@ from gpt2_chinese.decoding.completion import (
     TextDelta,
 )
 from gpt2_chinese.decoding.engine import Engine, choose_device
+from gpt2_chinese.help_formatter import HelpFormatter
 from gpt2_chinese.model_folder import load_weights, note_of_a_better_model
 
 SAMPLES_FILE = "samples.txt"
@@ -48,10 +49,11 @@ IGNORED_FLAGS = {
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Complete texts with a trained model. Without --prefix it asks for texts until an empty line."
+        description="Complete texts with a trained model. Without --prefix it asks for texts until an empty line.",
+        formatter_class=HelpFormatter,
     )
     # the model
-    parser.add_argument("--model_path", default="model/final_model", help="model folder (%(default)s)")
+    parser.add_argument("--model_path", default="model/final_model", help="model folder")
     parser.add_argument(
         "--vocab_file",
         "--tokenizer_path",
@@ -63,42 +65,38 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar=("BEGIN", "END"),
         help="tokens around a document (default: those that the folder tells)",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or the number of a GPU (%(default)s)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or the number of a GPU")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help=PRECISION_HELP)
     # the completions
     parser.add_argument("--prefix", help="the text to complete; without it the script asks for texts")
-    parser.add_argument("--length", type=int, default=50, help="most tokens of a completion, -1 is n_ctx (%(default)s)")
-    parser.add_argument("--nsamples", type=int, default=5, help="completions of each text (%(default)s)")
-    parser.add_argument("--batch_size", type=int, default=32, help="completions decoded at once, at most (%(default)s)")
+    parser.add_argument("--length", type=int, default=50, help="most tokens of a completion, -1 is n_ctx")
+    parser.add_argument("--nsamples", type=int, default=5, help="completions of each text")
+    parser.add_argument("--batch_size", type=int, default=32, help="completions decoded at once, at most")
     # sampling
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (%(default)s)")
-    parser.add_argument(
-        "--topk", type=int, default=30, help="sample from the k likeliest tokens, 0 is off (%(default)s)"
-    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
+    parser.add_argument("--topk", type=int, default=30, help="sample from the k likeliest tokens, 0 is off")
     parser.add_argument(
         "--topp", type=float, default=0.0, help="sample from the likeliest tokens of total probability p, 0 is off"
     )
-    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 avoids repetition (%(default)s)")
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 avoids repetition")
     parser.add_argument(
         "--min_p", type=float, default=0.0, help="keep tokens of at least this share of the likeliest's, 0 is off"
     )
-    parser.add_argument(
-        "--presence_penalty", type=float, default=0.0, help="off the logits of tokens made (%(default)s)"
-    )
-    parser.add_argument("--frequency_penalty", type=float, default=0.0, help="the same, each time (%(default)s)")
+    parser.add_argument("--presence_penalty", type=float, default=0.0, help="off the logits of tokens made")
+    parser.add_argument("--frequency_penalty", type=float, default=0.0, help="the same, each time")
     parser.add_argument("--no_repeat_ngram_size", type=int, default=0, help="no n-gram of n tokens twice, 0 is off")
     parser.add_argument("--logit_bias", nargs="+", metavar="ID=BIAS", default=[], help="added to logits of token ids")
     parser.add_argument("--bad_words", nargs="+", metavar="TEXT", default=[], help="texts that no completion has")
-    parser.add_argument("--min_tokens", type=int, default=0, help="least tokens of a completion (%(default)s)")
+    parser.add_argument("--min_tokens", type=int, default=0, help="least tokens of a completion")
     parser.add_argument("--ignore_eos", action="store_true", help="never end a document")
     parser.add_argument("--stop_token_ids", nargs="+", type=int, metavar="ID", default=[], help="ids that end it")
-    parser.add_argument("--seed", type=int, help="the same seed gives the same completions (random)")
+    parser.add_argument("--seed", type=int, help="the same seed gives the same completions (default: random)")
     # the candidates
     parser.add_argument(
         "--distinct",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="no two completions of a text are the same (on)",
+        help="no two completions of a text are the same (default: on)",
     )
     parser.add_argument("--until", choices=["sentence"], help="end a completion with its first sentence")
     parser.add_argument("--sort", choices=["likely"], help="order the completions by their mean log-probability")
@@ -107,14 +105,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # articles to titles, as GPT2-Chinese's generate_texts.py
     parser.add_argument("--titles", help="complete each of these titles, separated by spaces, and write files")
     parser.add_argument("--titles_file", help="the same, a title a line")
-    parser.add_argument("--articles_per_title", type=int, default=5, help="files of each title (%(default)s)")
-    parser.add_argument("--save_path", default="generated/", help="their folder (%(default)s)")
+    parser.add_argument("--articles_per_title", type=int, default=5, help="files of each title")
+    parser.add_argument("--save_path", default="generated/", help="their folder")
     # flags of GPT2-Chinese that change nothing here; main says so
     for flag in IGNORED_FLAGS:
         parser.add_argument(flag, nargs="?", const=True, help=argparse.SUPPRESS)
     # the output file
     parser.add_argument("--save_samples", action="store_true", help=f"also write {SAMPLES_FILE}, replacing an old one")
-    parser.add_argument("--save_samples_path", default=".", help=f"folder of {SAMPLES_FILE} (the current one)")
+    parser.add_argument("--save_samples_path", default=".", help=f"folder of {SAMPLES_FILE} (default: the current one)")
     add_output_flags(parser)
     return parser.parse_args(argv)
 

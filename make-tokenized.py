@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from gpt2_chinese.artifacts import atomic_write, exclusive_lock, read_json, sha256_of, write_json
 from gpt2_chinese.command_line import add_output_flags, print_settings, progress_disabled, remark, run_script, set_quiet
+from gpt2_chinese.help_formatter import HelpFormatter
 from gpt2_chinese.parallel import MapInOrder, default_workers, open_workers
 from gpt2_chinese.text.corpus import read_train_json, read_train_json_blocks
 from gpt2_chinese.text.pieces import MANIFEST, PROGRESS, UNKNOWN_ERROR, check_unknown
@@ -51,9 +52,7 @@ HELD_CHARACTERS = 1 << 25  # 64 MiB of Chinese text in memory
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Turn data/train.json into token ids.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="Turn data/train.json into token ids.", formatter_class=HelpFormatter)
     # files
     parser.add_argument("--raw_data_path", default="data/train.json", help="the corpus, from build_trainfile.py")
     parser.add_argument(

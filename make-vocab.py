@@ -34,6 +34,7 @@ from gpt2_chinese.command_line import (
     run_script,
     set_quiet,
 )
+from gpt2_chinese.help_formatter import HelpFormatter
 from gpt2_chinese.parallel import default_workers, open_workers
 from gpt2_chinese.text.char_tokenizer import fold_characters
 from gpt2_chinese.text.corpus import read_train_json
@@ -77,7 +78,7 @@ BPE_LEARNT_FROM, BPE_LEARNT_AT_LEAST = 100, 500_000
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Build the vocabulary from data/train.json.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     # files
     parser.add_argument("--raw_data_path", default="data/train.json", help="the corpus, from build_trainfile.py")

@@ -111,7 +111,7 @@ async def soak(server: Server, seconds: float, harm: Sequence[int], pause: float
     outcomes: Counter[str] = Counter()
     attacks: Counter[str] = Counter()
     health: list[float] = []
-    recoveries: list[float] = []
+    recoveries: dict[str, list[float]] = {}
     peak: dict[int, int] = {}
     async with open_session(server.url) as session:
         requests = sample_requests(40)
@@ -167,7 +167,7 @@ async def soak(server: Server, seconds: float, harm: Sequence[int], pause: float
                 begin = time.perf_counter()
                 while await restarts(session) <= before:
                     await asyncio.sleep(0.02)
-                recoveries.append(time.perf_counter() - begin)
+                recoveries.setdefault(signal.Signals(number).name, []).append(time.perf_counter() - begin)
             end = time.monotonic()
 
         background = [asyncio.create_task(watch()), asyncio.create_task(measure())]
@@ -192,9 +192,10 @@ async def soak(server: Server, seconds: float, harm: Sequence[int], pause: float
         "megabytes warm": list(warm.values()),
         "megabytes most": list(peak.values()),
         "grown": max((peak[one] / warm[one] for one in warm if one in peak), default=0.0),
-        "recovery s, median and most": [round(percentile(recoveries, share) / 1000, 2) for share in (0.5, 1)]
-        if harm
-        else [],
+        "recovery s, median, 0.9 and most": {
+            name: [round(percentile(times, share) / 1000, 2) for share in (0.5, 0.9, 1)]
+            for name, times in recoveries.items()
+        },
         "left": left,
         "before": before,
         "after": after,

@@ -73,7 +73,9 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     """Add --quiet, which leaves out settings, notes and progress but no results, warnings and errors; and --lang."""
     parser.add_argument("--quiet", action="store_true", help="no settings, notes and progress bars")
     parser.add_argument(
-        "--lang", choices=("en", "zh"), help="the language of messages; by default as the locale (LANG) says"
+        "--lang",
+        choices=("en", "zh"),
+        help="the language of messages and of this help; by default as the locale (LANG) says",
     )
 
 

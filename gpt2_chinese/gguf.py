@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from gpt2_chinese.command_line import run_script
+from gpt2_chinese.help_formatter import HelpFormatter
 from gpt2_chinese.model_folder import load_weights
 from gpt2_chinese.text.tokenizers import HasDefinition, Tokenizer
 from gpt2_chinese.text.word_tokenizer import BYTE_TOKENS, PART_PREFIX
@@ -31,7 +32,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m gpt2_chinese.gguf",
         description="Write a model folder as one GGUF file for llama.cpp.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("folder", help="the model folder")
     parser.add_argument("output", help="the GGUF file to write")

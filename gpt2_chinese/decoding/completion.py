@@ -9,7 +9,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "int8")
 
 PRECISION_HELP = (
     "precision of the weights. On a CPU: fp32; bf16, half the memory; int8, a quarter of the memory and the fastest, "
-    "but less exact; auto is bf16. On a GPU: fp32 or bf16; auto is the model's own (default: %(default)s)"
+    "but less exact; auto is bf16. On a GPU: fp32 or bf16; auto is the model's own"
 )
 
 SAMPLING_LIMITS: dict[str, tuple[float, float]] = {

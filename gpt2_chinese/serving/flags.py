@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gpt2_chinese.command_line import add_output_flags
 from gpt2_chinese.decoding.completion import PRECISION_HELP, PRECISIONS
+from gpt2_chinese.help_formatter import HelpFormatter
 from gpt2_chinese.serving.api import Limits
 from gpt2_chinese.serving.keys import ADMIN_KEY_VARIABLE, KEY_VARIABLE
 
@@ -19,9 +20,7 @@ MAX_BATCH_SIZE = 4096
 
 
 def parse_args(argv: Sequence[str] | None = None, description: str | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="server.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="server.py", description=description, formatter_class=HelpFormatter)
     _add_model(parser)
     _add_healing(parser)
     _add_network(parser)
@@ -62,8 +61,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         default="auto",
-        help="auto, cpu, cuda, or the number of a GPU; several, such as 0,1, start one process for each "
-        "(default: %(default)s)",
+        help="auto, cpu, cuda, or the number of a GPU; several, such as 0,1, start one process for each",
     )
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help=PRECISION_HELP)
 
@@ -79,8 +77,7 @@ def _add_healing(parser: argparse.ArgumentParser) -> None:
         "--hang_timeout",
         type=float,
         default=30.0,
-        help="seconds without a decode step, while there are requests, after which the model's process is killed "
-        "(default: %(default)s)",
+        help="seconds without a decode step, while there are requests, after which the model's process is killed",
     )
     parser.add_argument(
         "--watch",
@@ -94,11 +91,9 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address to listen on; 0.0.0.0 is every address of this machine (default: %(default)s)",
+        help="address to listen on; 0.0.0.0 is every address of this machine",
     )
-    parser.add_argument(
-        "--port", type=int, default=5005, help="port to listen on; 0 is any free one (default: %(default)s)"
-    )
+    parser.add_argument("--port", type=int, default=5005, help="port to listen on; 0 is any free one")
     parser.add_argument(
         "--api_key", action="append", help="a key that clients must send; repeat it for several keys (default: none)"
     )
@@ -125,7 +120,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         "--cors_origins",
         default="*",
         help="sites whose pages may complete texts from a browser: *, none, or a list such as "
-        "https://a.example,https://b.example (default: %(default)s)",
+        "https://a.example,https://b.example",
     )
 
 
@@ -135,81 +130,78 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         "--max_samples",
         type=int,
         default=limits.samples,
-        help="maximum number of completions per prompt (default: %(default)s)",
+        help="maximum number of completions per prompt",
     )
     parser.add_argument(
         "--max_length",
         type=int,
         default=limits.length,
-        help="maximum number of tokens per completion (default: %(default)s)",
+        help="maximum number of tokens per completion",
     )
     parser.add_argument(
         "--max_prompts",
         type=int,
         default=limits.prompts,
-        help="maximum number of prompts in a request of /v1/completions (default: %(default)s)",
+        help="maximum number of prompts in a request of /v1/completions",
     )
     parser.add_argument(
         "--max_body",
         type=int,
         default=limits.body_bytes,
-        help="maximum size of a request body in bytes (default: %(default)s)",
+        help="maximum size of a request body in bytes",
     )
     parser.add_argument(
         "--max_answer",
         type=int,
         default=limits.answer_bytes,
-        help="maximum bytes that the answer to a request could have; it is computed before the request is accepted "
-        "(default: %(default)s)",
+        help="maximum bytes that the answer to a request could have; it is computed before the request is accepted",
     )
     parser.add_argument(
         "--max_pending",
         type=int,
         default=limits.pending_bytes,
         help="maximum bytes that the answers to all accepted requests could have together; beyond it requests are "
-        "answered with 429 (default: %(default)s)",
+        "answered with 429",
     )
     parser.add_argument(
         "--body_timeout",
         type=float,
         default=limits.body_seconds,
-        help="seconds in which a client must send its body, and read what is sent to it (default: %(default)s)",
+        help="seconds in which a client must send its body, and read what is sent to it",
     )
     parser.add_argument(
         "--request_timeout",
         type=float,
         default=limits.request_seconds,
-        help="seconds until a request is answered with 504 (default: %(default)s)",
+        help="seconds until a request is answered with 504",
     )
     parser.add_argument(
         "--idle_timeout",
         type=float,
         default=limits.idle_seconds,
-        help="seconds until a connection without a request is closed (default: %(default)s)",
+        help="seconds until a connection without a request is closed",
     )
     parser.add_argument(
         "--max_connections",
         type=int,
         default=limits.connections,
-        help="maximum number of open connections per process (default: %(default)s)",
+        help="maximum number of open connections per process",
     )
-    parser.add_argument(
-        "--batch_size", type=int, default=32, help="maximum number of sequences decoded together (default: %(default)s)"
-    )
+    parser.add_argument("--batch_size", type=int, default=32, help="maximum number of sequences decoded together")
     parser.add_argument(
         "--prefix_cache",
         type=int,
         default=256,
         metavar="MB",
         help="megabytes of each model for the keys and values of recent contexts, so that one that begins like them "
-        "computes only what is new; at most what the batch takes. On a CPU; 0 keeps none (default: %(default)s)",
+        "computes only what is new; at most what the batch takes. On a CPU; 0 keeps none",
     )
     parser.add_argument(
         "--max_waiting",
         type=int,
         default=512,
         help="maximum number of sequences in the queue; when it is full, requests are answered with 429 until an "
-        "eighth of it is free (default: %(default)s)",
+        "eighth of it is free",
     )
 
 

@@ -6,6 +6,7 @@ import argparse
 import math
 
 from gpt2_chinese.command_line import add_output_flags
+from gpt2_chinese.help_formatter import HelpFormatter
 from gpt2_chinese.training.hold_out import MAX_BYTES, MIN_BYTES
 from gpt2_chinese.training.run import DEFAULT_VOCABULARY, MAX_DEFAULT_WARMUP, SAVE_SECONDS
 
@@ -30,9 +31,7 @@ def given_flags(argv: list[str] | None = None) -> set[str]:
 
 
 def _parser(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="train.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="train.py", description=description, formatter_class=HelpFormatter)
     _add_plan(parser)
     _add_input(parser)
     _add_output(parser)
@@ -55,9 +54,7 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--tokenized_data_path", default="tokenized/", help="folder of the tokenized pieces (default: %(default)s)"
-    )
+    parser.add_argument("--tokenized_data_path", default="tokenized/", help="folder of the tokenized pieces")
     parser.add_argument(
         "--vocab_file",
         "--vocab_filename",
@@ -81,7 +78,7 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model_config",
         default="config/model_config_small.json",
-        help="shape of a new model (default: %(default)s)",
+        help="shape of a new model",
     )
     parser.add_argument(
         "--pretrained_model",
@@ -99,34 +96,26 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
         choices=["normal", "cooccurrence"],
         default="normal",
         help="initialisation of a new model's token embedding: normal, as the other weights; or a factorisation of the "
-        "corpus's co-occurrence statistics, from which it learns faster (default: %(default)s)",
+        "corpus's co-occurrence statistics, from which it learns faster",
     )
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--output_dir", default="model/", help="folder of the model folders and checkpoints (default: %(default)s)"
-    )
+    parser.add_argument("--output_dir", default="model/", help="folder of the model folders and checkpoints")
     parser.add_argument(
         "--overwrite",
         action="store_true",
         help="delete an earlier run in --output_dir: its models, checkpoints, metrics and TensorBoard events",
     )
-    parser.add_argument(
-        "--writer_dir", default="tensorboard_summary/", help="TensorBoard folder (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--log_step", type=_positive, default=1, help="updates between two TensorBoard points (default: %(default)s)"
-    )
+    parser.add_argument("--writer_dir", default="tensorboard_summary/", help="TensorBoard folder")
+    parser.add_argument("--log_step", type=_positive, default=1, help="updates between two TensorBoard points")
     parser.add_argument(
         "--save_steps",
         type=_not_negative,
         help="updates between two checkpoints, besides those after each epoch; 0 is none (default: one every "
         f"{SAVE_SECONDS // 60} minutes)",
     )
-    parser.add_argument(
-        "--keep_checkpoints", type=_positive, default=2, help="checkpoints to keep, the latest (default: %(default)s)"
-    )
+    parser.add_argument("--keep_checkpoints", type=_positive, default=2, help="checkpoints to keep, the latest")
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -144,7 +133,7 @@ def _add_validation(parser: argparse.ArgumentParser) -> None:
         type=_fraction,
         default=0.01,
         help="share of the text held out as validation set: whole documents, and slices of long ones; 0 trains on all "
-        "of it (default: %(default)s)",
+        "of it",
     )
     parser.add_argument(
         "--val_bytes",
@@ -158,14 +147,13 @@ def _add_validation(parser: argparse.ArgumentParser) -> None:
         "--patience",
         type=_not_negative,
         default=0,
-        help="stop after so many measurements in a row without fewer bits per character; 0 never stops "
-        "(default: %(default)s)",
+        help="stop after so many measurements in a row without fewer bits per character; 0 never stops",
     )
     parser.add_argument(
         "--val_steps",
         type=_not_negative,
         default=0,
-        help="updates between two measurements, besides those after each epoch; 0 is none (default: %(default)s)",
+        help="updates between two measurements, besides those after each epoch; 0 is none",
     )
     parser.add_argument(
         "--sample_prompts",
@@ -191,31 +179,31 @@ def _add_validation(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--epochs", type=_positive, default=5, help="passes over the corpus (default: %(default)s)")
+    parser.add_argument("--epochs", type=_positive, default=5, help="passes over the corpus")
     parser.add_argument(
         "--max_steps",
         type=_not_negative,
         default=0,
-        help="updates at most, also in the middle of an epoch; 0 is no limit (default: %(default)s)",
+        help="updates at most, also in the middle of an epoch; 0 is no limit",
     )
     parser.add_argument(
         "--batch_size",
         type=_positive,
         default=8,
-        help="windows of a micro-batch, over all devices together (default: %(default)s)",
+        help="windows of a micro-batch, over all devices together",
     )
     parser.add_argument(
         "--gradient_accumulation",
         type=_positive,
         default=1,
-        help="micro-batches of an update (default: %(default)s)",
+        help="micro-batches of an update",
     )
     parser.add_argument(
         "--stride",
         type=_positive,
         default=768,
         help="tokens from one window to the next, at most n_ctx - 1; a quarter of n_ctx shows a small corpus at other "
-        "positions too, which delays overfitting (default: %(default)s)",
+        "positions too, which delays overfitting",
     )
     parser.add_argument(
         "--shift_windows",
@@ -237,24 +225,21 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         choices=["linear", "wsd", "cosine"],
         default="linear",
         help="of the learning rate after the warm-up: linear decay to 0; constant, then linear decay to 0 over "
-        "--decay_fraction of the run; cosine decay to 0 (default: %(default)s)",
+        "--decay_fraction of the run; cosine decay to 0",
     )
-    parser.add_argument(
-        "--decay_fraction", type=_share, default=0.4, help="share of the run that wsd decays in (default: %(default)s)"
-    )
+    parser.add_argument("--decay_fraction", type=_share, default=0.4, help="share of the run that wsd decays in")
     parser.add_argument(
         "--optimizer",
         choices=["adamw", "muon"],
         default="adamw",
-        help="muon is Muon for the weight matrices of the layers and AdamW for the rest (default: %(default)s)",
+        help="muon is Muon for the weight matrices of the layers and AdamW for the rest",
     )
     parser.add_argument("--muon_lr", type=_positive_number, help="peak learning rate of Muon (default: --lr)")
     parser.add_argument(
         "--weight_decay",
         type=_not_negative_number,
         default=0.0,
-        help="decoupled weight decay, as a share of the learning rate; norms and biases do not decay "
-        "(default: %(default)s)",
+        help="decoupled weight decay, as a share of the learning rate; norms and biases do not decay",
     )
     parser.add_argument(
         "--muon_weight_decay",
@@ -277,23 +262,20 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--teacher_share",
         type=_share,
         default=0.6,
-        help="of the teachers in what is learnt; the rest is the text's (default: %(default)s)",
+        help="of the teachers in what is learnt; the rest is the text's",
     )
     parser.add_argument(
         "--max_bad_updates",
         type=_positive,
         default=3,
-        help="stop after so many updates in a row whose loss or gradient is not finite; none of them is applied "
-        "(default: %(default)s)",
+        help="stop after so many updates in a row whose loss or gradient is not finite; none of them is applied",
     )
-    parser.add_argument(
-        "--max_grad_norm", type=_positive_number, default=1.0, help="clip gradients to this norm (default: %(default)s)"
-    )
+    parser.add_argument("--max_grad_norm", type=_positive_number, default=1.0, help="clip gradients to this norm")
     parser.add_argument(
         "--seed",
         type=_not_negative,
         default=42,
-        help="of the weights, the dropout and the order of windows (default: %(default)s)",
+        help="of the weights, the dropout and the order of windows",
     )
 
 
@@ -301,20 +283,20 @@ def _add_hardware(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device",
         default="0,1,2,3",
-        help="GPUs, of which those present are used; cpu; cpu,cpu for two processes there (default: %(default)s)",
+        help="GPUs, of which those present are used; cpu; cpu,cpu for two processes there",
     )
     parser.add_argument(
         "--precision",
         choices=["auto", "fp32", "bf16", "fp16"],
         default="auto",
-        help="auto is bf16 where the device has instructions for it, else fp32 (default: %(default)s)",
+        help="auto is bf16 where the device has instructions for it, else fp32",
     )
     parser.add_argument(
         "--compile",
         choices=["auto", "on", "off"],
         default="auto",
         help="torch.compile; auto is on for GPUs, and on a CPU with a C++ compiler for runs that are longer than it "
-        "takes (default: %(default)s)",
+        "takes",
     )
     parser.add_argument(
         "--gradient_checkpointing",
@@ -327,11 +309,9 @@ def _add_hardware(parser: argparse.ArgumentParser) -> None:
         choices=["O0", "O1", "O2", "O3"],
         default="O1",
         help="with fp16: O0 computes in fp32, O1 in mixed precision with loss scaling, O2 as O1 (apex has another), "
-        "O3 in fp16 throughout, which may not converge (default: %(default)s)",
+        "O3 in fp16 throughout, which may not converge",
     )
-    parser.add_argument(
-        "--amp_backend", choices=["torch", "apex"], default="torch", help="of fp16 (default: %(default)s)"
-    )
+    parser.add_argument("--amp_backend", choices=["torch", "apex"], default="torch", help="of fp16")
 
 
 def _positive(text: str) -> int:
