@@ -15,9 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 MODES = ("exact", "near")
 SIMILARITY = 0.7
@@ -70,6 +71,8 @@ class Duplicates:
     """
 
     def __init__(self, mode: str, folder: Path, corpus_bytes: int, similarity: float = SIMILARITY) -> None:
+        import numpy as np  # 11 MB, of which a run that looks for no duplicates needs nothing
+
         assert mode in MODES
         if not 0.5 <= similarity <= 1:
             raise ValueError(f"--similarity {similarity}: it is a share from 0.5 to 1")
@@ -137,7 +140,7 @@ class Duplicates:
         self._file.write(data)
         self._starts.append(self._starts[-1] + len(data))
         if SKETCH * len(self._starts) > len(self._sketches):
-            self._sketches = np.concatenate((self._sketches, np.zeros_like(self._sketches)))
+            self._sketches.resize(2 * len(self._sketches), refcheck=False)  # the new ones are zeros
             self._addresses = self._find_addresses()
         return None
 
@@ -157,10 +160,10 @@ class Duplicates:
         """The candidates that are compared, those with most bytes of the signature in common first."""
         if len(candidates) < 2:
             return candidates
-        sketch = (self._signature[:: HASHES // SKETCH] & 0xFF).astype(np.uint8)
+        sketch = (self._signature[:: HASHES // SKETCH] & 0xFF).astype("uint8")
         rows = self._sketches.reshape(-1, SKETCH)[candidates]
         common = (rows == sketch).sum(axis=1)
-        return [candidates[place] for place in np.argsort(-common, kind="stable")[:_COMPARED]]
+        return [candidates[place] for place in (-common).argsort(kind="stable")[:_COMPARED]]
 
     def _read(self, number: int) -> str:
         self._has_read = True

@@ -327,7 +327,7 @@ class _TableFormatter:
         self._starts: np.ndarray = np.zeros(0, dtype=np.int64)
         self._ends: np.ndarray = np.zeros(0, dtype=np.int64)
         self._ids: np.ndarray = np.zeros(0, dtype=np.int32)
-        self._figures: np.ndarray = np.zeros((5, 0), dtype=np.int64)
+        self._figures: np.ndarray = np.zeros((5, 0), dtype=np.int32)
         self._unknown: dict[int, list[str]] = {}
 
     def _parts(self, word: str, touching: bool) -> list[str]:
@@ -361,7 +361,7 @@ class _TableFormatter:
         # 1) Nearly all words, in compiled code.
         spelled = spell_plain_words(self._vocabulary, self._longest, words, first)
         starts, ends, ids = spelled.starts, spelled.ends, self._token_ids[spelled.ids].tolist()
-        figures = np.ones((5, words.count - first), dtype=np.int64)
+        figures = np.ones((5, words.count - first), dtype=np.int32)
         figures[1] = ends - starts > 1
         figures[2:] = 0
         # 2) The others, as the tokenizer says.

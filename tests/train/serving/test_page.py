@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 from aiohttp import web
@@ -23,6 +24,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (apt-get install chromium)"),
 ]
 
+PAGE = Path(__file__).resolve().parents[3] / "gpt2_chinese" / "serving" / "web" / "index.html"
 TEXT = "document.querySelector('#text').value"
 CANDIDATES = "[...document.querySelectorAll('#candidates li span')].map((one) => one.textContent)"
 FRESH = f"!document.querySelector('#candidates.stale') && {CANDIDATES}.length"
@@ -384,6 +386,78 @@ def test_one_chooses_among_several_models(server):
         await tab.until("document.querySelector('#state').dataset.state === 'dead'")
 
     with_scripted(server, fast_path, test, models=models, model="小")
+
+
+def test_the_page_works_with_our_openai_routes():
+    """?server=/ is this server as a program of OpenAI's clients sees it."""
+
+    async def test(tab, client):
+        await tab.open(f"{client.url}/?server=/")
+        await tab.until("document.querySelector('#state').dataset.state === 'ready'")
+        await tab.type("一丁")
+        candidates = await tab.until(f"{FRESH} && {CANDIDATES}")
+        assert len(candidates) == len(set(candidates)) >= 2
+        assert await tab.js(SAYS) == "" and "token" in await tab.js("document.querySelector('#speed').textContent")
+        await tab.js("document.querySelector('#tab-long').click(), document.querySelector('#longlength').value = 7")
+        await tab.js("document.querySelector('#go').click()")
+        await tab.until(f"{SAYS}.includes('续写完成')")
+        text = await tab.js(TEXT)
+        assert text.startswith("一丁") and len(text) > 2
+        paths = {url.removeprefix(client.url).partition("?")[0] for url in tab.requests}
+        assert {"/v1/models", "/v1/completions"} <= paths and "/generate" not in paths
+
+    with_page(test)
+
+
+def test_the_page_as_a_file_works_with_another_server():
+    """One that answers as vLLM does, with a key, from another address."""
+    asked = []
+
+    async def handle(request):
+        headers = {"Access-Control-Allow-Origin": "*", "Access-Control-Allow-Headers": "*"}
+        if request.method == "OPTIONS":
+            return web.Response(headers=headers)
+        if request.headers.get("Authorization") != "Bearer secret":
+            return web.json_response({"error": "Unauthorized"}, status=401, headers=headers)
+        if request.path == "/v1/models":
+            models = {"object": "list", "data": [{"id": "model/final_model", "max_model_len": 256}]}
+            return web.json_response(models, headers=headers)
+        fields = await request.json()
+        asked.append(fields)
+        if not fields.get("stream"):
+            texts = ["他说：好。然后", "\n第二行\n第三行", "没有句末"][: fields["n"]]
+            body = {"choices": [{"text": one} for one in texts], "usage": {"completion_tokens": 9}}
+            return web.json_response(body, headers=headers)
+        response = web.StreamResponse(headers={**headers, "Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for text in ("很", "长。"):
+            await response.write(f'data: {{"choices": [{{"text": "{text}"}}]}}\n\n'.encode())
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def run():
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", handle)
+        sock = open_socket("127.0.0.1", 0)
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        async with browser_tab() as tab, start_listening(app, sock, connections=50, idle_seconds=5):
+            await tab.open(f"{PAGE.as_uri()}?server={url}")
+            await tab.until("document.querySelector('#key-form.needed')")
+            await tab.js("document.querySelector('#key').value = 'secret'")
+            await tab.js("document.querySelector('#key-form').requestSubmit()")
+            await tab.until("document.querySelector('#state').dataset.state === 'ready'")
+            await tab.type("从前")
+            assert await tab.until(f"{FRESH} && {CANDIDATES}") == ["他说：好。", "\n第二行", "没有句末"]
+            await tab.js("document.querySelector('#tab-long').click(), document.querySelector('#go').click()")
+            await tab.until(f"{SAYS}.includes('续写完成')")
+            assert await tab.js(TEXT) == "从前很长。"
+        first, long = asked[0], asked[-1]
+        assert (first["model"], first["prompt"], first["n"]) == ("model/final_model", "从前", 5)
+        assert (first["max_tokens"], first["top_p"], first["top_k"]) == (50, 1, 30)
+        assert long["stream"] and (long["n"], long["max_tokens"]) == (1, 128)  # half of max_model_len
+        assert not {"context", "samples", "maxlength", "until"} & (first.keys() | long.keys())
+
+    asyncio.run(run())
 
 
 def test_on_a_phone_nothing_is_cut_off_and_in_the_dark_it_is_dark(server, tmp_path):
