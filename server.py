@@ -68,7 +68,8 @@ from gpt2_chinese.serving.openapi import openapi
 from gpt2_chinese.serving.responses import encoded_response, json_pieces, json_response
 from gpt2_chinese.serving.running_request import RunningRequest, count_tokens, submit
 from gpt2_chinese.serving.service import ServedModel, Service
-from gpt2_chinese.serving.supervision import newest_model, run_models
+from gpt2_chinese.serving.supervision import run_models
+from gpt2_chinese.serving.watching import newest_model
 
 SERVICE = web.AppKey("service", Service)
 PAGE = Path(__file__).resolve().parent / "gpt2_chinese" / "serving" / "web" / "index.html"
@@ -362,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
                 remark(f"note: {better}")
         if len(devices) > 1:
             return run_for_each_device(Path(__file__).resolve(), sys.argv[1:] if argv is None else argv, devices, sock)
-        hosts = allowed_hosts(args.host, args.allowed_hosts)
+        hosts = allowed_hosts(args.host, args.allowed_hosts, sock.getsockname()[0])
         service = Service(served_models(args), limits_of(args), keys, admin_keys=admin_keys, hosts=hosts)
         app = build_app(service, parse_origins(args.cors_origins))
         asyncio.run(serve(app, service, sock, ready_fd=args.ready_fd))

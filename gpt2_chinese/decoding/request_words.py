@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
 from gpt2_chinese.decoding.backend import Request
-from gpt2_chinese.decoding.detokenizer import end_of_sentence
+from gpt2_chinese.decoding.detokenizer import SENTENCE_END, end_of_sentence
 from gpt2_chinese.text.tokenizers import HasDefinition, Tokenizer
 
 CACHED_TABLES = 64
 LINE_BREAK = "\n"
+SEPARATOR = "\ud800"
+"""Between the texts of tokens; half of a surrogate pair is in none of them."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class VocabularyWords:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._texts: list[str] | None = None
+        self._texts: _TokenTexts | None = None
         self.end_table = lru_cache(CACHED_TABLES)(self._make_end_table)
         self.spellings = lru_cache(CACHED_TABLES)(self._find_spellings)
 
@@ -71,22 +74,50 @@ class VocabularyWords:
         table = np.zeros(self._vocab_size, dtype=np.int8)
         table[[self._tokenizer.marks.end, *stop_token_ids]] = 1
         if stop or until_sentence:
-            for id_, text in enumerate(self._token_texts()):
-                if any(one in text for one in stop):
-                    table[id_] = 1
-                elif until_sentence and text:
-                    # Behind any other text, as which "一" stands.
-                    table[id_] |= end_of_sentence(f"一{text}", 1) is not None
+            texts = self._token_texts()
+            for one in stop:
+                table[texts.with_string(one)] = 1
+            if until_sentence:
+                table[texts.with_sentence_end] = 1
         return table
 
-    def _token_texts(self) -> list[str]:
+    def _token_texts(self) -> _TokenTexts:
         """About what each token adds to a text."""
         if self._texts is None:
             tokenizer = self._tokenizer
             if isinstance(tokenizer, HasDefinition):
-                self._texts = [data.decode("utf-8", errors="ignore") for data in tokenizer.token_bytes]
+                texts = [data.decode("utf-8", errors="ignore") for data in tokenizer.token_bytes]
             else:
-                self._texts = [token.removeprefix("##") or token for token in tokenizer.vocabulary]
+                texts = [token.removeprefix("##") or token for token in tokenizer.vocabulary]
                 if tokenizer.marks.line_break is not None:
-                    self._texts[tokenizer.marks.line_break] = LINE_BREAK
+                    texts[tokenizer.marks.line_break] = LINE_BREAK
+            self._texts = _TokenTexts(texts)
         return self._texts
+
+
+class _TokenTexts:
+    """The texts of all tokens, joined, so that a string is looked for in all of them at once.
+
+    A new stop string comes with every request of some clients, and the others wait while it is looked for.
+    """
+
+    def __init__(self, texts: list[str]) -> None:
+        self._texts = texts
+        self._joined = SEPARATOR + SEPARATOR.join(texts) + SEPARATOR
+        self._starts = np.cumsum([1, *(len(text) + 1 for text in texts)])
+
+    def _tokens_at(self, places: list[int]) -> list[int]:
+        """The different tokens in whose texts these places of the joined text are."""
+        return np.unique(np.searchsorted(self._starts, places, side="right") - 1).tolist() if places else []
+
+    def with_string(self, string: str) -> list[int]:
+        """The tokens that have a string."""
+        if SEPARATOR in string:
+            return []
+        return self._tokens_at([found.start() for found in re.finditer(re.escape(string), self._joined)])
+
+    @cached_property
+    def with_sentence_end(self) -> list[int]:
+        """The tokens that end a sentence, behind any other text, as which "一" stands."""
+        candidates = self._tokens_at([found.start() for found in SENTENCE_END.finditer(self._joined)])
+        return [id_ for id_ in candidates if end_of_sentence(f"一{self._texts[id_]}", 1) is not None]

@@ -74,9 +74,9 @@ class Connection(web.RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         if self._only_simple and data:  # aiohttp itself calls this with no data
-            path = simple_post(data)
-            self._only_simple = path is not None
-            if path is not None and self._is_idle() and (response := self._fast_path(path)) is not None:
+            request = simple_post(data)
+            self._only_simple = request is not None
+            if request is not None and self._is_idle() and (response := self._fast_path(request)) is not None:
                 assert self.transport is not None
                 self.transport.write(response)
                 self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout

@@ -11,23 +11,34 @@ from collections.abc import Callable, Mapping
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
+from typing import NamedTuple
 
 from gpt2_chinese.serving.errors import ApiError
 from gpt2_chinese.serving.responses import SECURITY_HEADERS
 from gpt2_chinese.serving.service import Service
 
-FastPath = Callable[[str], bytes | None]
-"""Gives the whole response to a simple POST request to a path, or None to leave it to the application."""
 COMPLETION_PATHS = ("/generate", "/", "/v1/completions")
+
+
+class SimplePost(NamedTuple):
+    """What the head of a simple POST request says; `host` is the value of its Host."""
+
+    path: str
+    host: str
+
+
+FastPath = Callable[[SimplePost], bytes | None]
+"""Gives the whole response to a simple POST request, or None to leave it to the application."""
 RETRY_SECONDS = "1"
 """The Retry-After of a 429."""
 MAX_HEAD_BYTES = 4096
 
 
-def refuse_overload(service: Service, path: str) -> bytes | None:
+def refuse_overload(service: Service, request: SimplePost) -> bytes | None:
     """The 429 that the handlers would answer, if the queue is full."""
-    # With keys, only a client with a key is told that the queue is full.
-    if path not in COMPLETION_PATHS or service.keys:
+    # With keys, only a client with a key is told that the queue is full; one that has the wrong name is told that.
+    path = request.path
+    if path not in COMPLETION_PATHS or service.keys or not service.answers_to(request.host):
         return None
     error = service.admission_error()
     if error is None or error.status != 429:
@@ -55,21 +66,21 @@ _NEEDS_AIOHTTP = re.compile(
 )
 
 
-def simple_post(data: bytes) -> str | None:
-    """The path, if these bytes are exactly one POST request that needs nothing of aiohttp; else None."""
+def simple_post(data: bytes) -> SimplePost | None:
+    """What is asked for, if these bytes are exactly one POST request that needs nothing of aiohttp; else None."""
     end = data.find(b"\r\n\r\n", 0, MAX_HEAD_BYTES) + 4
-    path, length = _simple_head(data[:end]) if end >= 4 else (None, 0)
-    return path if len(data) - end == length else None
+    request, length = _simple_head(data[:end]) if end >= 4 else (None, 0)
+    return request if len(data) - end == length else None
 
 
 @lru_cache(maxsize=256)  # clients send the same head again and again
-def _simple_head(head: bytes) -> tuple[str | None, int]:
-    """The path of a request and the length of its body; no path if it is not a simple one."""
+def _simple_head(head: bytes) -> tuple[SimplePost | None, int]:
+    """A request and the length of its body; no request if it is not a simple one."""
     found = _SIMPLE_HEAD.fullmatch(head)
-    lengths = _LENGTH.findall(found[2]) if found else []
-    if found is None or len(lengths) != 1 or len(_HOST.findall(found[2])) != 1 or _NEEDS_AIOHTTP.search(found[2]):
+    lengths, hosts = (_LENGTH.findall(found[2]), _HOST.findall(found[2])) if found else ([], [])
+    if found is None or len(lengths) != 1 or len(hosts) != 1 or _NEEDS_AIOHTTP.search(found[2]):
         return None, 0
-    return found[1].decode("latin-1"), int(lengths[0])
+    return SimplePost(found[1].decode("latin-1"), hosts[0].decode("latin-1")), int(lengths[0])
 
 
 def fast_response(status: int, body: bytes, headers: Mapping[str, str]) -> bytes:

@@ -11,22 +11,26 @@ import ipaddress
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
-def allowed_hosts(host: str, flag: str) -> frozenset[str] | None:
-    """The names of --allowed_hosts, else those of a server that this machine alone reaches; None is any."""
+def allowed_hosts(host: str, flag: str, address: str) -> frozenset[str] | None:
+    """The names of --allowed_hosts, else those of a server that this machine alone reaches; None is any.
+
+    Args:
+        host: what --host says, a name perhaps.
+        address: the address that is listened on.
+    """
     names = {name.strip().lower().strip("[]") for name in flag.split(",") if name.strip()}
-    if "*" in names or (not names and not is_loopback(host)):
+    if "*" in names or (not names and not is_loopback(address)):
         return None
     return frozenset(names | {host.lower()}) | LOOPBACK_NAMES
 
 
 def is_loopback(host: str) -> bool:
     """Whether an address is reached from this machine alone."""
-    if host.lower() == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
         return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 def name_of(header: str) -> str:

@@ -12,7 +12,6 @@ from gpt2_chinese.decoding.completion import EngineStopped
 from gpt2_chinese.serving.connections import abort_after
 from gpt2_chinese.serving.errors import INTERNAL_ERROR, ApiError, engine_stopped_error
 from gpt2_chinese.serving.fast_path import RETRY_SECONDS
-from gpt2_chinese.serving.hosts import name_of
 from gpt2_chinese.serving.responses import SECURITY_HEADERS, SERVER_NAME, error_response
 from gpt2_chinese.serving.service import Service
 
@@ -111,7 +110,7 @@ def check_host(service: Service) -> Middleware:
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if service.hosts is not None and name_of(request.headers.get("Host", "")) not in service.hosts:
+        if not service.answers_to(request.headers.get("Host", "")):
             message = "this server does not answer to the name in Host; --allowed_hosts allows further names"
             raise ApiError(421, "wrong_host", message)
         return await handler(request)

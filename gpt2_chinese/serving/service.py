@@ -16,6 +16,7 @@ from gpt2_chinese.decoding.backend import CompletionBackend, PrefixCacheState
 from gpt2_chinese.decoding.completion import Prompt
 from gpt2_chinese.serving.api import Limits
 from gpt2_chinese.serving.errors import ApiError, engine_stopped_error
+from gpt2_chinese.serving.hosts import name_of
 from gpt2_chinese.serving.timings import Timings
 
 Result = TypeVar("Result")
@@ -229,6 +230,10 @@ class Service:
             names = ", ".join(self.by_name)
             raise ApiError(404, "model_not_found", f"there is no such model; this server has {names}", "model")
         return self.by_name[name]
+
+    def answers_to(self, host: str) -> bool:
+        """Whether the name in a Host header is one of the server's."""
+        return self.hosts is None or name_of(host) in self.hosts
 
     def admission_error(self) -> ApiError | None:
         """Why any request would be refused now: no model is ready, or the queues of the ready ones are full.

@@ -16,6 +16,7 @@ from gpt2_chinese.command_line import say
 from gpt2_chinese.decoding.backend import CompletionBackend
 from gpt2_chinese.serving.answer_size import longest_token_bytes
 from gpt2_chinese.serving.service import WARM_UP_CONTEXT, ServedModel, Service
+from gpt2_chinese.serving.watching import WatchedFolder
 
 LOGGER = logging.getLogger("server")
 FIRST_PAUSE, MAX_PAUSE = 0.5, 30.0
@@ -192,26 +193,29 @@ class Supervisor:
 
         threading.Thread(target=run, name="reloading", daemon=True).start()
 
-    def _reload_and_log(self, model: ServedModel, folder: Path | None) -> None:
+    def _reload_and_log(self, model: ServedModel, folder: Path | None) -> bool:
+        """Reload a model, and say in the log how that went; whether it went well."""
         begin = time.monotonic()
         try:
             self.reload(model, folder)
         except Exception as error:
             LOGGER.error("%s is served as before, the folder cannot be loaded: %s", model.name, error)
-        else:
-            where = "" if folder is None else f" from {folder}"
-            say(f"{model.name} is reloaded{where}, {time.monotonic() - begin:.1f} s")
+            return False
+        where = "" if folder is None else f" from {folder}"
+        say(f"{model.name} is reloaded{where}, {time.monotonic() - begin:.1f} s")
+        return True
 
     def _watch(self, models: list[ServedModel]) -> None:
-        taken = {model.name: stamp_of(model.folder) for model in models}
+        watched = [(model, WatchedFolder(model.watched, model.folder)) for model in models if model.watched is not None]
         while not self._stopping.wait(WATCH_SECONDS):
-            for model in models:
-                assert model.watched is not None
-                newest = newest_model(model.watched)
-                if newest is None or stamp_of(newest) <= taken[model.name]:
+            for model, folder in watched:
+                newest = folder.next_model()
+                if newest is None:
                     continue
-                taken[model.name] = stamp_of(newest)  # one that cannot be loaded is not tried again
-                self._reload_and_log(model, newest)
+                if self._reload_and_log(model, newest):
+                    folder.took(newest)
+                else:
+                    folder.refuse(newest)
 
 
 def restart_pause(deaths_in_a_row: int) -> float:
@@ -219,20 +223,6 @@ def restart_pause(deaths_in_a_row: int) -> float:
     if deaths_in_a_row <= 1:
         return 0.0
     return min(FIRST_PAUSE * 2.0 ** min(deaths_in_a_row - 2, 30), MAX_PAUSE)
-
-
-def newest_model(folder: Path) -> Path | None:
-    """The model folder that train.py has written last into its --output_dir: `model_epoch{n}` or `best_model`."""
-    found = [path for path in (*folder.glob("model_epoch*"), folder / "best_model") if (path / "config.json").is_file()]
-    return max(found, key=stamp_of, default=None)
-
-
-def stamp_of(folder: Path) -> int:
-    """When a model folder was written, in nanoseconds; 0 if there is none."""
-    try:
-        return (folder / "config.json").stat().st_mtime_ns
-    except OSError:
-        return 0
 
 
 @asynccontextmanager

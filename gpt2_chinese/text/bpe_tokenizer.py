@@ -97,7 +97,8 @@ class BpeTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Give the ids of a text, without the marks of a document; the name of a special token is ordinary text."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        # As a batch of one: for a single text the package holds Python's lock, and a server would wait.
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """The ids of many texts at once."""

@@ -25,6 +25,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from typing import Protocol, cast
 
 from .vocabulary import SPECIAL_TOKENS, Marks, find_marks
@@ -116,7 +117,20 @@ def fold_as_bert(word: str) -> str:
     lowered = word.lower()
     if lowered.isascii():
         return lowered
-    return "".join(c for c in unicodedata.normalize("NFD", lowered) if unicodedata.category(c) != "Mn")
+    # `unicodedata` takes time that is quadratic in the length of a run of marks, so it gets no more than a character.
+    decomposed = "".join(map(_decomposed, lowered))
+    kept = "".join(c for c in decomposed if unicodedata.category(c) != "Mn")
+    if not any(map(unicodedata.combining, kept)):
+        return kept
+    # A few marks are kept; they stand in canonical order, each run of marks sorted by its class.
+    runs = groupby(decomposed, key=lambda c: unicodedata.combining(c) == 0)
+    ordered = (c for is_base, run in runs for c in (run if is_base else sorted(run, key=unicodedata.combining)))
+    return "".join(c for c in ordered if unicodedata.category(c) != "Mn")
+
+
+@lru_cache(maxsize=1 << 16)
+def _decomposed(character: str) -> str:
+    return unicodedata.normalize("NFD", character)
 
 
 @lru_cache(maxsize=1 << 16)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -51,6 +54,28 @@ def test_any_ids_are_text_as_python_decodes_their_bytes(tokenizer, ids):
     data = b"".join(tokenizer.token_bytes[id_] for id_ in ids)
     assert tokenizer.decode([*ids, 0]) == data.decode("utf-8", errors="replace") + ("\n\n" if ids else "")
     assert data.decode("utf-8", errors="replace").startswith(tokenizer.decode(ids))
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(tokenizer):
+    text = "".join(random.Random(1).choices("中国人民你好世界", k=2_000_000))
+    gaps, done = [0.0], threading.Event()
+
+    def watch() -> None:
+        last = time.perf_counter()
+        while not done.wait(0.001):
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    begin = time.perf_counter()
+    ids = tokenizer.encode_batch([text])[0]
+    assert tokenizer.encode(text) == ids
+    took = time.perf_counter() - begin
+    done.set()
+    thread.join()
+    assert max(gaps) < took / 3  # of two times; the list of the numbers is made under the lock
 
 
 def test_the_name_of_a_special_token_is_text(tokenizer):

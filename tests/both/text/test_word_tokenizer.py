@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import unicodedata
 
 import pytest
@@ -19,6 +20,7 @@ from gpt2_chinese.text.word_tokenizer import (
     WordTokenizer,
     clean,
     fold,
+    fold_as_bert,
     is_spaced,
     join_tokens,
     spelling,
@@ -36,6 +38,23 @@ def spelling_vocabulary(texts: list[str], *more: str) -> list[str]:
     parts = {c for text in texts for c in fold(clean(text)) if not c.isspace()}
     parts |= {"##" + c for c in parts if is_spaced(c)}
     return [*SPECIAL_TOKENS, *sorted(parts | set(more))]
+
+
+MARKS = [chr(code) for code in range(0x20000) if unicodedata.combining(chr(code))]
+
+
+@given(st.text(st.one_of(st.sampled_from(MARKS), st.sampled_from("éÅ각ガ\u034f\u302e\U0001d165aİ中"), st.characters())))
+@settings(max_examples=500)
+def test_accents_are_stripped_as_bert_does(word):
+    decomposed = unicodedata.normalize("NFD", word.lower())
+    assert fold_as_bert(word) == "".join(c for c in decomposed if unicodedata.category(c) != "Mn")
+
+
+def test_a_run_of_marks_takes_no_time_that_grows_with_its_square():
+    begin = time.perf_counter()
+    for marks in ("\u0315\u0300", "\u302e\U0001d165"):  # `unicodedata` takes a minute for each
+        fold_as_bert("a" + marks * 70_000)
+    assert time.perf_counter() - begin < 10
 
 
 @pytest.mark.parametrize(

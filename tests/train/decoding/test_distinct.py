@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +14,11 @@ from tiny_model import endless_model, tiny_model, tiny_tokenizer
 
 from gpt2_chinese.decoding.batch_sampler import BatchSampler
 from gpt2_chinese.decoding.completion import SamplingParams, TextDelta
+from gpt2_chinese.decoding.detokenizer import end_of_sentence
 from gpt2_chinese.decoding.distinct import STUCK, UNIT, Codes, choose, divide, first_code
 from gpt2_chinese.decoding.engine import Engine
 from gpt2_chinese.decoding.graph_decoder import GraphDecoder
+from gpt2_chinese.decoding.request_words import VocabularyWords, _TokenTexts
 from gpt2_chinese.decoding.sampling import CompiledSampler, request_bits, sample_tokens, sequence_seed
 from gpt2_chinese.decoding.whole_characters import CharacterMasks
 
@@ -291,3 +295,33 @@ def test_samples_that_end_with_a_sentence_differ():
         for seed in range(5):
             texts = texts_of(engine, seed=seed, until_sentence=True, length=30, samples=8)
             assert len(set(texts)) == 8
+
+
+@given(
+    stop=st.lists(st.text("ab。！”\n.", min_size=1, max_size=2), max_size=3),
+    until_sentence=st.booleans(),
+    more=st.lists(st.text("ab。！”“\n. ", max_size=4), max_size=20),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_tokens_that_end_a_text_are_those_whose_texts_do(stop, until_sentence, more):
+    tokenizer = tiny_tokenizer()
+    words = VocabularyWords(tokenizer, len(tokenizer) + 3)
+    texts = [*tokenizer.vocabulary, *more]
+    words._texts = _TokenTexts(texts)
+    words._vocab_size = len(texts)
+    expected = [
+        int(any(one in text for one in stop) or (until_sentence and end_of_sentence(f"一{text}", 1) is not None))
+        for text in texts
+    ]
+    expected[tokenizer.marks.end] = 1
+    assert words.end_table(tuple(stop), until_sentence, ()).tolist() == expected
+
+
+def test_a_new_stop_string_costs_little_in_a_large_vocabulary():
+    """The decoding thread looks for it while everyone waits; a loop over 200,000 tokens took a second for each."""
+    texts = _TokenTexts([f"第{number}个词" for number in range(200_000)])
+    begin = time.perf_counter()
+    for number in range(50):
+        assert texts.with_string(f"第{number}77个") == ([number * 100 + 77] if number else [])
+    assert texts.with_sentence_end == []
+    assert time.perf_counter() - begin < 20

@@ -57,7 +57,7 @@ def test_every_response_has_the_headers_of_owasp_and_no_versions(server):
 
 def test_names_that_are_not_the_servers_are_refused_on_loopback(server):
     async def test(client):
-        client.service.hosts = allowed_hosts("127.0.0.1", "gpt.example, b.example:80".replace(":80", ""))
+        client.service.hosts = allowed_hosts("127.0.0.1", "gpt.example, b.example", "127.0.0.1")
         for host in ("127.0.0.1", "localhost:5005", "[::1]:80", "GPT.example", "gpt.example.:443"):
             async with client.post("/generate", json=GOOD, headers={"Host": host}) as response:
                 assert response.status == 200, host
@@ -67,9 +67,28 @@ def test_names_that_are_not_the_servers_are_refused_on_loopback(server):
                     await check_error(response, 421, "wrong_host")
 
     served(test)
-    assert allowed_hosts("0.0.0.0", "") is None and allowed_hosts("127.0.0.1", "*") is None
-    assert allowed_hosts("::1", "") == LOOPBACK_NAMES and "a" in (allowed_hosts("0.0.0.0", "a") or ())
+    assert allowed_hosts("0.0.0.0", "", "0.0.0.0") is None and allowed_hosts("127.0.0.1", "*", "127.0.0.1") is None
+    assert allowed_hosts("::1", "", "::1") == LOOPBACK_NAMES
+    assert "a" in (allowed_hosts("0.0.0.0", "a", "0.0.0.0") or ())
+    # A name, or another way to write an address, is what it stands for.
+    for host, address in (("127.1", "127.0.0.1"), ("My-Laptop", "127.0.1.1"), ("v6", "::1"), ("m", "::ffff:127.0.0.1")):
+        assert allowed_hosts(host, "", address) == LOOPBACK_NAMES | {host.lower()}
     assert [name_of(one) for one in ("[::1]", "A.b:1", "a.")] == ["::1", "a.b", "a"]
+
+
+def test_a_name_that_is_not_the_servers_is_refused_under_overload_too(server):
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=1, max_waiting=2)
+
+    async def test(client):
+        client.service.hosts = allowed_hosts("127.0.0.1", "", "127.0.0.1")
+        busy = asyncio.create_task(client.post("/generate", json={"context": "一", "maxlength": 100_000, "samples": 3}))
+        await wait_until(lambda: engine.running and engine.waiting == 2)
+        for host, status in (("localhost", 429), ("evil.example", 421), ("127.0.0.1:80", 429)):
+            head = f"POST /generate HTTP/1.1\r\nHost: {host}\r\nContent-Length: 2\r\n\r\n{{}}"
+            assert (await raw(client, head.encode(), wait=0.3)).startswith(f"HTTP/1.1 {status} ".encode())
+        busy.cancel()
+
+    served(test, engine=engine, length=100_000)
 
 
 def test_only_the_completing_routes_can_be_read_by_other_sites(server):

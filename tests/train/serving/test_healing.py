@@ -19,7 +19,8 @@ from tiny_model import endless_model, save_tiny_model, tiny_model
 
 from benchmarks import serving
 from gpt2_chinese.serving.service import ServedModel
-from gpt2_chinese.serving.supervision import MAX_PAUSE, newest_model, restart_pause
+from gpt2_chinese.serving.supervision import MAX_PAUSE, restart_pause
+from gpt2_chinese.serving.watching import WatchedFolder, newest_model
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = [
@@ -36,8 +37,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def healing(folder):
-    """A server that notices after two seconds that its model hangs."""
-    flags = ["--device", "cpu", "--hang_timeout", "2", "--max_length", "100000", "--max_answer", str(1 << 30)]
+    """A server that notices after five seconds that its model hangs."""
+    flags = ["--device", "cpu", "--hang_timeout", "5", "--max_length", "100000", "--max_answer", str(1 << 30)]
     os.environ["GPT2_CHINESE_ADMIN_KEY"] = "secret"
     try:
         server = serving.Server(str(folder), *flags)
@@ -186,6 +187,42 @@ def test_watching_takes_the_folder_that_was_written_last(tmp_path):
         os.utime(tmp_path / name / "config.json", (time.time() - age,) * 2)
     (tmp_path / "model_epoch3").mkdir()  # not written yet
     assert newest_model(tmp_path) == tmp_path / "best_model"
+
+
+def test_a_folder_that_could_not_be_loaded_is_tried_again_when_it_is_whole_and_keeps_no_other_out(tmp_path):
+    def write(name: str, age: float, **files: str) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        for file, text in {"config": "{}", **files}.items():
+            (folder / f"{file}.json").write_text(text)
+        os.utime(folder / "config.json", (time.time() - age,) * 2)
+        return folder
+
+    first = write("model_epoch1", 100)
+    watched = WatchedFolder(tmp_path, first)
+    assert watched.next_model() is None
+    # 1) It arrives file by file: the first try fails, and the next one is when nothing has come for a while.
+    second = write("model_epoch2", 50)
+    assert watched.next_model() == second
+    watched.refuse(second)
+    assert watched.next_model() is None
+    write("model_epoch2", 50, weights="some")
+    assert watched.next_model() is None
+    write("model_epoch2", 50, weights="all of them")
+    assert watched.next_model() is None and watched.next_model() == second
+    watched.refuse(second)
+    # 2) A broken one from a clock that is ahead does not hide the next one, nor an older one come back.
+    ahead = write("model_epoch3", -1000)
+    assert watched.next_model() == ahead
+    watched.refuse(ahead)
+    fourth = write("model_epoch4", 20)
+    assert watched.next_model() == fourth
+    watched.took(fourth)
+    write("model_epoch2", 50, weights="again")
+    assert watched.next_model() is watched.next_model() is None
+    # 3) A link to what may not be read, or to nothing, is no model.
+    (tmp_path / "model_epoch5").symlink_to(tmp_path / "gone")
+    assert watched.next_model() is None and newest_model(tmp_path) == ahead
 
 
 def test_a_server_follows_a_training_run(tmp_path):
