@@ -33,13 +33,14 @@ from transformers import GPT2LMHeadModel
 
 from gpt2_chinese.artifacts import exclusive_lock
 from gpt2_chinese.best_model import BEST_MODEL, FINAL_MODEL
-from gpt2_chinese.command_line import prepare_streams, print_settings, remark, run_script, set_quiet
+from gpt2_chinese.command_line import check_stdout, prepare_streams, print_settings, remark, run_script, set_quiet
 from gpt2_chinese.messages import language_of
 from gpt2_chinese.precision import Precision
 from gpt2_chinese.training.estimates import memory_advice
 from gpt2_chinese.training.evaluation import Documents
 from gpt2_chinese.training.flags import given_flags, parse_args
 from gpt2_chinese.training.html_report import report_of_folder, write_report
+from gpt2_chinese.training.loss import keep_compiled_code_private
 from gpt2_chinese.training.optimizers import set_learning_rate
 from gpt2_chinese.training.plan import PLAN, plan_run
 from gpt2_chinese.training.ranks import Rank, Torchrun, process_group, run_on_all
@@ -245,6 +246,8 @@ def train_on_devices(run: Run, model: GPT2LMHeadModel, resume: Path | None) -> i
     if len(run.devices) == 1:
         return train(Rank(0, 1, run.devices[0]), run, model, resume)
     del model  # every rank builds its own
+    if run.args.compile != "off":
+        keep_compiled_code_private()  # in the same folder for all of them
     return run_on_all(run.devices, train_spawned, run, resume)
 
 
@@ -285,7 +288,9 @@ def main(argv: list[str] | None = None) -> int:
     if is_main:
         print_settings(args)
     if args.eval_only:
-        return evaluate_folder(args)
+        status = evaluate_folder(args)
+        check_stdout()
+        return status
     if args.report_only:
         return report_of_folder(args)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from gpt2_chinese.messages import TranslatedStream, language_of, translated
 
@@ -29,6 +30,9 @@ def run_script(main: Callable[[], int | None], *, texts_on_stdout: bool = False)
     except (ValueError, OSError) as error:
         print(f"error: {as_sentence(error)}", file=sys.stderr)
         sys.exit(USER_ERROR)
+    except MemoryError:
+        print("error: memory ran out; smaller values of the flags that are numbers need less", file=sys.stderr)
+        sys.exit(USER_ERROR)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -37,15 +41,88 @@ def run_script(main: Callable[[], int | None], *, texts_on_stdout: bool = False)
 def prepare_streams(language: str, *, texts_on_stdout: bool = False) -> None:
     """Let stdout and stderr write a replacement for what a console lacks, and messages in a language, "en" or "zh".
 
-    A process that a script starts calls this itself.
+    Messages that cannot be written, because their reader has gone or the disk is full, end no run: see `_MessageFile`.
+    With `texts_on_stdout` a text that cannot be written to stdout is an error all the same. A process that a script
+    starts calls this itself.
     """
+    open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console of GBK, say, has not every character
+    sys.stderr = _for_messages(sys.stderr)
+    if not texts_on_stdout:
+        sys.stdout = _for_messages(sys.stdout)
     if language == "zh":
         sys.stderr = TranslatedStream(sys.stderr)
         if not texts_on_stdout:
             sys.stdout = TranslatedStream(sys.stdout)
+
+
+def open_closed_streams() -> None:
+    """Put the null device where a script was started without stdin, stdout or stderr (`2>&-`).
+
+    The first file that is opened would get the number of the missing stream, and what is written there.
+    """
+    for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                null = os.open(os.devnull, os.O_RDWR)  # has the least number that is free
+                if null != number:
+                    os.dup2(null, number)
+                    os.close(null)
+                os.set_inheritable(number, True)
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+
+
+class _MessageFile(io.FileIO):
+    """A file of messages: from the first one on that cannot be written they go nowhere.
+
+    A run of days does not end because `head` has read enough of what it says, or because the disk of its log is full.
+    """
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int | None:  # type: ignore[override]
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failure = error
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())
+            os.close(null)
+            return len(data)
+
+
+def _for_messages(stream: TextIO) -> TextIO:
+    """The same stream on a `_MessageFile`, if it is a file of this process: not a capture or a console of Windows."""
+    if stream not in (sys.__stdout__, sys.__stderr__) or not isinstance(stream, io.TextIOWrapper):
+        return stream
+    raw = getattr(stream.buffer, "raw", stream.buffer)
+    if type(raw) is not io.FileIO:
+        return stream
+    stream.flush()
+    file = _MessageFile(raw.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(
+        file if raw is stream.buffer else io.BufferedWriter(file),  # without a buffer after python -u
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+def check_stdout() -> None:
+    """Raise the error that stdout has had, if what was printed there is the result of the script.
+
+    Nothing is wrong where a reader has gone that had read enough.
+    """
+    stream = text_stream()
+    stream.flush()
+    file = getattr(getattr(stream, "buffer", None), "raw", None)
+    if isinstance(file, _MessageFile) and file.failure is not None and file.failure.errno != errno.EPIPE:
+        raise OSError(file.failure.errno, file.failure.strerror, "stdout")
 
 
 def message_language() -> str:

@@ -117,9 +117,36 @@ def cache_folders() -> list[Path]:
     """Where machine code may be kept, first choice first."""
     if os.environ.get("NUMBA_CACHE_DIR"):
         return [Path(os.environ["NUMBA_CACHE_DIR"])]
+    folders = [Path(__file__).parent / "__pycache__", user_cache_folder()]
+    return [folder for folder in folders if folder.is_absolute()]
+
+
+def user_cache_folder() -> Path:
+    """This user's own cache folder of the project; not absolute where there is no home, for "~" stays then."""
     cache = os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else os.environ.get("XDG_CACHE_HOME")
-    folders = [Path(__file__).parent / "__pycache__", Path(cache or os.path.expanduser("~/.cache")) / "gpt2_chinese"]
-    return [folder for folder in folders if folder.is_absolute()]  # "~" stays where there is no home
+    return Path(cache or os.path.expanduser("~/.cache")) / "gpt2_chinese"
+
+
+def make_trusted_folder(folder: Path) -> Path:
+    """Make a folder for files that are run, or take the one that is there; gives its true path, without links.
+
+    Raises:
+        OSError: it cannot be made or written, or somebody whom `may_be_forged` does not trust may write or exchange it.
+    """
+    if not folder.is_absolute():
+        raise FileNotFoundError(errno.ENOENT, "this is no absolute path", str(folder))
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder = folder.resolve()
+    if os.name == "posix":
+        for place in (folder, *folder.parents):
+            found = place.stat()
+            # Where the sticky bit is set, as on /tmp, others may add names and exchange none of ours.
+            shared = place != folder and found.st_uid == 0 and found.st_mode & stat.S_ISVTX
+            if not shared and may_be_forged(found):
+                raise PermissionError(errno.EPERM, "others may write this folder, so no code is kept in it", str(place))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    return folder
 
 
 def read_cached_code(file_name: str) -> bytes | None:
@@ -148,15 +175,17 @@ def read_trusted(path: Path) -> bytes:
         OSError: there is none, or it is not such a file.
     """
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NOFOLLOW", 0))) as file:
-        found = os.fstat(file.fileno())
-        if os.name == "posix":
-            owners = {0, os.geteuid(), os.stat(__file__).st_uid}
-            by_others = found.st_mode & stat.S_IWOTH or (
-                found.st_mode & stat.S_IWGRP and not is_private_group(found.st_gid, found.st_uid)
-            )
-            if found.st_uid not in owners or by_others:
-                raise PermissionError(errno.EPERM, "others may write this file, so its code is not run", str(path))
+        if os.name == "posix" and may_be_forged(os.fstat(file.fileno())):
+            raise PermissionError(errno.EPERM, "others may write this file, so its code is not run", str(path))
         return file.read()
+
+
+def may_be_forged(found: os.stat_result) -> bool:
+    """Whether somebody but this user, root and whom this program belongs to owns or may write it (POSIX only)."""
+    by_others = found.st_mode & stat.S_IWOTH or (
+        found.st_mode & stat.S_IWGRP and not is_private_group(found.st_gid, found.st_uid)
+    )
+    return bool(found.st_uid not in {0, os.geteuid(), os.stat(__file__).st_uid} or by_others)
 
 
 def is_private_group(group: int, user: int) -> bool:

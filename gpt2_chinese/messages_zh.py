@@ -1861,4 +1861,20 @@ TABLE: tuple[tuple[str, str], ...] = (
         "--prefix_cache must be 0 or more megabytes, it is {}",
         "--prefix_cache 必须是 0 或更大的兆字节数，现在是 {0}",
     ),
+    (
+        "{}: another run has put other pieces there; start this run again",
+        "{0}：另一次训练已经放入别的分片；请重新开始这次训练",
+    ),
+    (
+        "a rank was killed, or memory ran out; the same command with --resume goes on from a checkpoint",
+        "有一个进程（rank）被终止，或内存不足；同一条命令加上 --resume 可从检查点继续",
+    ),
+    (
+        "memory ran out; smaller values of the flags that are numbers need less",
+        "内存不足；减小数值参数可以少占内存",
+    ),
+    (
+        "{} is not from 0 to {}",
+        "{0} 不在 0 到 {1} 之间",
+    ),
 )

@@ -47,6 +47,23 @@ def safe_folder() -> Iterator[str]:
 
 
 @contextmanager
+def safe_path() -> Iterator[None]:
+    """Let Python processes that a library starts meanwhile take no modules from the folder one stands in.
+
+    Python 3.10 knows nothing of it; there only `safe_folder` helps.
+    """
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        # The scripts of this project find the package beside them, which this takes away too.
+        del os.environ["PYTHONSAFEPATH"]
+        if before is not None:
+            os.environ["PYTHONSAFEPATH"] = before
+
+
+@contextmanager
 def open_workers(workers: int, scheduler: str | None = None) -> Iterator[MapInOrder]:
     """Start workers and give a function like `map` whose results come in the order of the items.
 

@@ -10,6 +10,7 @@ from gpt2_chinese.help_formatter import HelpFormatter
 from gpt2_chinese.training.hold_out import MAX_BYTES, MIN_BYTES
 from gpt2_chinese.training.run import DEFAULT_VOCABULARY, MAX_DEFAULT_WARMUP, SAVE_SECONDS
 
+MAX_INTEGER = 2**62  # of a flag: a seed and what is added to it have 63 bits
 NEW_MODEL_LR, PRETRAINED_LR = 1.5e-4, 5e-5
 
 
@@ -315,16 +316,17 @@ def _add_hardware(parser: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{int(text)} is not above 0")
+    return _not_negative(text)
 
 
 def _not_negative(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is below 0")
+    if value > MAX_INTEGER:
+        raise argparse.ArgumentTypeError(f"{value} is not from 0 to {MAX_INTEGER}")
     return value
 
 

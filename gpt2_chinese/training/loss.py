@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
 
+from gpt2_chinese.compiled import make_trusted_folder, user_cache_folder
+from gpt2_chinese.parallel import safe_folder, safe_path
 from gpt2_chinese.training.attention import CAUSAL_ATTENTION, causal_attention
 from gpt2_chinese.training.dropout import use_cpu_dropout
 
@@ -139,8 +143,16 @@ class WindowLoss(nn.Module):
 
     def compile_for(self, shape: tuple[int, ...]) -> None:
         """Compile for windows of this shape; others, as the last ones of an epoch, are not worth another minute."""
+        keep_compiled_code_private()
         whole = self._loss if self.model.device.type == "cuda" else self._hidden
-        self._compiled, self._compiled_shape = torch.compile(whole, dynamic=False), shape
+        compiled = torch.compile(whole, dynamic=False)
+
+        def first_call(input_ids: torch.Tensor) -> torch.Tensor:
+            self._compiled = compiled
+            with safe_path():  # compiles both passes
+                return compiled(input_ids)
+
+        self._compiled, self._compiled_shape = first_call, shape
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Take int64 [windows, n_ctx]; the first token of a window is not predicted, the last predicts nothing."""
@@ -247,11 +259,36 @@ def should_compile(
     return has_compiler and ranks == 1 and run_flops / (torch.get_num_threads() * 5e10) > 1200
 
 
+def keep_compiled_code_private() -> None:
+    """Let torch.compile keep its code where nobody else can put another, unless the user says where.
+
+    Its own choice is a folder of /tmp with a name that everybody can foresee and make first. Processes that this one
+    starts use the same.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # Importing torch._dynamo, as transformers does, sets the variable to torch's own choice.
+    given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if given and os.path.abspath(given) != os.path.abspath(default_cache_dir()):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.abspath(given)
+        return
+    try:
+        folder = str(make_trusted_folder(user_cache_folder() / "inductor"))
+    except OSError:
+        folder = tempfile.mkdtemp(prefix="gpt2-chinese-")  # every run compiles
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+
+
 def compiler_problem(device: torch.device) -> str:
     """Why torch.compile does not work here, found by compiling one line; empty where it does."""
     try:
-        line = torch.compile(lambda x: (x * x).sum(), dynamic=False)
-        line(torch.ones(8, device=device, requires_grad=True)).backward()
+        keep_compiled_code_private()
+        # Once in a process, torch tries the processor's instructions with `python -c`, which would run a ctypes.py of
+        # the folder one stands in. This is where it does; there is no other thread yet that a folder matters to.
+        with safe_folder(), safe_path():
+            line = torch.compile(lambda x: (x * x).sum(), dynamic=False)
+            line(torch.ones(8, device=device, requires_grad=True)).backward()
     except (RuntimeError, OSError, ImportError) as error:
         return str(error).strip().splitlines()[0]
     return ""

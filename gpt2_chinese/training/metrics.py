@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from gpt2_chinese.artifacts import atomic_write
+from gpt2_chinese.artifacts import atomic_write, disk_errors
 
 
 def _read_point(line: bytes) -> dict[str, Any] | None:
@@ -22,6 +24,12 @@ def _read_point(line: bytes) -> dict[str, Any] | None:
     if not isinstance(point, dict) or type(point.get("step")) is not int or not isinstance(point.get("kind"), str):
         return None
     return point
+
+
+def _report_thread(args: threading.ExceptHookArgs) -> None:
+    """A `threading.excepthook` that leaves a full disk to TensorBoard, which raises its thread's error in ours too."""
+    if not isinstance(args.exc_value, OSError) or type(args.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(args)
 
 
 class Metrics:
@@ -51,8 +59,11 @@ class Metrics:
                         self._validated.add(point["step"])
         with atomic_write(path) as file:
             file.writelines(line + "\n" for line in kept)
+        threading.excepthook = _report_thread
+        self._writer_dir = writer_dir
         self._file = open(path, "a", encoding="utf-8")
-        self._writer = SummaryWriter(str(writer_dir), purge_step=resumed_from + 1 if resumed_from else None)
+        with disk_errors(writer_dir):
+            self._writer = SummaryWriter(str(writer_dir), purge_step=resumed_from + 1 if resumed_from else None)
 
     def __enter__(self) -> Metrics:
         return self
@@ -60,8 +71,12 @@ class Metrics:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._file.close()
-        self._writer.close()
+        with suppress(OSError) if error is not None else nullcontext():  # an error that is known is told, not its echo
+            with disk_errors(self._writer_dir):
+                self._writer.close()
+            with disk_errors(self._path):
+                self._file.close()
+        threading.excepthook = threading.__excepthook__
 
     def train(self, step: int, epoch: float, **figures: float) -> None:
         """A point of the training; a figure's name is its tag."""
@@ -70,8 +85,9 @@ class Metrics:
     def validation(self, step: int, epoch: float, *, completions: dict[str, str], **figures: float) -> None:
         """A measurement of the held-out documents, and the completions of --sample_prompts."""
         self._add("validation", step, epoch, figures, prefix="validation_", completions=completions)
-        for number, (prompt, completion) in enumerate(completions.items(), start=1):
-            self._writer.add_text(f"completion_{number}", prompt + completion, step)
+        with disk_errors(self._writer_dir):
+            for number, (prompt, completion) in enumerate(completions.items(), start=1):
+                self._writer.add_text(f"completion_{number}", prompt + completion, step)
         self._validated.add(step)
         self.flush()
 
@@ -81,12 +97,15 @@ class Metrics:
 
     def flush(self) -> None:
         """Hand everything to the system: done before a checkpoint, so that no point before it is ever missing."""
-        self._file.flush()
-        self._writer.flush()
+        with disk_errors(self._path):
+            self._file.flush()
+        with disk_errors(self._writer_dir):
+            self._writer.flush()
 
     def _add(self, kind: str, step: int, epoch: float, figures: dict[str, float], prefix: str, **more: Any) -> None:
-        for name, value in figures.items():
-            self._writer.add_scalar(prefix + name, value, step)
+        with disk_errors(self._writer_dir):
+            for name, value in figures.items():
+                self._writer.add_scalar(prefix + name, value, step)
         point = {
             "kind": kind,
             "step": step,
@@ -94,4 +113,5 @@ class Metrics:
             **figures,
             **{k: v for k, v in more.items() if v},
         }
-        self._file.write(json.dumps(point, ensure_ascii=False) + "\n")
+        with disk_errors(self._path):
+            self._file.write(json.dumps(point, ensure_ascii=False) + "\n")

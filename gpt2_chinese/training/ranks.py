@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing import ProcessExitedException
 
+from gpt2_chinese.command_line import as_sentence
 from gpt2_chinese.parallel import safe_folder
 from gpt2_chinese.training.stopping import signal_handlers
+
+GRACE_SECONDS = 10  # for the other ranks to end when one has failed
 
 
 @dataclass(frozen=True)
@@ -107,8 +113,11 @@ def run_on_all(devices: Sequence[torch.device], work: Callable[..., int], *args:
         work: importable by its name; what it is given is pickled.
 
     Raises:
-        ValueError: raised by `work` of rank 0.
+        ValueError: what is wrong, as a ValueError or OSError of `work` says it.
+        OSError: a rank was killed.
+        RuntimeError: another error of a rank, with its traceback.
     """
+    interrupts: list[int] = []
     with tempfile.TemporaryDirectory() as folder:
         address = (Path(folder) / "ranks").as_uri()
         with safe_folder() as run_folder:
@@ -125,15 +134,37 @@ def run_on_all(devices: Sequence[torch.device], work: Callable[..., int], *args:
                 os.kill(pid, number)
 
         # A terminal sends Ctrl-C to every process; this one only waits while the ranks save.
-        with signal_handlers({signal.SIGINT: lambda *_: None, signal.SIGTERM: pass_on}):
-            while not ranks.join():
-                pass
-        if outcome.empty():  # Ctrl-C before the ranks could listen
-            raise KeyboardInterrupt
-        result = outcome.get()
-    if isinstance(result, str):
-        raise ValueError(result)
-    return int(result)
+        is_whole = True
+        with signal_handlers({signal.SIGINT: lambda number, _: interrupts.append(number), signal.SIGTERM: pass_on}):
+            try:
+                while not ranks.join(grace_period=GRACE_SECONDS):
+                    pass
+            except ProcessExitedException:
+                is_whole = False
+        outcomes: list[_Outcome] = []
+        while not outcome.empty():
+            outcomes.append(outcome.get())
+    # The ranks that only lost another one say nothing, so the first that says something has the cause.
+    for ended in outcomes:
+        if ended.bug:
+            raise RuntimeError(f"rank {ended.rank}:\n{ended.bug}")
+        if ended.error:
+            raise ValueError(ended.error)
+    if not is_whole and not interrupts:
+        raise OSError("a rank was killed, or memory ran out; the same command with --resume goes on from a checkpoint")
+    for ended in outcomes:
+        if ended.rank == 0:
+            return ended.status
+    raise KeyboardInterrupt  # Ctrl-C before the ranks could listen
+
+
+class _Outcome(NamedTuple):
+    """How a rank has ended: with an exit status, an error of the user's or the traceback of ours."""
+
+    rank: int
+    status: int = 0
+    error: str = ""
+    bug: str = ""
 
 
 def _run_spawned(
@@ -145,15 +176,19 @@ def _run_spawned(
     work: Callable[..., int],
     args: Sequence[Any],
 ) -> None:
-    """A process of `run_on_all`; rank 0 hands back the exit status, or what is wrong."""
+    """A process of `run_on_all`; hands back how it has ended."""
     os.chdir(run_folder)
     rank = Rank(number, len(devices), devices[number])
     if rank.device.type == "cpu":
         torch.set_num_threads(max(1, torch.get_num_threads() // rank.world_size))
     try:
         with process_group(rank, address):
-            result: int | str = work(rank, *args)
-    except ValueError as error:
-        result = str(error)
-    if rank.is_main:
-        outcome.put(result)
+            outcome.put(_Outcome(number, status=work(rank, *args)))
+    except (ValueError, OSError) as error:
+        outcome.put(_Outcome(number, error=as_sentence(error)))
+        sys.exit(1)  # a rank that waits for this one on a GPU would wait for long
+    except Exception as error:
+        # Gloo says so where another rank has ended, which has said why or was killed.
+        if "by peer" not in str(error):
+            outcome.put(_Outcome(number, bug=traceback.format_exc()))
+        sys.exit(1)

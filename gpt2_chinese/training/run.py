@@ -213,6 +213,12 @@ def epoch_name(epoch: int) -> str:
     return f"model_epoch{epoch}"
 
 
+def epoch_of_name(name: str) -> int:
+    """The epoch whose folder has this name; 0 if it is none of an epoch."""
+    found = re.fullmatch(r"model_epoch([1-9][0-9]*)", name)
+    return int(found[1]) if found else 0
+
+
 def choose_vocabulary(vocab_file: str | None, manifest: Mapping[str, Any] | None) -> Path:
     """The vocabulary that is named, else the one of the pieces' manifest, else the default."""
     if vocab_file is None and manifest is not None and Path(manifest["vocabulary"]["path"]).is_file():
@@ -315,8 +321,9 @@ def prepare(
     precision, precision_note = choose_precision(args, devices[0])
     if args.amp_backend == "apex":
         load_apex()
-    for name in [FINAL_MODEL, BEST_MODEL, *(epoch_name(epoch) for epoch in range(1, args.epochs + 1))]:
-        check_replaceable(Path(args.output_dir) / name)
+    for path in Path(args.output_dir).glob("*"):
+        if path.name in (FINAL_MODEL, BEST_MODEL) or 1 <= epoch_of_name(path.name) <= args.epochs:
+            check_replaceable(path)
     if args.pretrained_model and args.embedding_init != "normal":
         raise ValueError(
             f"--embedding_init {args.embedding_init} is for new models, and --pretrained_model {args.pretrained_model} "

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import os
 import shutil
 import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from gpt2_chinese.text.pieces import HOW_TO_FIX, MANIFEST, piece_numbers, read_p
 from gpt2_chinese.text.vocabulary import Marks
 from gpt2_chinese.training.hold_out import HoldOut, split
 
+Stamp = tuple[int, int, int]
+
 _CACHE_FORMAT = 3
 _COPIED = 1 << 20  # tokens at once
 
@@ -33,6 +37,8 @@ _COPIED = 1 << 20  # tokens at once
 class Corpus:
     """All ids of all pieces in one file, in the order of the pieces; what is held out is in another one.
 
+    Files are mapped once: a run goes on with what it began with when a later one puts its own in their place.
+
     Attributes:
         dtype: of the ids in both files.
         piece_lengths: without what is held out; a piece counts as several where a slice was cut out of a document.
@@ -40,6 +46,7 @@ class Corpus:
         gap_tokens: left out on both sides of slices.
         sha256: of the pieces.
         note: where the files are, if not beside the pieces.
+        stamps: of both files, which a process that is given this corpus must find again.
     """
 
     path: Path
@@ -53,16 +60,29 @@ class Corpus:
     held_out_slices: int = 0
     gap_tokens: int = 0
     note: str = ""
+    stamps: tuple[Stamp, ...] = ()
 
-    @property
+    @cached_property
     def tokens(self) -> npt.NDArray[Any]:
         """The ids to train on, mapped from the disk: they take no memory until they are looked at."""
-        return _mapped(self.path, self.dtype)
+        return self._mapped(self.path)
 
-    @property
+    @cached_property
     def held_out(self) -> npt.NDArray[Any]:
         """The ids that are held out, mapped from the disk."""
-        return np.empty(0, self.dtype) if self.held_out_path is None else _mapped(self.held_out_path, self.dtype)
+        return np.empty(0, self.dtype) if self.held_out_path is None else self._mapped(self.held_out_path)
+
+    def _mapped(self, path: Path) -> npt.NDArray[Any]:
+        with open(path, "rb") as file:
+            found = _stamp(file.fileno())
+            if self.stamps and found not in self.stamps:
+                raise ValueError(f"{path}: another run has put other pieces there; start this run again")
+            # What is mapped stays, whatever becomes of its name.
+            return np.memmap(file, self.dtype, mode="r") if found[1] else np.empty(0, self.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What other processes are given: they map the files themselves."""
+        return {name: value for name, value in vars(self).items() if name not in ("tokens", "held_out")}
 
     @property
     def held_out_tokens(self) -> int:
@@ -125,13 +145,17 @@ def read_pieces(
         )
         if hold_out is not None and hold_out.fraction:
             corpus = _cached_split(cache, corpus, hold_out) or _cache_split(cache, corpus, marks, hold_out, token_texts)
-        return replace(corpus, note=note)
+        # Mapped while nobody else can exchange the files.
+        files = [path for path in (corpus.path, corpus.held_out_path) if path is not None]
+        corpus = replace(corpus, note=note, stamps=tuple(_stamp(path) for path in files))
+        _ = corpus.tokens, corpus.held_out
+        return corpus
 
 
-def _mapped(path: Path, dtype: str) -> npt.NDArray[Any]:
-    if path.stat().st_size == 0:
-        return np.empty(0, dtype)
-    return np.memmap(path, dtype, mode="r")
+def _stamp(file: int | Path) -> Stamp:
+    """What tells a file from one that has taken its place."""
+    status = os.stat(file)
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _file_key(path: Path) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import shutil
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -389,3 +390,18 @@ def test_the_same_documents_are_held_out_whatever_the_vocabulary(tmp_path):
     assert held_out[0] == held_out[1]
     assert all("\ufffd" not in text for text in held_out[0])
     assert 10 < len(held_out[0]) <= 60
+
+
+def test_a_run_keeps_its_corpus_when_another_one_puts_its_own_into_the_folder(tmp_path):
+    folder = write_pieces(tmp_path / "tokenized", ["2 5 1 2 6 1 2 7 1 "])
+    corpus = read_pieces(folder, marks=MARKS, vocab_size=9, hold_out=HoldOut(0.3))
+    trained, held_out = corpus.tokens.tolist(), corpus.held_out.tolist()
+    given = pickle.dumps(corpus)
+    assert pickle.loads(given).tokens.tolist() == trained and len(given) < 2000
+    write_pieces(folder, ["2 8 1 2 8 8 1 2 7 8 1 "])
+    other = read_pieces(folder, marks=MARKS, vocab_size=9, hold_out=HoldOut(0.3))
+    assert other.path == corpus.path and 8 in other.tokens
+    assert (corpus.tokens.tolist(), corpus.held_out.tolist()) == (trained, held_out)
+    for name in ("tokens", "held_out"):  # a rank that comes later
+        with pytest.raises(ValueError, match="another run has put other pieces there"):
+            getattr(pickle.loads(given), name)
