@@ -163,7 +163,9 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(part.file_size for part in archive.infolist())
-            described = max((part.file_size for part in archive.infolist() if part.filename.endswith(".pkl")), default=0)
+            described = max(
+                (part.file_size for part in archive.infolist() if part.filename.endswith(".pkl")), default=0
+            )
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
         raise ValueError(f"{path} is damaged or no weights file: {error}; {MEND}") from error
     if size > path.stat().st_size:

@@ -203,8 +203,9 @@ def read_definition(definition: str) -> Tokenizer:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError("is not a tokenizer.json of the tokenizers package; copy it again") from error
     if kind != "BPE" or "ByteLevel" not in steps:
+        kind = str(kind)[:40]
         raise ValueError(
-            f"is a {str(kind)[:40]} tokenizer{'' if kind != 'BPE' else ' without bytes'}, and only byte-level BPE is read from a "
+            f"is a {kind} tokenizer{'' if kind != 'BPE' else ' without bytes'}, and only byte-level BPE is read from a "
             "tokenizer.json; for WordPiece give its vocab.txt with --tokenizer char"
         )
     if _replaces_nothing(described.get("normalizer")):

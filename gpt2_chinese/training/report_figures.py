@@ -166,9 +166,8 @@ def read_facts(output_dir: Path) -> dict[str, Any]:
                 f"there is no {path}: a report is of a finished run; name its --output_dir, or finish it with --resume"
             )
     content = read_json(manifest)
-    facts = content.get("facts", {}) if isinstance(content, dict) else None
-    settings = facts.get("settings") if has_shape(facts, _FACTS) else None
-    if not has_shape(facts, _FACTS) or (settings and not _can_hold_out(settings)):
+    facts = (content.get("facts") or {}) if has_shape(content, {"facts": (_FACTS, None)}) else None
+    if facts is None or (facts.get("settings") and not _can_hold_out(facts["settings"])):
         raise ValueError(f"{manifest} does not tell of a training; copy it again, or train again")
     return {name: value for name, value in facts.items() if value is not None}
 
