@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 
-from gpt2_chinese.artifacts import atomic_write
+from gpt2_chinese.artifacts import atomic_write, read_text_file
 from gpt2_chinese.command_line import (
     add_output_flags,
     is_quiet,
@@ -265,13 +265,13 @@ def read_titles(args: argparse.Namespace) -> list[str]:
     """The titles of the flags.
 
     Raises:
-        ValueError: the file has none, or both flags are there.
+        ValueError: the file has none or is not UTF-8, or both flags are there.
     """
     if args.titles is not None and args.titles_file is not None:
         raise ValueError("--titles and --titles_file are two ways to say the same; leave one out")
     if args.titles_file is None:
         return (args.titles or "").split()
-    titles = [line.strip() for line in Path(args.titles_file).read_text(encoding="utf-8-sig").splitlines()]
+    titles = [line.strip() for line in read_text_file(args.titles_file).splitlines()]
     if not any(titles):
         raise ValueError(f"--titles_file {args.titles_file} has no title; write one on a line")
     return [title for title in titles if title]

@@ -22,12 +22,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gpt2_chinese.artifacts import atomic_write, exclusive_lock, read_json, sha256_of, write_json
+from gpt2_chinese.artifacts import atomic_write, exclusive_lock, has_shape, sha256_of, write_json
 from gpt2_chinese.command_line import add_output_flags, print_settings, progress_disabled, remark, run_script, set_quiet
 from gpt2_chinese.help_formatter import HelpFormatter
 from gpt2_chinese.parallel import MapInOrder, default_workers, open_workers
 from gpt2_chinese.text.corpus import read_train_json, read_train_json_blocks
-from gpt2_chinese.text.pieces import MANIFEST, PROGRESS, UNKNOWN_ERROR, check_unknown
+from gpt2_chinese.text.pieces import ENTRY, MANIFEST, PROGRESS, UNKNOWN_ERROR, check_unknown, read_manifest_file
 from gpt2_chinese.text.preparation import (
     PieceReport,
     Tokenizing,
@@ -37,6 +37,7 @@ from gpt2_chinese.text.preparation import (
     tokenize_batch,
 )
 from gpt2_chinese.text.tokenizers import KINDS, TokenizerSpec, read_tokenizer, vocabulary_of_folder
+from gpt2_chinese.text.vocabulary_manifest import read_vocabulary_manifest
 from gpt2_chinese.text.word_tokenizer import PART_PREFIX, RULES_VERSION
 
 MANIFEST_FORMAT = 1
@@ -127,13 +128,10 @@ def choose_tokenizer(args: argparse.Namespace) -> tuple[TokenizerSpec, Path]:
 
 def kept_by_vocabulary(vocab_file: Path) -> dict[str, Any]:
     """The options that make-vocab.py wrote a vocabulary with; none of one from elsewhere, or changed since."""
-    path = vocab_file.with_name(f"{vocab_file.stem}.manifest.json")
-    if not vocab_file.is_file() or not path.is_file():
+    manifest = read_vocabulary_manifest(vocab_file) if vocab_file.is_file() else None
+    if manifest is None or manifest["vocabulary"]["sha256"] != sha256_of(vocab_file):
         return {}
-    manifest = read_json(path)
-    if not isinstance(manifest, dict) or manifest.get("vocabulary", {}).get("sha256") != sha256_of(vocab_file):
-        return {}
-    return dict(manifest.get("options", {}))
+    return dict(manifest.get("options") or {})
 
 
 def piece_sizes(documents: int, num_pieces: int) -> list[int]:
@@ -176,6 +174,26 @@ def write_piece(path: Path, parts: Iterable[tuple[bytes, PieceReport]]) -> tuple
     return entry, report
 
 
+def read_progress(line: str) -> tuple[int, dict[str, Any], PieceReport] | None:
+    """The number of a finished piece, its entry in the manifest and its report; None for a line that is damaged."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(value, list) or len(value) != 3:
+        return None
+    number, entry, report = value
+    blank = vars(PieceReport())
+    shape = {name: type(value) for name, value in blank.items()} | {"unknown_words": dict, "examples": dict}
+    if type(number) is not int or not has_shape(entry, ENTRY) or not has_shape(report, shape):
+        return None
+    if report.keys() != blank.keys() or not has_shape([*report["unknown_words"].values()], [int]):
+        return None
+    if not has_shape([*report["examples"].values()], [[str]]):
+        return None
+    return number, entry, PieceReport(**report | {"unknown_words": Counter(report["unknown_words"])})
+
+
 class Progress:
     """The pieces that are finished, kept in a file until the manifest takes its place.
 
@@ -186,16 +204,18 @@ class Progress:
     def __init__(self, folder: Path, key: dict[str, Any]) -> None:
         self._path = folder / PROGRESS
         self.finished: dict[int, tuple[dict[str, Any], PieceReport]] = {}
-        if self._path.is_file() and (lines := self._path.read_text(encoding="utf-8").split("\n"))[0] == json.dumps(key):
-            for line in lines[1:]:
-                try:
-                    number, entry, report = json.loads(line)
-                except ValueError:
-                    break  # the line that the interrupted run was writing
-                path = folder / entry["file"]
-                if path.is_file() and sha256_of(path) == entry["sha256"]:
-                    report["unknown_words"] = Counter(report["unknown_words"])
-                    self.finished[number] = entry, PieceReport(**report)
+        # What is damaged is no UTF-8 at times; it is written in ASCII.
+        lines = self._path.read_text(encoding="ascii", errors="replace").split("\n") if self._path.is_file() else [""]
+        for line in lines[1:] if lines[0] == json.dumps(key) else []:
+            finished = read_progress(line)
+            if finished is None:
+                break  # the line that the interrupted run was writing
+            number, entry, report = finished
+            if number not in range(key["options"]["num_pieces"]):
+                break
+            path = folder / f"tokenized_train_{number}.txt"
+            if path.name == entry["file"] and path.is_file() and sha256_of(path) == entry["sha256"]:
+                self.finished[number] = entry, report
         with atomic_write(self._path) as file:
             file.write(json.dumps(key) + "\n")
             for number, (entry, report) in self.finished.items():
@@ -217,7 +237,10 @@ def unchanged(folder: Path, key: dict[str, Any]) -> bool:
     """Whether the manifest was made from the same corpus, vocabulary and options, and the pieces fit it."""
     if (folder / PROGRESS).exists() or not (folder / MANIFEST).is_file():
         return False
-    manifest = read_json(folder / MANIFEST)
+    try:
+        manifest = read_manifest_file(folder / MANIFEST)
+    except ValueError:
+        return False  # `check_replaceable` tells it
     if any(manifest.get(name) != value for name, value in key.items()):
         return False
     return all(
@@ -259,16 +282,25 @@ def check_replaceable(folder: Path, key: dict[str, Any], *, overwrite: bool) -> 
     """Say what pieces are replaced, before they are.
 
     Raises:
-        ValueError: they are of another corpus or vocabulary, which are still there, and no --overwrite.
+        ValueError: they are of another corpus or vocabulary, which are still there, or nobody can say of which, and no
+            --overwrite.
     """
     if not (folder / MANIFEST).is_file():
         return
-    manifest = read_json(folder / MANIFEST)
+    try:
+        manifest = read_manifest_file(folder / MANIFEST)
+    except ValueError as error:
+        if overwrite:
+            return
+        raise ValueError(
+            f"{folder / MANIFEST} is damaged, or of another program; write to another --tokenized_data_path, or "
+            "replace it and the pieces with --overwrite"
+        ) from error
     for name, flag in (("corpus", "--raw_data_path"), ("vocabulary", "--vocab_filename")):
         before, now = manifest.get(name), key[name]
-        if not isinstance(before, dict) or before.get("sha256") == now["sha256"]:
+        if not has_shape(before, {"path": str}) or before.get("sha256") == now["sha256"]:
             continue
-        there = Path(str(before.get("path")))
+        there = Path(before["path"])
         if there.is_file() and there.resolve() != Path(now["path"]).resolve() and not overwrite:
             raise ValueError(
                 f"the pieces in {folder} are of the {name} {there}, not of {now['path']}; write to another "

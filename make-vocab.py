@@ -62,6 +62,7 @@ from gpt2_chinese.text.vocabulary_choice import (
     size_for_a_small_model,
     word_part_counts,
 )
+from gpt2_chinese.text.vocabulary_manifest import manifest_of, read_vocabulary_manifest
 from gpt2_chinese.text.word_tokenizer import KEEP_CASE, KEEP_SPACES, RULES_VERSION, SPACE_TOKEN
 
 DESCRIPTIONS = {"word": "words", "char": "characters and runs of letters or digits", "bpe": "byte-level BPE"}
@@ -388,11 +389,6 @@ def write_report(
     write_json(args.report, figures | report | {"model_config": args.model_config, "sizes": rows})
 
 
-def manifest_of(vocab_file: Path) -> Path:
-    """Beside a vocabulary: which corpus it was made from."""
-    return vocab_file.with_name(f"{vocab_file.stem}.manifest.json")
-
-
 def check_replaceable(args: argparse.Namespace) -> None:
     """Say what lies where the vocabulary is written to, before the work begins.
 
@@ -405,14 +401,14 @@ def check_replaceable(args: argparse.Namespace) -> None:
     elsewhere = "write to another --vocab_file, or replace it with --overwrite"
     if vocab_file.is_dir():
         raise ValueError(f"--vocab_file {vocab_file} is a folder; name the file to write")
-    manifest = read_json(manifest_of(vocab_file)) if manifest_of(vocab_file).is_file() else None
+    manifest = read_vocabulary_manifest(vocab_file)
     if manifest is None:  # of an earlier version of this script, or from elsewhere
         begins = vocab_file.read_bytes()[:100].split()[:5]
         own = ([token.encode() for token in names] for names in (SPECIAL_TOKENS, BERT_SPECIAL_TOKENS))
         if args.tokenizer != "bpe" and begins not in own:
             raise ValueError(f"{vocab_file} is not a vocabulary that this script has written; {elsewhere}")
         return
-    if manifest.get("vocabulary", {}).get("sha256") != sha256_of(vocab_file):
+    if manifest["vocabulary"]["sha256"] != sha256_of(vocab_file):
         raise ValueError(f"{vocab_file} was changed since this script wrote it; {elsewhere}")
     corpus = Path(manifest["corpus"]["path"])
     if corpus.is_file() and corpus.resolve() != Path(args.raw_data_path).resolve():

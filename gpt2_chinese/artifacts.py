@@ -17,6 +17,11 @@ except ImportError:  # Windows: two runs that write the same file are not told a
     fcntl = None  # type: ignore[assignment]
 
 
+MAX_SMALL = 2 << 20
+"""Bytes of a configuration or a manifest, at most: Python needs up to thirty times as many for what is in them."""
+MAX_LARGE = 64 << 20
+"""Bytes of a tokenizer.json (the largest that were published have half of it), or of what tells of many pieces."""
+
 _locked_descriptors: set[int] = set()
 
 
@@ -50,7 +55,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     locked = False
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with _locked(temporary, mode, text) as file:
             locked = True
             yield file
@@ -106,7 +111,7 @@ def exclusive_lock(folder: str | Path) -> Iterator[None]:
         BlockingIOError: another run holds it.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with open(folder / ".lock", "a", opener=_no_links, encoding="utf-8") as file:
         if fcntl is not None:
             try:
@@ -152,6 +157,15 @@ def flush_file(path: str | Path) -> None:
         os.fsync(file.fileno())
 
 
+def make_folder(folder: str | Path) -> None:
+    """Make a folder and its parents, unless they are there, and write the names of the new ones to the disk."""
+    folder = Path(folder)
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(new):
+        flush_folder(path.parent)
+
+
 def flush_folder(folder: str | Path) -> None:
     """Write a folder's names to the disk, so that a rename outlives a power cut (POSIX only)."""
     if os.name != "posix":
@@ -189,19 +203,59 @@ def write_lines(path: str | Path, lines: Iterable[str]) -> None:
             file.write(line + "\n")
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file.
+def read_text_file(path: str | Path, *, most: int | None = None) -> str:
+    """Read a file of UTF-8 text, without the mark that some editors put before it.
+
+    Args:
+        most: bytes, if there is a number that no good file goes beyond.
 
     Raises:
-        ValueError: the file is not UTF-8 or not JSON; the message names it, with line and column.
+        ValueError: the file is not UTF-8, or has more bytes; the message names it.
     """
+    with open(path, "rb") as file:
+        data = file.read() if most is None else file.read(most + 1)
+    if most is not None and len(data) > most:
+        raise ValueError(f"{path} has more than {most:,} bytes; it is damaged or another file, copy it again")
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        # Universal newlines, as of every text that is read.
+        return data.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: byte {error.start}") from error
+        raise ValueError(
+            f"{path} is not UTF-8: byte {error.start}; save it as UTF-8, or copy it again if it is damaged"
+        ) from error
+
+
+def read_json(path: str | Path, *, most: int = MAX_SMALL) -> Any:
+    """Read a JSON file of at most so many bytes.
+
+    Raises:
+        ValueError: the file is too large, not UTF-8 or not JSON; the message names it, with line and column.
+    """
+    text = read_text_file(path, most=most)
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from error
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply; it is damaged, copy it again") from None
     except ValueError:  # Python converts no numbers of thousands of digits
         raise ValueError(f"{path} has a number of too many digits; it is damaged, copy it again") from None
+
+
+def has_shape(value: Any, shape: Any) -> bool:
+    """Whether a JSON value is of the types that `shape` says.
+
+    A type stands for its own values (true is no int), None for null, a tuple for any of its members, a list of one
+    member for any number of such, a dict for an object with these keys. A key that is missing counts as null.
+
+    Example:
+        >>> has_shape({"pieces": [{"tokens": 5}]}, {"pieces": [{"tokens": int}], "documents": (int, None)})
+        True
+    """
+    if isinstance(shape, tuple):
+        return any(has_shape(value, one) for one in shape)
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(has_shape(value.get(key), one) for key, one in shape.items())
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(has_shape(member, shape[0]) for member in value)
+    return value is None if shape is None else type(value) is shape

@@ -569,8 +569,12 @@ TABLE: tuple[tuple[str, str], ...] = (
         "{0}：另一次运行正在写入这个文件夹，请等它结束或停止它",
     ),
     (
-        "{} is not UTF-8: byte {}",
-        "{0} 不是 UTF-8：第 {1} 个字节",
+        "{} is not UTF-8: byte {}; save it as UTF-8, or copy it again if it is damaged",
+        "{0} 不是 UTF-8：第 {1} 个字节；请把它另存为 UTF-8，如果文件已损坏，请重新复制",
+    ),
+    (
+        "{} has more than {} bytes; it is damaged or another file, copy it again",
+        "{0} 超过 {1} 字节；它已损坏或是别的文件，请重新复制",
     ),
     (
         "{} is not JSON: line {}, column {}: {}",
@@ -594,6 +598,10 @@ TABLE: tuple[tuple[str, str], ...] = (
     (
         "there is no vocabulary {}; name the file with --vocab_file",
         "没有词表 {0}，请用 --vocab_file 指定文件",
+    ),
+    (
+        "{} has thousands of empty lines; build the vocabulary with make-vocab.py",
+        "{0} 有上千个空行；请用 make-vocab.py 生成词表",
     ),
     (
         "{}, line {}: byte {} is not UTF-8; build it with make-vocab.py",
@@ -642,6 +650,19 @@ TABLE: tuple[tuple[str, str], ...] = (
     (
         "{} is not a manifest of make-tokenized.py; {}",
         "{0} 不是 make-tokenized.py 的清单；{1}",
+    ),
+    (
+        "{} is damaged, or of another program; write to another --tokenized_data_path, or replace it and the pieces "
+        "with --overwrite",
+        "{0} 已损坏，或是别的程序的文件；请写到另一个 --tokenized_data_path，或用 --overwrite 连同各分块一起替换",
+    ),
+    (
+        "{} is not a manifest of make-vocab.py; delete it, and run make-vocab.py again",
+        "{0} 不是 make-vocab.py 的清单；请删除它，再运行 make-vocab.py",
+    ),
+    (
+        "{} does not tell of a training; copy it again, or train again",
+        "{0} 里没有训练记录；请重新复制，或重新训练",
     ),
     (
         "{} of the tokens are [UNK]: {} has not the characters of this text; make one of it with make-vocab.py, "
@@ -1615,6 +1636,14 @@ TABLE: tuple[tuple[str, str], ...] = (
         "它的张量互相重叠，或者之间有空隙",
     ),
     (
+        "{} is damaged or no weights file: {} is sparse, nested or without numbers; {}",
+        "{0} 已损坏或不是权重文件：{1} 是稀疏或嵌套的张量，或者没有数值；{2}",
+    ),
+    (
+        "{} is damaged or no weights file: it takes {} bytes to describe it; {}",
+        "{0} 已损坏或不是权重文件：描述它就用了 {1} 字节；{2}",
+    ),
+    (
         "--scheduler needs the package distributed, here and on the cluster: pip install distributed",
         "--scheduler 需要本机和集群上都有 distributed：pip install distributed",
     ),
@@ -1642,6 +1671,22 @@ TABLE: tuple[tuple[str, str], ...] = (
     (
         "is damaged: {}; copy it again",
         "已损坏：{0}；请重新复制",
+    ),
+    (
+        "is damaged: its normalizer replaces the empty text; copy it again",
+        "已损坏：它的 normalizer 会替换空文本；请重新复制",
+    ),
+    (
+        "is damaged: {} tokens have ids from {} to {}; copy it again",
+        "已损坏：{0} 个 token 的 ID 从 {1} 到 {2}；请重新复制",
+    ),
+    (
+        "has the token {}, which is not of bytes; copy it again",
+        "有不由字节组成的 token {0}；请重新复制",
+    ),
+    (
+        "does not fit the merges.txt beside it: {}; copy both again",
+        "与旁边的 merges.txt 不符：{0}；请重新复制这两个文件",
     ),
     (
         "id {} is not in the vocabulary of {} tokens",

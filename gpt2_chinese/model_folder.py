@@ -29,7 +29,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from gpt2_chinese.artifacts import disk_errors, flush_file, flush_folder, read_json, sha256_of, write_json, write_lines
+from gpt2_chinese.artifacts import (
+    disk_errors,
+    flush_file,
+    flush_folder,
+    has_shape,
+    make_folder,
+    read_json,
+    sha256_of,
+    write_json,
+    write_lines,
+)
 from gpt2_chinese.best_model import BEST_MODEL, MANIFEST, note_of_a_better_model
 from gpt2_chinese.command_line import remark
 from gpt2_chinese.text.char_tokenizer import CharTokenizer
@@ -550,8 +560,8 @@ class StatedHashes:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         manifest = folder / MANIFEST
-        files = read_json(manifest).get("files") if manifest.is_file() else None
-        self._stated = files if isinstance(files, dict) else {}
+        stated = read_json(manifest) if manifest.is_file() else {}
+        self._stated = stated["files"] if has_shape(stated, {"files": dict}) else {}
         self._digests: dict[str, Any] = {}
 
     def digest_of(self, name: str) -> Any:
@@ -608,7 +618,8 @@ def atomic_write_folder(folder: str | Path) -> Iterator[Path]:
         os.replace(old, folder)  # the run was killed between the two renames below
     check_replaceable(folder)
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    make_folder(folder.parent)
+    new.mkdir()
     try:
         yield new
         for path in new.iterdir():

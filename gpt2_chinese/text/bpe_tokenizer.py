@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as Decoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from gpt2_chinese.text.vocabulary import Marks
 
@@ -24,6 +28,30 @@ def bytes_of_characters() -> dict[str, int]:
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+
+
+def bytes_of_token(token: str) -> bytes:
+    """The bytes that a byte-level token stands for.
+
+    Raises:
+        ValueError: it has another character than those of bytes; the message begins with a verb.
+    """
+    table = bytes_of_characters()
+    try:
+        return bytes(table[character] for character in token)
+    except KeyError:
+        raise ValueError(f"has the token {token[:40]!r}, which is not of bytes; copy it again") from None
+
+
+def check_ids(ids: Mapping[str, int]) -> None:
+    """Refuse ids that are far beyond their number, before memory is taken for all that are below them.
+
+    Raises:
+        ValueError: there is one, or one below 0, or none at all; the message begins with a verb.
+    """
+    least, most = min(ids.values(), default=-1), max(ids.values(), default=-1)
+    if least < 0 or most > 2 * len(ids) + 1000:  # some have tokens left out
+        raise ValueError(f"is damaged: {len(ids):,} tokens have ids from {least:,} to {most:,}; copy it again")
 
 
 class BpeJoiner:
@@ -65,8 +93,8 @@ class BpeTokenizer:
         self.definition = definition
         self._tokenizer = read_definition(definition)
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
-        size = max(ids.values()) + 1
-        self.vocabulary = [""] * size
+        check_ids(ids)
+        self.vocabulary = [""] * (max(ids.values()) + 1)
         for token, id_ in ids.items():
             self.vocabulary[id_] = token
         added = self._tokenizer.get_added_tokens_decoder()
@@ -84,9 +112,8 @@ class BpeTokenizer:
             unknown=None,
             never_produced=tuple(sorted(id_ for id_ in special.values() if id_ != found[0])),
         )
-        table = bytes_of_characters()
         self.token_bytes = [
-            added[id_].content.encode() if id_ in added else bytes(table[character] for character in token)
+            added[id_].content.encode() if id_ in added else bytes_of_token(token)
             for id_, token in enumerate(self.vocabulary)
         ]
         for id_ in special.values():
@@ -131,6 +158,39 @@ class BpeTokenizer:
         return text
 
 
+def definition_of_gpt2(ids: Mapping[str, int], merges: Iterable[str]) -> str:
+    """The text of a tokenizer.json that does what GPT-2's vocab.json and the lines of its merges.txt say.
+
+    Raises:
+        ValueError: they make no tokenizer; the message begins with a verb, whose subject is the vocab.json.
+    """
+    check_ids(ids)
+    parted = [line.partition(" ") for line in merges if line and not line.startswith("#version")]
+    try:
+        tokenizer = Tokenizer(BPE(dict(ids), [(first, second) for first, _, second in parted]))
+        tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = Decoder()
+        tokenizer.add_special_tokens([name for name in ("<|endoftext|>",) if name in ids])
+        return str(tokenizer.to_str())
+    except Exception as error:  # the package raises nothing more specific
+        raise ValueError(f"does not fit the merges.txt beside it: {_first_line(error)}; copy both again") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _replaces_nothing(step: Any) -> bool:
+    """Whether a normalizer, or one of a sequence, replaces the empty text, at which the package panics."""
+    if not isinstance(step, dict):
+        return False
+    pattern = step.get("pattern")
+    if isinstance(pattern, dict) and "" in pattern.values():
+        return True
+    steps = step.get("normalizers")
+    return isinstance(steps, list) and any(map(_replaces_nothing, steps))
+
+
 def read_definition(definition: str) -> Tokenizer:
     """Read a `tokenizer.json`, and set what makes the names of special tokens in a text ordinary text.
 
@@ -141,18 +201,24 @@ def read_definition(definition: str) -> Tokenizer:
         described = json.loads(definition)
         kind = described["model"]["type"]
         steps = json.dumps([described.get("pre_tokenizer"), described.get("decoder")])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError("is not a tokenizer.json of the tokenizers package; copy it again") from error
     if kind != "BPE" or "ByteLevel" not in steps:
+        kind = str(kind)[:40]
         raise ValueError(
             f"is a {kind} tokenizer{'' if kind != 'BPE' else ' without bytes'}, and only byte-level BPE is read from a "
             "tokenizer.json; for WordPiece give its vocab.txt with --tokenizer char"
         )
+    if _replaces_nothing(described.get("normalizer")):
+        raise ValueError("is damaged: its normalizer replaces the empty text; copy it again")
     try:
         tokenizer = Tokenizer.from_str(definition)
-    except Exception as error:  # the package raises nothing more specific
-        raise ValueError(f"is damaged: {error}; copy it again") from error
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode("a 一\n", add_special_tokens=False)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the package raises nothing more specific, and its panics are no Exception
+        raise ValueError(f"is damaged: {_first_line(error)}; copy it again") from error
     return tokenizer

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gpt2_chinese.artifacts import read_json, sha256_of
-from gpt2_chinese.text.tokenizers import HasDefinition, Tokenizer, TokenizerSpec, read_tokenizer
+from gpt2_chinese.artifacts import MAX_LARGE, has_shape, read_json, sha256_of
+from gpt2_chinese.text.tokenizers import KINDS, HasDefinition, Tokenizer, TokenizerSpec, read_tokenizer
 from gpt2_chinese.text.vocabulary import Marks
-from gpt2_chinese.text.word_tokenizer import BYTE_TOKENS, PART_PREFIX
+from gpt2_chinese.text.word_tokenizer import BYTE_TOKENS, PART_PREFIX, RULES
 
 MANIFEST = "manifest.json"
 PROGRESS = ".progress.jsonl"  # there while make-tokenized.py is at work, or when it was interrupted
@@ -21,6 +21,22 @@ _PIECE = re.compile(r"tokenized_train_(0|[1-9]\d*)\.txt")
 _BLOCK = 1 << 22  # bytes of a piece in memory at a time
 UNKNOWN_WARNING, UNKNOWN_ERROR = 0.01, 0.20  # shares of [UNK] among tokens
 HOW_TO_FIX = "run make-tokenized.py again"
+ENTRY = {"file": str, "sha256": str, "tokens": int, "documents": int}
+"""What a manifest says of a piece, as `artifacts.has_shape` takes it."""
+_CONTENTS = {
+    "pieces": [ENTRY],
+    "vocabulary": {"path": str, "sha256": str, "size": int},
+}
+_COUNTS = {"tokens": int, "documents": int, "unknown_tokens": int}
+_SETTINGS = {
+    "kind": str,
+    "compat": bool,
+    "rules": int,
+    "lowercase": bool,
+    "begin": (str, None),
+    "end": (str, None),
+    "line_break": (str, None),
+}
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any] | None:
@@ -32,15 +48,19 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
     path = Path(folder) / MANIFEST
     if path.with_name(PROGRESS).exists():
         raise ValueError(f"{folder}: make-tokenized.py is still running or was interrupted; {HOW_TO_FIX} (it resumes)")
-    if not path.is_file():
-        return None
-    manifest = read_json(path)
-    try:
-        for piece in manifest["pieces"]:
-            assert isinstance(piece["file"], str) and isinstance(piece["sha256"], str)
-        assert isinstance(manifest["vocabulary"]["sha256"], str) and isinstance(manifest["vocabulary"]["path"], str)
-    except (AssertionError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a manifest of make-tokenized.py; {HOW_TO_FIX}") from error
+    return read_manifest_file(path) if path.is_file() else None
+
+
+def read_manifest_file(path: Path) -> dict[str, Any]:
+    """Read a manifest, also one beside pieces that are being made again.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    manifest = read_json(path, most=MAX_LARGE)
+    # Earlier versions did not count what is unknown.
+    if not has_shape(manifest, _CONTENTS) or ("unknown_tokens" in manifest and not has_shape(manifest, _COUNTS)):
+        raise ValueError(f"{path} is not a manifest of make-tokenized.py; {HOW_TO_FIX}")
     return dict(manifest)
 
 
@@ -88,13 +108,23 @@ def read_pieces_tokenizer(manifest: dict[str, Any] | None, vocab_file: str | Pat
     if manifest is None:
         return read_tokenizer(vocab_file, compat=True)
     settings = manifest.get("tokenizer")
-    if settings is None:  # written before there were others than words
-        rules = int(manifest.get("tokenizer_rules", 1))
-        settings = {"kind": "word", "compat": bool(manifest["options"]["compat"]), "rules": rules}
-    try:
-        return read_tokenizer(vocab_file, settings=settings)
-    except TypeError as error:
-        raise ValueError(f"the tokenizer in {MANIFEST} is of another version of this program; {HOW_TO_FIX}") from error
+    if settings is None and has_shape(manifest.get("options"), {"compat": bool}):
+        # written before there were others than words
+        rules = manifest.get("tokenizer_rules", 1)
+        settings = {"kind": "word", "compat": manifest["options"]["compat"], "rules": rules}
+    if isinstance(settings, dict):
+        settings = TokenizerSpec("word").settings() | settings
+    if not _are_settings(settings):
+        raise ValueError(f"the tokenizer in {MANIFEST} is of another version of this program; {HOW_TO_FIX}")
+    return read_tokenizer(vocab_file, settings=settings)
+
+
+def _are_settings(settings: Any) -> bool:
+    """Whether they are those of a tokenizer of this version (`TokenizerSpec.settings`)."""
+    if not has_shape(settings, _SETTINGS) or settings.keys() != _SETTINGS.keys():
+        return False
+    has_marks = settings["kind"] != "char" or None not in (settings["begin"], settings["end"])
+    return settings["kind"] in KINDS and settings["rules"] in RULES and has_marks
 
 
 def text_of_tokens(tokenizer: Tokenizer) -> list[bytes]:

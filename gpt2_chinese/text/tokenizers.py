@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from gpt2_chinese.artifacts import read_json
+from gpt2_chinese.artifacts import MAX_LARGE, read_json, read_text_file
 from gpt2_chinese.text.char_tokenizer import CharTokenizer
 from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS, Marks, check_tokens, read_vocabulary
 from gpt2_chinese.text.word_tokenizer import (
@@ -317,25 +317,20 @@ def _bpe_definition(path: Path) -> str:
     """The text of a tokenizer.json; one is made of GPT-2's vocab.json and merges.txt."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}; give a vocabulary, a tokenizer.json or a model folder")
-    value = read_json(path)
+    value = read_json(path, most=MAX_LARGE)
     if isinstance(value, dict) and "model" in value:
-        return path.read_text(encoding="utf-8-sig")
+        return read_text_file(path, most=MAX_LARGE)
     merges = path.with_name("merges.txt")
-    if not isinstance(value, dict) or not all(isinstance(id_, int) for id_ in value.values()) or not merges.is_file():
+    are_ids = isinstance(value, dict) and all(type(id_) is int for id_ in value.values())
+    if not are_ids or not merges.is_file():
         raise ValueError(f"{path} is neither a tokenizer.json nor GPT-2's vocab.json with a merges.txt beside it")
-    from tokenizers import Tokenizer as Rust
-    from tokenizers.decoders import ByteLevel as Decoder
-    from tokenizers.models import BPE
-    from tokenizers.pre_tokenizers import ByteLevel
+    from gpt2_chinese.text.bpe_tokenizer import definition_of_gpt2  # needs the package tokenizers
 
-    lines = merges.read_text(encoding="utf-8").splitlines()
-    parted = [line.partition(" ") for line in lines if line and not line.startswith("#version")]
-    pairs = [(first, second) for first, _, second in parted]
-    tokenizer = Rust(BPE(value, pairs))
-    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = Decoder()
-    tokenizer.add_special_tokens([name for name in ("<|endoftext|>",) if name in value])
-    return str(tokenizer.to_str())
+    lines = read_text_file(merges, most=MAX_LARGE).splitlines()
+    try:
+        return definition_of_gpt2(value, lines)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
 
 
 def _token(value: Any) -> str | None:

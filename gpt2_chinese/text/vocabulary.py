@@ -15,6 +15,8 @@ SPECIAL_TOKENS = ("[SEP]", "[CLS]", "[MASK]", "[PAD]", "[UNK]")
 BERT_SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 """In BERT's order, in which make-vocab.py writes them before characters; it tells such a file from one of words."""
 
+MAX_EMPTY_LINES = 1000  # in a vocabulary; some that were published have a few
+
 
 @dataclass(frozen=True)
 class Marks:
@@ -91,6 +93,8 @@ def read_vocabulary(path: str | Path, *, strict: bool = True) -> list[str]:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(f"{path}, line {line}: byte {error.start} is not UTF-8; build it with make-vocab.py") from None
+    if data.count(b"\n\n") + data.count(b"\n\r\n") > MAX_EMPTY_LINES:  # before a list is made of them
+        raise ValueError(f"{path} has thousands of empty lines; build the vocabulary with make-vocab.py")
     # Not splitlines(): a token may be one of the other line separators of Unicode.
     tokens = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     if not any(tokens):

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpt2_chinese.artifacts import disk_errors, flush_folder, read_json, sha256_of, write_json
+from gpt2_chinese.artifacts import disk_errors, flush_folder, make_folder, read_json, sha256_of, write_json
 
 STATE, MANIFEST = "state.pt", "manifest.json"
 _FOLDER = re.compile(r"step_(0|[1-9]\d*)")
@@ -68,7 +68,8 @@ def write_checkpoint(
     """
     path, new = folder / f"step_{step}", folder / f".step_{step}.tmp"
     shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    make_folder(folder)
+    new.mkdir()
     try:
         with open(new / STATE, "wb") as file, disk_errors(path):
             torch.save(dict(state), file)
@@ -85,7 +86,6 @@ def write_checkpoint(
         shutil.rmtree(new, ignore_errors=True)
         raise
     flush_folder(folder)
-    flush_folder(folder.parent)
     return path
 
 

@@ -10,10 +10,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from gpt2_chinese.artifacts import atomic_write, read_json, write_json
+from gpt2_chinese.artifacts import atomic_write, write_json
 from gpt2_chinese.best_model import FINAL_MODEL
 from gpt2_chinese.command_line import message_language, remark
-from gpt2_chinese.model_folder import CONFIG
+from gpt2_chinese.model_folder import CONFIG, read_config
 from gpt2_chinese.precision import choose_devices
 from gpt2_chinese.text.pieces import check_vocabulary, read_manifest, read_pieces_tokenizer, text_of_tokens
 from gpt2_chinese.text.tokenizers import Tokenizer, vocabulary_of_folder
@@ -115,7 +115,7 @@ def report_of_folder(args: argparse.Namespace) -> int:
     check_vocabulary(pieces, manifest, vocab_file)
     tokenizer = read_pieces_tokenizer(manifest, vocab_file).build()
     least, most = settings.val_bytes or (MIN_BYTES, MAX_BYTES)
-    n_ctx = read_json(output_dir / FINAL_MODEL / CONFIG)["n_ctx"]
+    n_ctx = read_config(output_dir / FINAL_MODEL / CONFIG).n_ctx
     corpus = read_pieces(
         pieces,
         vocab_size=len(tokenizer),

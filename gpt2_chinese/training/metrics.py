@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from gpt2_chinese.artifacts import atomic_write, disk_errors
 
 
-def _read_point(line: bytes) -> dict[str, Any] | None:
+def read_point(line: bytes) -> dict[str, Any] | None:
     """A point of metrics.jsonl; None for a line that is none."""
     try:
         point = json.loads(line.decode("utf-8"))
@@ -48,7 +48,7 @@ class Metrics:
         kept = []
         if resumed_from and path.is_file():
             lines = path.read_bytes().splitlines()
-            points = [_read_point(line) for line in lines]
+            points = [read_point(line) for line in lines]
             if None in points[:-1]:  # a killed run leaves half a line, and no more
                 damaged = sum(point is None for point in points)
                 print(f"note: {path}: {damaged} of {len(lines)} lines are damaged and left out", file=sys.stderr)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -13,14 +12,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpt2_chinese.artifacts import read_json
+from gpt2_chinese.artifacts import has_shape, read_json
 from gpt2_chinese.best_model import BEST_MODEL, FINAL_MODEL
 from gpt2_chinese.decoding.completion import SamplingParams
 from gpt2_chinese.decoding.engine import Engine
-from gpt2_chinese.model_folder import CONFIG, MANIFEST, load_weights
+from gpt2_chinese.model_folder import CONFIG, MANIFEST, load_weights, read_config
 from gpt2_chinese.text.tokenizers import Tokenizer
 from gpt2_chinese.training.copy_meter import MIN_RUN, copied_from, distinct_n, repetition
 from gpt2_chinese.training.corpus_text import CorpusText
+from gpt2_chinese.training.metrics import read_point
 from gpt2_chinese.training.ngram import ORDER, measure_yardstick
 from gpt2_chinese.training.plan import PLAN, Plan
 from gpt2_chinese.training.run import METRICS
@@ -36,6 +36,20 @@ stream: memory does not grow with it."""
 MAX_POINTS = 400  # of a curve; each is the mean of those it stands for
 
 _MAX_SEQUENCES = 32
+_FACTS = {
+    "updates": (int, None),
+    "corpus_tokens": (int, None),
+    "settings": (
+        {
+            "tokenized_data_path": str,
+            "vocab_file": (str, None),
+            "val_fraction": (float, int),
+            "val_bytes": ([int], None),
+        },
+        None,
+    ),
+}
+"""What of a manifest's facts is used, as `artifacts.has_shape` takes it."""
 _TRAIN_FIGURES = ("loss", "learning_rate", "tokens_per_second")
 _VALIDATION_FIGURES = ("loss", "perplexity", "bits_per_character", "bits_per_character_error")
 
@@ -93,7 +107,7 @@ def gather_figures(
     facts = read_facts(output_dir)
     check_corpus(output_dir, facts, corpus)
     folder = next(path for name in (BEST_MODEL, FINAL_MODEL) if (path := output_dir / name / CONFIG).is_file()).parent
-    shape = read_json(folder / CONFIG)
+    shape = vars(read_config(folder / CONFIG))
     curves = read_curves(output_dir / METRICS)
 
     say(f"report: counting {ORDER}-grams of the training text")
@@ -143,6 +157,7 @@ def read_facts(output_dir: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none, or no metrics.
+        ValueError: its manifest is damaged.
     """
     manifest = output_dir / FINAL_MODEL / MANIFEST
     for path in (manifest, output_dir / METRICS):
@@ -150,7 +165,17 @@ def read_facts(output_dir: Path) -> dict[str, Any]:
             raise FileNotFoundError(
                 f"there is no {path}: a report is of a finished run; name its --output_dir, or finish it with --resume"
             )
-    return dict(read_json(manifest).get("facts", {}))
+    content = read_json(manifest)
+    facts = (content.get("facts") or {}) if has_shape(content, {"facts": (_FACTS, None)}) else None
+    if facts is None or (facts.get("settings") and not _can_hold_out(facts["settings"])):
+        raise ValueError(f"{manifest} does not tell of a training; copy it again, or train again")
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _can_hold_out(settings: Mapping[str, Any]) -> bool:
+    """Whether --val_fraction and --val_bytes are such as train.py takes."""
+    sizes = settings.get("val_bytes")
+    return 0 <= settings["val_fraction"] < 1 and (sizes is None or (len(sizes) == 2 and 0 <= sizes[0] <= sizes[1]))
 
 
 def check_corpus(output_dir: Path, facts: Mapping[str, Any], corpus: Corpus) -> None:
@@ -174,24 +199,24 @@ def _read_plan(path: Path) -> dict[str, Any] | None:
 
 
 def read_curves(path: Path) -> Curves:
-    """Read metrics.jsonl; a line that a killed run has left half is skipped."""
+    """Read metrics.jsonl; a line that a killed run has left half, or that is damaged, is skipped."""
     steps, epochs = array("d"), array("d")
     training = {name: array("d") for name in _TRAIN_FIGURES}
     validation: dict[int, dict[str, float]] = {}
-    with open(path, encoding="utf-8") as file:
+    with open(path, "rb") as file:
         for line in file:
-            try:
-                point = json.loads(line)
-            except json.JSONDecodeError:
+            point = read_point(line)
+            if point is None or not _are_figures([point["step"], point.get("epoch")]):
                 continue
             if point["kind"] == "train":
                 steps.append(point["step"])
                 epochs.append(point["epoch"])
                 for name, values in training.items():
-                    values.append(point.get(name, math.nan))
+                    values.append(point[name] if _are_figures([point.get(name)]) else math.nan)
             elif "loss" in point:
                 figures = {name: point[name] for name in _VALIDATION_FIGURES if name in point}
-                validation[point["step"]] = {"update": point["step"], "epoch": point["epoch"], **figures}
+                if _are_figures(figures.values()):
+                    validation[point["step"]] = {"update": point["step"], "epoch": point["epoch"], **figures}
     columns = {"update": steps, "epoch": epochs, **training}
     points = [validation[step] for step in sorted(validation)]
     names = [name for name in ("update", "epoch", *_VALIDATION_FIGURES) if any(name in point for point in points)]
@@ -199,6 +224,11 @@ def read_curves(path: Path) -> Curves:
         {name: thinned(values) for name, values in columns.items()},
         {name: [point.get(name) for point in points] for name in names},
     )
+
+
+def _are_figures(values: Iterable[Any]) -> bool:
+    """Whether they are numbers, none of them of more digits than a float has room for."""
+    return all(type(value) is float or (type(value) is int and abs(value) < 1 << 63) for value in values)
 
 
 def thinned(values: Sequence[float], points: int = MAX_POINTS) -> list[float | None]:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2_chinese.artifacts import sha256_of
+from gpt2_chinese.artifacts import read_text_file, sha256_of
 from gpt2_chinese.best_model import BEST_MODEL, FINAL_MODEL
 from gpt2_chinese.command_line import project_file
 from gpt2_chinese.model_folder import check_replaceable, find_config, load_model, read_config
@@ -230,7 +230,7 @@ def read_prompts(text: str) -> list[str]:
     """The texts of --sample_prompts: the lines of a file if there is one of that name, else what commas separate.
 
     Raises:
-        ValueError: the flag has bytes that the terminal's encoding has not.
+        ValueError: the flag has bytes that the terminal's encoding has not, or the file is not UTF-8.
 
     Example:
         >>> read_prompts("孩子,春天；医生")
@@ -242,9 +242,7 @@ def read_prompts(text: str) -> list[str]:
         raise ValueError(
             "--sample_prompts is not in this terminal's encoding; name a file instead, with a prompt a line"
         )
-    lines = (
-        Path(text).read_text(encoding="utf-8").splitlines() if Path(text).is_file() else re.split("[,，、;；]", text)
-    )
+    lines = read_text_file(text).splitlines() if Path(text).is_file() else re.split("[,，、;；]", text)
     return [line.strip() for line in lines if line.strip()]
 
 

@@ -19,22 +19,29 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_run import run
 from tiny_model import save_tiny_model, tiny_model
 
-from gpt2_chinese.artifacts import atomic_write, disk_errors, write_json
+from gpt2_chinese.artifacts import atomic_write, disk_errors, make_folder, read_text_file, sha256_of, write_json
 from gpt2_chinese.compiled import code_digest, read_cached_code, write_cached_code
-from gpt2_chinese.model_folder import load_weights
+from gpt2_chinese.model_folder import load_weights, save_model
+from gpt2_chinese.text.bpe_tokenizer import BpeTokenizer, bytes_of_characters, definition_of_gpt2
 from gpt2_chinese.text.corpus import read_train_json
-from gpt2_chinese.text.pieces import read_manifest
-from gpt2_chinese.text.vocabulary import Marks, read_vocabulary
+from gpt2_chinese.text.pieces import check_vocabulary, read_manifest, read_pieces_tokenizer
+from gpt2_chinese.text.preparation import PieceReport
+from gpt2_chinese.text.tokenizers import TokenizerSpec, read_tokenizer
+from gpt2_chinese.text.vocabulary import BERT_SPECIAL_TOKENS, Marks, read_vocabulary
 from gpt2_chinese.training.checkpoints import latest_valid, read_checkpoint, verify, write_checkpoint
 from gpt2_chinese.training.metrics import Metrics
 from gpt2_chinese.training.plan import Plan
+from gpt2_chinese.training.plan import _facts as facts_of_pieces
+from gpt2_chinese.training.report_figures import read_curves, read_facts
+from gpt2_chinese.training.run import read_prompts
 from gpt2_chinese.training.token_cache import read_pieces
 from gpt2_chinese.weights_file import read_weights_file
 
 EXAMPLES = int(os.environ.get("GPT2_CHINESE_EXAMPLES", "500"))
-FILES = 14  # that are damaged in turn; each counts as an example
+FILES = 26  # that are damaged in turn; each counts as an example
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="links, owners and permissions of POSIX")
 
 
@@ -100,6 +107,7 @@ def test_a_file_of_a_hundred_thousand_brackets_is_told(folder):
     load_weights(folder)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch says that some kinds of tensors are new
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -115,6 +123,19 @@ def test_a_file_of_a_hundred_thousand_brackets_is_told(folder):
         ),
         (lambda state: state | {"transformer.wpe.weight": torch.zeros(32, 48, dtype=torch.int64)}, "not of fractions"),
         (lambda state: list(state.values()), "does not hold a model's weights"),
+        *(
+            (lambda state, of=of: state | {"transformer.wpe.weight": of(state["transformer.wpe.weight"])}, "is sparse")
+            for of in (
+                torch.Tensor.to_sparse,
+                torch.Tensor.to_sparse_csr,
+                lambda matrix: matrix.to("meta"),
+                lambda matrix: torch.nested.nested_tensor([matrix[0], matrix[1]]),
+            )
+        ),
+        (
+            lambda state: {"a": torch.zeros(1), "b": ["x" * 40 + str(number) for number in range(150_000)]},
+            "to describe",
+        ),
     ],
 )
 def test_weights_of_other_types_and_shapes_are_told(folder, change, message):
@@ -164,6 +185,105 @@ def test_an_archive_that_would_fill_the_memory_is_not_unpacked(tmp_path):
         read_weights_file(path)
 
 
+def too_large() -> str:
+    """The JSON of a list that takes thirty times as much memory as its text."""
+    return "[" + "[]," * 3_000_000 + "[]]"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *((name, '{"a": ' + too_large() + "}") for name in ("config.json", "manifest.json", "special_tokens_map.json")),
+        ("model.safetensors", struct.pack("<Q", len(too_large()) + 8) + b'{"a": ' + too_large().encode() + b"}\n"),
+        ("vocab.txt", "\n" * 10_000_000),
+        ("vocab.txt", "\r\n" * 10_000_000),
+    ],
+    ids=["config", "manifest", "special tokens", "header", "vocabulary", "vocabulary of Windows"],
+)
+def test_a_file_far_larger_than_any_good_one_is_refused_before_memory_is_taken(folder, name, content):
+    if name == "vocab.txt":
+        (folder / "manifest.json").unlink()  # which tells that it is another file
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"more than 2,097,152 bytes|no header of safetensors|of empty lines"):
+            load_weights(folder)
+        assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    finally:
+        tracemalloc.stop()
+
+
+# Byte-level BPE.
+
+
+def gpt2_ids() -> dict[str, int]:
+    tokens = ["<|endoftext|>", *bytes_of_characters(), "ab"]
+    return {token: number for number, token in enumerate(tokens)}
+
+
+def write_gpt2_files(folder: Path, ids: dict | None = None, merges: bytes = b"#version: 0.2\na b\n") -> Path:
+    (folder / "vocab.json").write_text(json.dumps(ids or gpt2_ids()), encoding="utf-8")
+    (folder / "merges.txt").write_bytes(merges)
+    return folder / "vocab.json"
+
+
+def described(**parts: object) -> str:
+    return json.dumps(json.loads(definition_of_gpt2(gpt2_ids(), ["a b"])) | parts)
+
+
+def with_ids(**ids: int) -> str:
+    model = json.loads(described())["model"]
+    return described(model=model | {"vocab": model["vocab"] | ids})
+
+
+@pytest.mark.parametrize(
+    ("definition", "message"),
+    [
+        (with_ids(**{"a b": 258}), "has the token 'a b', which is not of bytes"),
+        (with_ids(**{"你": 258}), "has the token '你', which is not of bytes"),
+        (with_ids(zz=20_000_000), "259 tokens have ids from 0 to 20,000,000"),
+        (with_ids(zz=4_000_000_000), "259 tokens have ids from 0 to 4,000,000,000"),
+        (described(normalizer={"type": "Replace", "pattern": {"String": ""}, "content": "x"}), "replaces the empty"),
+        (
+            described(
+                normalizer={
+                    "type": "Sequence",
+                    "normalizers": [{"type": "Replace", "pattern": {"Regex": ""}, "content": "x"}],
+                }
+            ),
+            "replaces the empty",
+        ),
+    ],
+)
+def test_a_tokenizer_json_that_makes_no_tokenizer_is_told(tmp_path, definition, message):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(definition, encoding="utf-8")
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=message) as raised:
+            read_tokenizer(path).build()
+        assert str(path) in str(raised.value)
+        assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("ids", "merges", "message"),
+    [
+        ({}, b"q zzq\n", "vocab.json does not fit the merges.txt beside it"),
+        ({}, b"abc\n", "vocab.json does not fit the merges.txt beside it"),
+        ({}, b"a b\n\xff\xfe a", "merges.txt is not UTF-8: byte 4"),
+        ({"zz": -1}, b"a b\n", "vocab.json is damaged: 259 tokens have ids from -1"),
+        ({"zz": 20_000_000}, b"a b\n", "vocab.json is damaged: 259 tokens have ids from 0 to 20,000,000"),
+    ],
+)
+def test_the_files_of_gpt2_are_told_apart_from_damaged_ones(tmp_path, ids, merges, message):
+    assert read_tokenizer(write_gpt2_files(tmp_path)).build().encode("ab") == [257]
+    with pytest.raises(ValueError, match=message):
+        read_tokenizer(write_gpt2_files(tmp_path, gpt2_ids() | ids, merges))
+
+
 @pytest.mark.parametrize("rules", [None, "x", 99, True, [1]])
 def test_rules_that_nobody_knows_are_told(folder, rules):
     write_json(
@@ -173,7 +293,172 @@ def test_rules_that_nobody_knows_are_told(folder, rules):
         load_weights(folder)
 
 
+# The stages before the training.
+
+NO_MANIFESTS = [5, [], None, {"vocabulary": None}, {"vocabulary": 5}]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [*NO_MANIFESTS, {"corpus": None}, {"corpus": {"path": 5}}, {"options": [1]}, {"vocabulary": {"sha256": None}}],
+)
+def test_a_vocabularys_manifest_of_other_types_is_told(tmp_path, script, change):
+    vocabulary, manifest = tmp_path / "v.txt", tmp_path / "v.manifest.json"
+    vocabulary.write_text("a\n")
+    good = {"vocabulary": {"sha256": sha256_of(vocabulary)}, "corpus": {"path": "a"}, "options": {"keep_case": True}}
+    write_json(manifest, good)
+    assert script("make-tokenized").kept_by_vocabulary(vocabulary) == {"keep_case": True}
+    write_json(manifest, good | change if isinstance(change, dict) else change)
+    with pytest.raises(ValueError, match=r"v\.manifest\.json is not a manifest of make-vocab\.py; delete it"):
+        script("make-tokenized").kept_by_vocabulary(vocabulary)
+
+
+def stage_3_key(folder: Path) -> dict:
+    """What make-tokenized.py compares with the manifest that is there."""
+    file = {"path": str(folder / "nowhere"), "sha256": "0", "size": 3}
+    return {"tokenizer": {}, "vocabulary": file, "corpus": file, "options": {"num_pieces": 3}}
+
+
+def write_piece(folder: Path) -> dict:
+    path = folder / "tokenized_train_0.txt"
+    path.write_text("1 5 2 ")
+    return {"file": path.name, "sha256": sha256_of(path), "tokens": 3, "documents": 1}
+
+
+@pytest.mark.parametrize("change", [*NO_MANIFESTS, {"pieces": None}, {"pieces": [5]}, {"pieces": [{"file": "a"}]}])
+def test_pieces_whose_manifest_is_of_other_types_are_replaced_when_that_is_said(tmp_path, script, change):
+    stage, key = script("make-tokenized"), stage_3_key(tmp_path)
+    good = key | {"pieces": [write_piece(tmp_path)]}
+    write_json(tmp_path / "manifest.json", good)
+    assert stage.unchanged(tmp_path, key)
+    write_json(tmp_path / "manifest.json", good | change if isinstance(change, dict) else change)
+    assert not stage.unchanged(tmp_path, key)
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged, or of another program.*--overwrite"):
+        stage.check_replaceable(tmp_path, key, overwrite=False)
+    stage.check_replaceable(tmp_path, key, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda line: 5,
+        lambda line: [1, 2, 3],
+        lambda line: ["a", None, None],
+        lambda line: [-1, *line[1:]],
+        lambda line: [3, *line[1:]],
+        lambda line: [0, line[1] | {"file": 5}, line[2]],
+        lambda line: [0, line[1] | {"sha256": None}, line[2]],
+        lambda line: [0, line[1], {}],
+        lambda line: [0, line[1], line[2] | {"x": 1}],
+        lambda line: [0, line[1], line[2] | {"unknown_words": {"a": "b"}}],
+        lambda line: [0, line[1], line[2] | {"examples": {"case": 5}}],
+    ],
+)
+def test_a_line_of_progress_of_other_types_is_work_to_be_done_again(tmp_path, script, change):
+    stage, key, path = script("make-tokenized"), stage_3_key(tmp_path), tmp_path / ".progress.jsonl"
+    line = [0, write_piece(tmp_path), vars(PieceReport(documents=1, tokens=3))]
+    path.write_text("".join(json.dumps(value) + "\n" for value in (key, line)))
+    assert set(stage.Progress(tmp_path, key).finished) == {0}
+    path.write_text("".join(json.dumps(value) + "\n" for value in (key, change(line))))
+    assert not stage.Progress(tmp_path, key).finished
+    path.write_bytes(b"\xff\xfe" + path.read_bytes())
+    assert not stage.Progress(tmp_path, key).finished
+
+
+# Texts that flags name, as a Chinese Windows saves them.
+
+
+def test_texts_in_gbk_are_told_with_the_file_and_what_mends_it(tmp_path, script):
+    path = tmp_path / "texts.txt"
+    path.write_text("\ufeff孩子\r\n医生\r\n", encoding="utf-8", newline="")
+    flags = Namespace(titles=None, titles_file=str(path))
+    assert script("generate").read_titles(flags) == read_prompts(str(path)) == ["孩子", "医生"]
+    path.write_bytes("孩子\n".encode("gbk"))
+    for read in (lambda: script("generate").read_titles(flags), lambda: read_prompts(str(path))):
+        with pytest.raises(ValueError, match=r"texts\.txt is not UTF-8: byte 0; save it as UTF-8"):
+            read()
+
+
 # Training.
+
+
+WORDS_AS_BEFORE = {"kind": "word", "compat": False, "rules": 2}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"unknown_tokens": 0},
+        {"unknown_tokens": 0, "tokens": "x", "documents": 2},
+        {"unknown_tokens": 0, "tokens": 77, "documents": None},
+        {"unknown_tokens": "5", "tokens": 77, "documents": 2},
+        {"tokenizer": [1]},
+        *(
+            {"tokenizer": WORDS_AS_BEFORE | wrong}
+            for wrong in ({"rules": 99}, {"rules": "x"}, {"kind": 5}, {"begin": 5})
+        ),
+        {"tokenizer": {"kind": "char", "begin": None}},
+        {"options": None},
+        {"tokenizer_rules": [1]},
+    ],
+)
+def test_a_manifest_of_pieces_of_other_types_is_told_by_the_training(train, change):
+    path = Path("tokenized/manifest.json")
+    write_json(path, json.loads(path.read_text(encoding="utf-8")) | change)
+    with pytest.raises(ValueError, match=r"manifest\.json.*; run make-tokenized\.py again"):
+        run(train, epochs=1)
+
+
+@pytest.mark.parametrize("change", [{"pieces": "x"}, {"size": None}])
+def test_a_manifest_of_pieces_of_other_types_is_told_by_the_plan(train, change):
+    path = Path("tokenized/manifest.json")
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["pieces"][0]["tokens"] = change.get("pieces", 3)
+    manifest["vocabulary"]["size"] = change.get("size", 5)
+    write_json(path, manifest)
+    with pytest.raises(ValueError, match=r"manifest\.json is not a manifest of make-tokenized\.py"):
+        facts_of_pieces(Namespace(minutes=1, tokenized_data_path="tokenized"), 60.0)
+
+
+def write_run(folder: Path, **manifest: object) -> Path:
+    settings = {"tokenized_data_path": "tokenized", "vocab_file": None, "val_fraction": 0.01, "val_bytes": [1, 2]}
+    (folder / "final_model").mkdir(parents=True, exist_ok=True)
+    write_json(folder / "final_model" / "manifest.json", {"facts": {"updates": 5, "settings": settings}} | manifest)
+    (folder / "metrics.jsonl").write_text(
+        '{"kind": "train", "step": 1, "epoch": 0.1, "loss": 3}\n'
+        '{"kind": "validation", "step": 1, "epoch": 0.1, "loss": 3.0}\n'
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    "facts", [5, [1], *({"settings": one} for one in (5, [1], {"val_bytes": 5}, {"tokenized_data_path": None}))]
+)
+def test_facts_of_other_types_are_told_by_the_report(tmp_path, facts):
+    assert read_facts(write_run(tmp_path))["updates"] == 5
+    assert read_facts(write_run(tmp_path, facts=None)) == {}
+    if isinstance(facts, dict) and isinstance(facts["settings"], dict):
+        facts["settings"] = {"tokenized_data_path": "tokenized", "val_fraction": 0.01} | facts["settings"]
+    with pytest.raises(ValueError, match=r"final_model/manifest\.json does not tell of a training"):
+        read_facts(write_run(tmp_path, facts=facts))
+    for content in (5, None, []):
+        write_json(tmp_path / "final_model" / "manifest.json", content)
+        with pytest.raises(ValueError, match=r"final_model/manifest\.json does not tell of a training"):
+            read_facts(tmp_path)
+
+
+def test_lines_of_metrics_that_are_none_are_left_out_of_the_report(tmp_path):
+    path = write_run(tmp_path) / "metrics.jsonl"
+    good = read_curves(path)
+    assert good.training["loss"] == good.validation["loss"] == [3]
+    lines = [b"5", b"[]", b"[" * 100_000, b"\xe5", b'{"kind": "train"}', b'{"kind": "train", "step": "x", "epoch": 1}']
+    lines += [
+        b'{"kind": "train", "step": 2, "epoch": null}',
+        b'{"kind": "train", "step": 2, "epoch": 1' + b"0" * 400 + b"}",
+    ]
+    lines += [b'{"kind": "validation", "step": 2, "epoch": 1, "loss": "x"}']
+    path.write_bytes(path.read_bytes() + b"\n".join(lines))
+    assert read_curves(path) == good
 
 
 def write_state(folder: Path, state: object, **manifest: object) -> Path:
@@ -285,6 +570,7 @@ def test_files_folders_and_parents_are_flushed_before_and_after_the_rename(tmp_p
     monkeypatch.setattr("gpt2_chinese.artifacts.os.fsync", fsync)
     monkeypatch.setattr("gpt2_chinese.artifacts.os.replace", replace)
     save_tiny_model(tmp_path / "parent" / "model")
+    assert done[0] == ("flush", tmp_path.name), "the name of a new parent is on the disk as well"
     place = done.index(("rename", "model"))
     assert {("flush", "model.safetensors"), ("flush", ".model.tmp")} <= set(done[:place])
     assert done[place + 1 :] == [("flush", "parent")]
@@ -293,10 +579,19 @@ def test_files_folders_and_parents_are_flushed_before_and_after_the_rename(tmp_p
     place = done.index(("rename", "step_7"))
     assert {("flush", "state.pt"), ("flush", ".step_7.tmp")} <= set(done[:place])
     assert done[place + 1] == ("flush", "checkpoints")
+    assert done[0] == ("flush", tmp_path.name)
     done.clear()
     with atomic_write(tmp_path / "a") as file:
         file.write("x")
     assert done == [("flush", ".a.tmp"), ("rename", "a"), ("flush", tmp_path.name)]
+    done.clear()
+    with atomic_write(tmp_path / "new" / "deep" / "a") as file:
+        file.write("x")
+    parents = [("flush", tmp_path.name), ("flush", "new")]
+    assert done == [*parents, ("flush", ".a.tmp"), ("rename", "a"), ("flush", "deep")]
+    done.clear()
+    make_folder(tmp_path / "new" / "deep")
+    assert done == []
 
 
 # Files of others.
@@ -349,24 +644,36 @@ def damage(data: bytes, source: random.Random) -> bytes:
         return data[:place] + data[place : place + 40] * source.choice([2, 50]) + data[place:]
     if kind == 3:
         return data[:place] + source.choice([b"\xff", b"\0", b"[", b'"', b"1e999", b"null", b"\n"]) + data[place:]
-    try:
-        value = json.loads(data)
-        assert isinstance(value, dict) and value
-    except (ValueError, AssertionError):
-        return data[:place] + source.randbytes(8) + data[place + 8 :]
+    for parts in ([data], data.split(b"\n")):  # a file of JSON, or a line of one
+        number = source.randrange(len(parts))
+        try:
+            value = json.loads(parts[number])
+            assert isinstance(value, (dict, list)) and value
+        except (ValueError, AssertionError):
+            continue
+        parts[number] = json.dumps(with_another_type(value, source)).encode()
+        return b"\n".join(parts)
+    return data[:place] + source.randbytes(8) + data[place + 8 :]
+
+
+def with_another_type(value: dict | list, source: random.Random) -> dict | list:
+    """A JSON value in which something is of another type, or missing."""
     strange = [None, 5, -1, 10**30, 1.5, "x", [], {}, True, [None], {"a": None}, "9" * 40, math.inf]
     holder = value
     while True:
-        name = source.choice(list(holder))
-        if isinstance(holder[name], dict) and holder[name] and source.random() < 0.7:
+        name = source.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
+        if isinstance(holder[name], (dict, list)) and holder[name] and source.random() < 0.7:
             holder = holder[name]
             continue
-        holder[name] = source.choice(strange)
-        return json.dumps(value).encode()
+        if source.random() < 0.2:
+            del holder[name]
+        else:
+            holder[name] = source.choice(strange)
+        return value
 
 
 @pytest.fixture(scope="module")
-def originals(good, tmp_path_factory):
+def originals(good, tmp_path_factory, script):
     """Good files, and what reads each: its name, the file, a function of its folder."""
     folder = tmp_path_factory.mktemp("originals")
     state = {"model": {"a": torch.zeros(3)}, "optimizer": {}, "scaler": {}, "random": [], "progress": {}}
@@ -384,6 +691,48 @@ def originals(good, tmp_path_factory):
     pieces, marks = folder / "pieces", Marks(1, 2, None, None, None, ())
     pieces.mkdir()
     (pieces / "tokenized_train_0.txt").write_text("1 5 6 7 2 1 8 9 2\n", encoding="ascii")
+
+    bpe, gpt2 = folder / "bpe", folder / "gpt2"
+    save_model(bpe, tiny_model(vocab_size=258), BpeTokenizer(described()), facts={})
+    (bpe / "manifest.json").unlink()  # which tells of every change
+    write_json(bpe / "special_tokens_map.json", {"eos_token": {"content": "<|endoftext|>"}, "pad_token": None})
+    gpt2.mkdir()
+    write_gpt2_files(gpt2)
+    stage, key = script("make-tokenized"), stage_3_key(folder)
+    (stage_3 := folder / "stage_3").mkdir()
+    piece = write_piece(stage_3)
+    write_json(stage_3 / "manifest.json", key | {"pieces": [piece]})
+    lines = [
+        key,
+        [0, piece, vars(PieceReport(documents=1, tokens=3, unknown_words={"a": 1}, examples={"case": ["a"]}))],
+    ]
+    (stage_3 / ".progress.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (stage_2 := folder / "stage_2").mkdir()
+    (stage_2 / "v.txt").write_text("".join(f"{token}\n" for token in [*BERT_SPECIAL_TOKENS, "一"]), encoding="utf-8")
+    made_from = {"vocabulary": {"path": "v.txt", "sha256": sha256_of(stage_2 / "v.txt"), "size": 6}}
+    write_json(stage_2 / "v.manifest.json", made_from | {"corpus": {"path": "a"}, "options": {"keep_case": True}})
+    (stage_2 / "titles.txt").write_text("孩子\n医生\n", encoding="utf-8")
+    settings = TokenizerSpec("char").settings()
+    write_json(
+        stage_2 / "manifest.json",
+        made_from
+        | {"pieces": [piece], "tokenizer": settings}
+        | dict.fromkeys(("tokens", "documents", "unknown_tokens"), 1),
+    )
+    trained = write_run(folder / "trained")
+
+    def read_bpe(copy: Path) -> None:
+        load_weights(copy)[1].encode("ab 一")
+
+    def tokenize_again(copy: Path) -> None:
+        stage.unchanged(copy, key)
+        stage.check_replaceable(copy, key, overwrite=False)
+
+    def train_on(copy: Path) -> None:
+        manifest = read_manifest(copy)
+        check_vocabulary(copy, manifest, copy / "v.txt")
+        read_pieces_tokenizer(manifest, copy / "v.txt").build().encode("一")
+        facts_of_pieces(Namespace(minutes=1, tokenized_data_path=copy), 60.0)
 
     def resume(copy: Path) -> None:
         Metrics(copy / "tb", copy / "metrics.jsonl", resumed_from=2).__exit__(None, None, None)
@@ -403,6 +752,15 @@ def originals(good, tmp_path_factory):
         (folder / "metrics", "plan.json", lambda copy: Plan.read(copy / "plan.json").apply(Namespace())),
         (folder / "metrics", "train.json", lambda copy: list(read_train_json(copy / "train.json"))),
         (pieces, "tokenized_train_0.txt", lambda copy: read_pieces(copy, vocab_size=10, marks=marks)),
+        *((bpe, name, read_bpe) for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")),
+        *((gpt2, name, lambda copy: read_tokenizer(copy / "vocab.json")) for name in ("vocab.json", "merges.txt")),
+        (stage_2, "v.manifest.json", lambda copy: stage.kept_by_vocabulary(copy / "v.txt")),
+        (stage_2, "manifest.json", train_on),
+        (stage_2, "titles.txt", lambda copy: read_text_file(copy / "titles.txt")),
+        (stage_3, "manifest.json", tokenize_again),
+        (stage_3, ".progress.jsonl", lambda copy: stage.Progress(copy, key)),
+        (trained, "metrics.jsonl", lambda copy: read_curves(copy / "metrics.jsonl")),
+        (trained, "final_model/manifest.json", read_facts),
     ]
 
 
