@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import logging
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,11 @@ from gpt2_chinese.best_model import note_of_a_better_model
 from gpt2_chinese.command_line import message_language, print_settings, remark, run_script, say, set_quiet
 from gpt2_chinese.decoding.completion import Completion, EngineStopped
 from gpt2_chinese.decoding.process import EngineOptions, EngineProcess
+from gpt2_chinese.serving.answer_size import (
+    check_answer_size,
+    largest_detokenize_answer,
+    largest_tokenize_answer,
+)
 from gpt2_chinese.serving.api import (
     MAX_TOKENS,
     parse_detokenize,
@@ -65,11 +69,12 @@ from gpt2_chinese.serving.middlewares import (
 )
 from gpt2_chinese.serving.openai_completions import OpenAICompletion, openai_model
 from gpt2_chinese.serving.openapi import openapi
-from gpt2_chinese.serving.responses import encoded_response, json_pieces, json_response
+from gpt2_chinese.serving.responses import json_response
 from gpt2_chinese.serving.running_request import RunningRequest, count_tokens, submit
 from gpt2_chinese.serving.service import ServedModel, Service
 from gpt2_chinese.serving.supervision import run_models
 from gpt2_chinese.serving.watching import newest_model
+from gpt2_chinese.serving.writing import send_json
 
 SERVICE = web.AppKey("service", Service)
 PAGE = Path(__file__).resolve().parent / "gpt2_chinese" / "serving" / "web" / "index.html"
@@ -81,8 +86,6 @@ CUT_HEADER = "X-Context-Cut"
 """The number of tokens of the context that did not fit into the model's window."""
 TOKENS_HEADER = "X-Tokens"
 """The number of tokens generated for the answer."""
-MAX_INLINE_ANSWER = 1 << 16
-"""Bytes of an answer that is turned into JSON in the event loop."""
 MISSING_HEADER = "X-Samples-Missing"
 """The number of samples that were asked for and are not there, since the model has no more different texts."""
 SWITCH_SECONDS = 0.0005
@@ -154,11 +157,11 @@ async def handle_generate(request: web.Request) -> web.StreamResponse:
     )
     async with submit(service, completion_request) as running:
         if completion_request.stream:
-            return await stream_sse(request, running, GenerateEvents(running), cut_header(running))
+            return await stream_sse(request, service, running, GenerateEvents(running), cut_header(running))
         completions = await running.completions()
         headers = {**cut_header(running), **missing_header(running), TOKENS_HEADER: str(count_tokens(completions))}
-        body = await encode(service, running, lambda: generate_answer(completions[0], completion_request.with_scores))
-        return encoded_response(body, headers=headers)
+        value = partial(generate_answer, completions[0], completion_request.with_scores)
+        return await send_json(request, service, running.answer_bytes, value, headers)
 
 
 def generate_answer(completions: Sequence[Completion], with_scores: bool) -> list[Any]:
@@ -179,44 +182,44 @@ async def handle_v1_completions(request: web.Request) -> web.StreamResponse:
     async with submit(service, completion_request) as running:
         response = OpenAICompletion(running)
         if completion_request.stream:
-            return await stream_sse(request, running, response, cut_header(running))
+            return await stream_sse(request, service, running, response, cut_header(running))
         completions = await running.completions()
-        body = await encode(service, running, lambda: response.body(completions))
-        return encoded_response(body, headers=cut_header(running) | missing_header(running))
+        headers = cut_header(running) | missing_header(running)
+        return await send_json(request, service, running.answer_bytes, lambda: response.body(completions), headers)
 
 
-async def handle_tokenize(request: web.Request) -> web.Response:
+async def handle_tokenize(request: web.Request) -> web.StreamResponse:
     """POST /tokenize: the ids of a text, with vLLM's names."""
     service = request.app[SERVICE]
     fields = parse_tokenize(await read_body(request))
     model = service.model(fields["model"])
     engine = service.ready_engine(model)
-    tokenizer, text = engine.tokenizer, fields["prompt"]
-    ids = await model.with_tokenizer(lambda: tokenizer.encode(text), len(text))
-    if fields["add_special_tokens"]:
-        ids = [tokenizer.marks.begin, *ids]
-    names = [tokenizer.vocabulary[id_] for id_ in ids] if fields["return_token_strs"] else None
-    return json_response({"count": len(ids), "max_model_len": engine.n_ctx, "tokens": ids, "token_strs": names})
+    tokenizer, text, with_names = engine.tokenizer, fields["prompt"], fields["return_token_strs"]
+    size = largest_tokenize_answer(text, model.token_bytes, with_names=with_names)
+    check_answer_size(size, service.limits, "send a shorter text, or leave out return_token_strs", "prompt")
+
+    def answer(ids: list[int]) -> dict[str, Any]:
+        if fields["add_special_tokens"]:
+            ids = [tokenizer.marks.begin, *ids]
+        names = [tokenizer.vocabulary[id_] for id_ in ids] if with_names else None
+        return {"count": len(ids), "max_model_len": engine.n_ctx, "tokens": ids, "token_strs": names}
+
+    with service.admit(engine, size):
+        ids = await model.answer_with_tokenizer(lambda: tokenizer.encode(text), len(text))
+        return await send_json(request, service, size, partial(answer, ids))
 
 
-async def handle_detokenize(request: web.Request) -> web.Response:
+async def handle_detokenize(request: web.Request) -> web.StreamResponse:
     """POST /detokenize: the text of ids, with vLLM's names."""
     service = request.app[SERVICE]
     fields = parse_detokenize(await read_body(request), service.limits, lambda name: service.model(name).vocab_size)
     model = service.model(fields["model"])
-    tokenizer, ids = service.ready_engine(model).tokenizer, fields["tokens"]
-    return json_response({"prompt": await model.with_tokenizer(lambda: tokenizer.decode(ids), len(ids))})
-
-
-async def encode(service: Service, running: RunningRequest, value: Callable[[], Any]) -> bytes:
-    """The JSON of an answer; if it may be large, by another thread in pieces, so that others are answered meanwhile."""
-
-    def in_pieces() -> bytes:
-        return "".join(json_pieces(value())).encode("utf-8")
-
-    if running.answer_bytes <= MAX_INLINE_ANSWER:
-        return json.dumps(value(), ensure_ascii=False).encode("utf-8")
-    return await asyncio.get_running_loop().run_in_executor(service.encoder_thread, in_pieces)
+    engine, ids = service.ready_engine(model), fields["tokens"]
+    size = largest_detokenize_answer(ids, model.token_bytes)
+    check_answer_size(size, service.limits, "send fewer tokens", "tokens")
+    with service.admit(engine, size):
+        text = await model.answer_with_tokenizer(lambda: engine.tokenizer.decode(ids), len(ids))
+        return await send_json(request, service, size, lambda: {"prompt": text})
 
 
 async def read_body(request: web.Request, *, admitted: bool = True) -> bytes:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from aiohttp import web
 
 from gpt2_chinese.decoding.completion import MISSING, Completion, EngineStopped, TextDelta
-from gpt2_chinese.serving.connections import abort_after
 from gpt2_chinese.serving.errors import ApiError, engine_stopped_error
+from gpt2_chinese.serving.responses import json_pieces
 from gpt2_chinese.serving.running_request import RunningRequest, count_tokens
+from gpt2_chinese.serving.service import Service
+from gpt2_chinese.serving.writing import encode_apart, write_in_pieces
 
 SSE_KEEPALIVE_SECONDS = 10.0
 """A stream that has sent nothing for so long sends a comment, so that no proxy closes it."""
@@ -29,14 +32,19 @@ class EventFormat(Protocol):
         """The last event, with all completions by prompt and sample."""
 
 
-def format_event(value: Any, name: str | None = None) -> bytes:
-    """A server-sent event with JSON data."""
+def format_event(value: Any, name: str | None = None, *, in_pieces: bool = False) -> bytes:
+    """A server-sent event with JSON data, which is made with `json_pieces` if it may be long."""
     head = f"event: {name}\n" if name else ""
-    return f"{head}data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
+    data = "".join(json_pieces(value)) if in_pieces else json.dumps(value, ensure_ascii=False)
+    return f"{head}data: {data}\n\n".encode()
 
 
 async def stream_sse(
-    request: web.Request, running: RunningRequest, events: EventFormat, headers: Mapping[str, str]
+    request: web.Request,
+    service: Service,
+    running: RunningRequest,
+    events: EventFormat,
+    headers: Mapping[str, str],
 ) -> web.StreamResponse:
     """Send each delta as it comes, then the end; an error after the response has begun is an event too.
 
@@ -46,15 +54,13 @@ async def stream_sse(
     response = web.StreamResponse(headers=headers)
 
     async def write(data: bytes) -> None:
-        with abort_after(running.limits.body_seconds, request, most=running.limits.request_seconds):
-            await response.write(data)
+        await write_in_pieces(request, response, data, running.limits)
 
     await response.prepare(request)
     try:
         while (deltas := await running.next_deltas(SSE_KEEPALIVE_SECONDS)) is not None:
-            data = b"".join([events.delta(index, delta) for index, delta in deltas]) if deltas else KEEPALIVE_COMMENT
-            if data:
-                await write(data)
+            data = await encode_apart(service, running.answer_bytes, partial(_join_deltas, events, deltas))
+            await write(data if deltas else KEEPALIVE_COMMENT)
         await write(events.end(running.finished_completions()))
     except ApiError as error:
         await write(_error_event(error))
@@ -62,6 +68,10 @@ async def stream_sse(
         await write(_error_event(engine_stopped_error()))
     await response.write_eof()
     return response
+
+
+def _join_deltas(events: EventFormat, deltas: Sequence[tuple[int, TextDelta]]) -> bytes:
+    return b"".join([events.delta(index, delta) for index, delta in deltas])
 
 
 def _error_event(error: ApiError) -> bytes:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from gpt2_chinese.decoding.completion import MISSING, Completion, TextDelta, TokenLogprob
 from gpt2_chinese.serving.events import format_event
+from gpt2_chinese.serving.responses import EncodedItems
 from gpt2_chinese.serving.running_request import RunningRequest, count_tokens
 from gpt2_chinese.serving.service import ServedModel, Service
+from gpt2_chinese.serving.writing import MAX_INLINE_ANSWER
 
 
 class OpenAICompletion:
@@ -27,6 +28,8 @@ class OpenAICompletion:
             "model": running.model.name,
         }
         self._begun: set[tuple[int, int]] = set()  # prompts and samples whose first chunk has been sent
+        self._is_large = running.answer_bytes > MAX_INLINE_ANSWER
+        self._encoded_prompts: dict[int, dict[str, list[Any]]] = {}  # the arrays of their logprobs, in large answers
 
     def body(self, completions: Sequence[Sequence[Completion]]) -> dict[str, Any]:
         """The whole response, from the completions by prompt and sample."""
@@ -49,7 +52,8 @@ class OpenAICompletion:
         self._begun.add(sample)
         choice = self._choice(*sample, delta.text, delta.logprobs, delta.finish_reason, first=first)
         no_usage = {"usage": None} if self._request.include_usage else {}
-        return format_event({**self._head, "choices": [choice], **no_usage})
+        in_pieces = first and self._is_large
+        return format_event({**self._head, "choices": [choice], **no_usage}, in_pieces=in_pieces)
 
     def end(self, completions: Sequence[Sequence[Completion]]) -> bytes:
         last = {**self._head, "choices": [], **self._missing()}
@@ -88,17 +92,25 @@ class OpenAICompletion:
     ) -> dict[str, list[Any] | None] | None:
         if self._request.logprobs is None:
             return None
+        arrays: dict[str, list[Any] | None] = dict(_logprob_arrays(logprobs))
         if self._request.scored:
             # The text begins with the prompt: its tokens come first, and the others' offsets count from its beginning.
             shift = len(self._running.prompts[prompt_index].context)
-            prompt_logprobs = self._running.requests[prompt_index].prompt_logprobs if first else None
-            logprobs = [*(prompt_logprobs or ()), *(replace(one, offset=one.offset + shift) for one in logprobs)]
-        return {
-            "tokens": [one.token for one in logprobs],
-            "token_logprobs": [one.logprob for one in logprobs],
-            "top_logprobs": [one.top for one in logprobs] if self._request.logprobs > 0 else None,
-            "text_offset": [one.offset for one in logprobs],
-        }
+            arrays["text_offset"] = [one.offset + shift for one in logprobs]
+            if first:
+                before = self._prompt_arrays(prompt_index)
+                arrays = {name: before[name] + (array or []) for name, array in arrays.items()}
+        return arrays if self._request.logprobs > 0 else arrays | {"top_logprobs": None}
+
+    def _prompt_arrays(self, prompt_index: int) -> dict[str, list[Any]]:
+        """The arrays of a prompt's logprobs; in a large answer they are encoded once for all samples."""
+        if prompt_index in self._encoded_prompts:
+            return self._encoded_prompts[prompt_index]
+        arrays = _logprob_arrays(self._running.requests[prompt_index].prompt_logprobs or ())
+        if self._is_large:
+            arrays = {name: [EncodedItems.of(array)] if array else [] for name, array in arrays.items()}
+            self._encoded_prompts[prompt_index] = arrays
+        return arrays
 
     def _usage(self, completions: Sequence[Sequence[Completion]]) -> dict[str, int]:
         """Tokens as the model gets them: those of a prompt include the [MASK] that begins a document."""
@@ -109,6 +121,15 @@ class OpenAICompletion:
             "completion_tokens": completion_tokens,
             "total_tokens": prompt_tokens + completion_tokens,
         }
+
+
+def _logprob_arrays(logprobs: Sequence[TokenLogprob]) -> dict[str, list[Any]]:
+    return {
+        "tokens": [one.token for one in logprobs],
+        "token_logprobs": [one.logprob for one in logprobs],
+        "top_logprobs": [one.top for one in logprobs],
+        "text_offset": [one.offset for one in logprobs],
+    }
 
 
 def openai_model(service: Service, model: ServedModel) -> dict[str, Any]:

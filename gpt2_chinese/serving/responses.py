@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
@@ -29,6 +30,17 @@ PIECE_ITEMS = 256
 """Items of an array that are turned into JSON at a time: no other thread runs meanwhile."""
 
 
+@dataclass(frozen=True)
+class EncodedItems:
+    """One or more items of an array as JSON, without brackets, for `json_pieces`; several answers can share them."""
+
+    json: str
+
+    @classmethod
+    def of(cls, items: list[Any]) -> EncodedItems:
+        return cls("".join(json_pieces(items))[1:-1])
+
+
 def json_pieces(value: Any) -> Iterator[str]:
     """JSON in pieces that are made in a millisecond or two each; together they are what json.dumps gives."""
     if isinstance(value, dict) and any(isinstance(part, (dict, list)) for part in value.values()):
@@ -51,15 +63,17 @@ def json_pieces(value: Any) -> Iterator[str]:
                     yield from json_pieces(item)
                     sign = ", "
         yield "]"
+    elif isinstance(value, EncodedItems):
+        yield value.json
     else:
         yield json.dumps(value, ensure_ascii=False)
 
 
 def _is_small(item: Any) -> bool:
-    """Whether it is a number, a short text, or an object of them."""
+    """Whether it is a number, a short text, or an object of them, which json.dumps turns into JSON."""
     if isinstance(item, dict):
         return not any(isinstance(part, (dict, list)) for part in item.values())
-    return not isinstance(item, list) and not (isinstance(item, str) and len(item) > PIECE_ITEMS)
+    return not isinstance(item, (list, EncodedItems)) and not (isinstance(item, str) and len(item) > PIECE_ITEMS)
 
 
 def encoded_response(body: bytes, *, headers: Mapping[str, str] | None = None) -> web.Response:

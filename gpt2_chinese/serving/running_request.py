@@ -13,7 +13,7 @@ from functools import partial
 
 from gpt2_chinese.decoding.backend import CompletionBackend, Request
 from gpt2_chinese.decoding.completion import Completion, EngineFull, Prompt, TextDelta
-from gpt2_chinese.serving.answer_size import check_answer_size, largest_answer
+from gpt2_chinese.serving.answer_size import check_answer_size, how_to_shrink, largest_answer
 from gpt2_chinese.serving.api import CompletionRequest, Limits
 from gpt2_chinese.serving.errors import ApiError, timeout_error
 from gpt2_chinese.serving.service import ServedModel, Service
@@ -158,9 +158,7 @@ async def submit(service: Service, completion_request: CompletionRequest) -> Asy
     model = service.model(completion_request.model)
     engine = service.ready_engine(model)
     size = largest_answer(completion_request, model.token_bytes, engine.n_ctx)
-    check_answer_size(completion_request, size, service.limits)
-    if service.pending_bytes + size > service.limits.pending_bytes:
-        raise ApiError(429, "full", "the answers to the requests under way could be too large; try again later")
+    check_answer_size(size, service.limits, how_to_shrink(completion_request), completion_request.length_field)
     running = RunningRequest(
         model,
         engine,
@@ -170,20 +168,13 @@ async def submit(service: Service, completion_request: CompletionRequest) -> Asy
         arrived=time.monotonic(),
     )
     running.answer_bytes = size
-    service.admitted += 1
-    service.pending_bytes += size
-    service.engine_users[engine] += 1
-    try:
-        await _queue(running)
-        yield running
-    finally:
-        for request in running.requests:
-            request.cancel()  # frees its slots if the client has disconnected or the request has timed out
-        service.admitted -= 1
-        service.pending_bytes -= size
-        service.engine_users[engine] -= 1
-        if not service.engine_users[engine]:
-            del service.engine_users[engine]
+    with service.admit(engine, size):
+        try:
+            await _queue(running)
+            yield running
+        finally:
+            for request in running.requests:
+                request.cancel()  # frees its slots if the client has disconnected or the request has timed out
 
 
 async def _queue(running: RunningRequest) -> None:

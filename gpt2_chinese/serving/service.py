@@ -6,8 +6,9 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -25,6 +26,8 @@ MAX_INLINE_LENGTH = 200
 """Characters or ids of contexts that are tokenized in the event loop; longer ones go to a thread."""
 MAX_SHORT_LENGTH = 4096
 """Characters or ids of contexts that are tokenized apart from longer ones."""
+MAX_TOKENIZE_REQUESTS = 32
+"""Requests of /tokenize and /detokenize that are in work at once; further ones are answered with 429."""
 
 
 class CanReload(Protocol):
@@ -54,6 +57,7 @@ class ServedModel:
         error: why loading has failed.
         token_bytes: the most bytes of JSON that a token's text has.
         tokenizing_sequences: sequences of requests that are being tokenized and not in the engine's queue yet.
+        tokenize_requests: those of /tokenize and /detokenize that are in work.
         last_sequences: sequences of the latest request, an estimate for the next one.
         was_full: whether the queue had no room at the last look.
     """
@@ -78,6 +82,7 @@ class ServedModel:
     error: BaseException | None = None
     token_bytes: int = 0
     tokenizing_sequences: int = 0
+    tokenize_requests: int = 0
     last_sequences: int = 1
     was_full: bool = False
     timings: Timings = field(default_factory=Timings)
@@ -160,6 +165,20 @@ class ServedModel:
         thread = self.tokenizer_threads[size > MAX_SHORT_LENGTH]
         return await asyncio.get_running_loop().run_in_executor(thread, work)
 
+    async def answer_with_tokenizer(self, work: Callable[[], Result], size: int) -> Result:
+        """As `with_tokenizer`, for a request that needs nothing else of the model.
+
+        Raises:
+            ApiError: too many such requests are in work.
+        """
+        if self.tokenize_requests >= MAX_TOKENIZE_REQUESTS:
+            raise ApiError(429, "full", f"{self.tokenize_requests} texts are being tokenized; try again later")
+        self.tokenize_requests += 1
+        try:
+            return await self.with_tokenizer(work, size)
+        finally:
+            self.tokenize_requests -= 1
+
 
 @dataclass
 class Service:
@@ -234,6 +253,27 @@ class Service:
     def answers_to(self, host: str) -> bool:
         """Whether the name in a Host header is one of the server's."""
         return self.hosts is None or name_of(host) in self.hosts
+
+    @contextmanager
+    def admit(self, engine: CompletionBackend, size: int) -> Iterator[None]:
+        """Count a request for an engine, whose answer has `size` bytes at most, until the block is left.
+
+        Raises:
+            ApiError: the answers to all requests together could be larger than the limit.
+        """
+        if self.pending_bytes + size > self.limits.pending_bytes:
+            raise ApiError(429, "full", "the answers to the requests under way could be too large; try again later")
+        self.admitted += 1
+        self.pending_bytes += size
+        self.engine_users[engine] += 1
+        try:
+            yield
+        finally:
+            self.admitted -= 1
+            self.pending_bytes -= size
+            self.engine_users[engine] -= 1
+            if not self.engine_users[engine]:
+                del self.engine_users[engine]
 
     def admission_error(self) -> ApiError | None:
         """Why any request would be refused now: no model is ready, or the queues of the ready ones are full.
