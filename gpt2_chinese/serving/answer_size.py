@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 
 from gpt2_chinese.serving.api import CompletionRequest, Limits
@@ -41,10 +42,14 @@ def largest_answer(request: CompletionRequest, token_bytes: int, n_ctx: int) -> 
         logprob_bytes = (token_bytes + NUMBER_BYTES) * (2 + request.logprobs) + NUMBER_BYTES
     for context in request.contexts:
         if isinstance(context, str):
-            context_bytes, context_tokens = len(json.dumps(context, ensure_ascii=False).encode()), most_tokens(context)
+            context_bytes = len(json.dumps(context, ensure_ascii=False).encode())
         else:
-            context_bytes, context_tokens = len(context) * (token_bytes + 1), len(context)
-        prompt_tokens = min(n_ctx, context_tokens + 1) if request.scored else 0
+            context_bytes = len(context) * (token_bytes + 1)
+        prompt_tokens = 0
+        if request.scored:
+            # A text of n_ctx characters may have as many tokens; of a shorter one the bytes are counted.
+            is_short_text = isinstance(context, str) and len(context) < n_ctx
+            prompt_tokens = min(n_ctx, (most_tokens(str(context)) if is_short_text else len(context)) + 1)
         choice = CHOICE_BYTES + context_bytes + request.length * (token_bytes + 1)
         total += choice + (request.length + prompt_tokens) * logprob_bytes
     return total * max(request.samples, request.sequences)
@@ -52,7 +57,9 @@ def largest_answer(request: CompletionRequest, token_bytes: int, n_ctx: int) -> 
 
 def most_tokens(text: str) -> int:
     """The most tokens that a text can have: one for each byte, after tokenizers have taken its characters apart."""
-    return max(len(text.encode()), len(unicodedata.normalize("NFD", text.lower()).encode()))
+    # A character at a time: `unicodedata` takes time that is quadratic in the length of a run of marks.
+    apart = Counter(text.lower())
+    return max(len(text.encode()), sum(len(unicodedata.normalize("NFD", one).encode()) * apart[one] for one in apart))
 
 
 def largest_tokenize_answer(text: str, token_bytes: int, *, with_names: bool) -> int:
