@@ -213,9 +213,9 @@ def read_text_file(path: str | Path, *, most: int | None = None) -> str:
         ValueError: the file is not UTF-8, or has more bytes; the message names it.
     """
     with open(path, "rb") as file:
-        data = file.read() if most is None else file.read(most + 1)
-    if most is not None and len(data) > most:
-        raise ValueError(f"{path} has more than {most:,} bytes; it is damaged or another file, copy it again")
+        if most is not None and os.fstat(file.fileno()).st_size > most:
+            raise ValueError(f"{path} has more than {most:,} bytes; it is damaged or another file, copy it again")
+        data = file.read()
     try:
         # Universal newlines, as of every text that is read.
         return data.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
