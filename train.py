@@ -234,6 +234,9 @@ def train_teachers(run: Run) -> int:
         minutes, count = plan.seconds / 60, run.plan.teachers
         remark(f"plan       teacher {number} of {count} in {args.output_dir}, {minutes:.1f} minutes")
         teacher, model = prepare(args, 0, remark, plan)
+        if teacher.corpus.sha256 != run.corpus.sha256:
+            folder = args.tokenized_data_path
+            raise ValueError(f"{folder}: another run has put other pieces there; start this run again")
         status = train_on_devices(teacher, model, find_checkpoint(teacher, len(teacher.devices)))
         if status:
             return status

@@ -26,9 +26,15 @@ def run_script(main: Callable[[], int | None], *, texts_on_stdout: bool = False)
     """
     prepare_streams(language_of(os.environ, sys.argv[1:]), texts_on_stdout=texts_on_stdout)
     try:
-        sys.exit(main())
+        status = main()
+        sys.stdout.flush()
+        sys.exit(status)
     except (ValueError, OSError) as error:
         print(f"error: {as_sentence(error)}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:  # Python would try it again at its end
+            _to_nowhere(sys.stdout.fileno())
         sys.exit(USER_ERROR)
     except MemoryError:
         print("error: memory ran out; smaller values of the flags that are numbers need less", file=sys.stderr)
@@ -63,17 +69,21 @@ def open_closed_streams() -> None:
 
     The first file that is opened would get the number of the missing stream, and what is written there.
     """
-    for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # has the least number that is free, this one
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            try:
-                os.fstat(number)
-            except OSError:
-                null = os.open(os.devnull, os.O_RDWR)  # has the least number that is free
-                if null != number:
-                    os.dup2(null, number)
-                    os.close(null)
-                os.set_inheritable(number, True)
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+
+
+def _to_nowhere(descriptor: int) -> None:
+    """Let what is written to a file from now on go nowhere."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)
 
 
 class _MessageFile(io.FileIO):
@@ -89,9 +99,7 @@ class _MessageFile(io.FileIO):
             return super().write(data)
         except OSError as error:
             self.failure = error
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self.fileno())
-            os.close(null)
+            _to_nowhere(self.fileno())
             return len(data)
 
 
@@ -99,18 +107,24 @@ def _for_messages(stream: TextIO) -> TextIO:
     """The same stream on a `_MessageFile`, if it is a file of this process: not a capture or a console of Windows."""
     if stream not in (sys.__stdout__, sys.__stderr__) or not isinstance(stream, io.TextIOWrapper):
         return stream
-    raw = getattr(stream.buffer, "raw", stream.buffer)
+    raw = _raw_file(stream)
     if type(raw) is not io.FileIO:
         return stream
     stream.flush()
     file = _MessageFile(raw.fileno(), "w", closefd=False)
     return io.TextIOWrapper(
-        file if raw is stream.buffer else io.BufferedWriter(file),  # without a buffer after python -u
+        file if raw is stream.buffer else io.BufferedWriter(file),
         encoding=stream.encoding,
         errors=stream.errors,
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
+
+
+def _raw_file(stream: TextIO) -> Any:
+    """What a stream writes to in the end; after `python -u` there is no buffer between them."""
+    buffer = getattr(stream, "buffer", None)
+    return getattr(buffer, "raw", buffer)
 
 
 def check_stdout() -> None:
@@ -120,7 +134,7 @@ def check_stdout() -> None:
     """
     stream = text_stream()
     stream.flush()
-    file = getattr(getattr(stream, "buffer", None), "raw", None)
+    file = _raw_file(stream)
     if isinstance(file, _MessageFile) and file.failure is not None and file.failure.errno != errno.EPIPE:
         raise OSError(file.failure.errno, file.failure.strerror, "stdout")
 
@@ -209,6 +223,4 @@ def say(text: str, *, file: TextIO | None = None) -> None:
     except UnicodeEncodeError:
         print(text.encode("ascii", "backslashreplace").decode(), file=stream, flush=True)
     except OSError:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, stream.fileno())
-        os.close(null)
+        _to_nowhere(stream.fileno())

@@ -134,7 +134,7 @@ def make_trusted_folder(folder: Path) -> Path:
         OSError: it cannot be made or written, or somebody whom `may_be_forged` does not trust may write or exchange it.
     """
     if not folder.is_absolute():
-        raise FileNotFoundError(errno.ENOENT, "this is no absolute path", str(folder))
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder = folder.resolve()
     if os.name == "posix":
@@ -143,7 +143,7 @@ def make_trusted_folder(folder: Path) -> Path:
             # Where the sticky bit is set, as on /tmp, others may add names and exchange none of ours.
             shared = place != folder and found.st_uid == 0 and found.st_mode & stat.S_ISVTX
             if not shared and may_be_forged(found):
-                raise PermissionError(errno.EPERM, "others may write this folder, so no code is kept in it", str(place))
+                raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(place))
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     return folder

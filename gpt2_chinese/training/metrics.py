@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
@@ -26,10 +27,14 @@ def read_point(line: bytes) -> dict[str, Any] | None:
     return point
 
 
-def _report_thread(args: threading.ExceptHookArgs) -> None:
-    """A `threading.excepthook` that leaves a full disk to TensorBoard, which raises its thread's error in ours too."""
-    if not isinstance(args.exc_value, OSError) or type(args.thread).__name__ != "_AsyncWriterThread":
-        threading.__excepthook__(args)
+def _without_full_disks(report: Callable[[threading.ExceptHookArgs], Any]) -> Callable[[threading.ExceptHookArgs], Any]:
+    """A `threading.excepthook` that is silent of a full disk in TensorBoard's thread, which ours raises too."""
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not isinstance(args.exc_value, OSError) or type(args.thread).__name__ != "_AsyncWriterThread":
+            report(args)
+
+    return hook
 
 
 class Metrics:
@@ -59,11 +64,11 @@ class Metrics:
                         self._validated.add(point["step"])
         with atomic_write(path) as file:
             file.writelines(line + "\n" for line in kept)
-        threading.excepthook = _report_thread
-        self._writer_dir = writer_dir
-        self._file = open(path, "a", encoding="utf-8")
+        self._writer_dir, self._excepthook = writer_dir, threading.excepthook
+        threading.excepthook = _without_full_disks(self._excepthook)
         with disk_errors(writer_dir):
             self._writer = SummaryWriter(str(writer_dir), purge_step=resumed_from + 1 if resumed_from else None)
+        self._file = open(path, "a", encoding="utf-8")
 
     def __enter__(self) -> Metrics:
         return self
@@ -71,12 +76,14 @@ class Metrics:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with suppress(OSError) if error is not None else nullcontext():  # an error that is known is told, not its echo
-            with disk_errors(self._writer_dir):
-                self._writer.close()
-            with disk_errors(self._path):
-                self._file.close()
-        threading.excepthook = threading.__excepthook__
+        try:
+            with suppress(OSError) if error is not None else nullcontext():  # the first error is told, not its echo
+                with disk_errors(self._path):
+                    self._file.close()
+                with disk_errors(self._writer_dir):
+                    self._writer.close()
+        finally:
+            threading.excepthook = self._excepthook
 
     def train(self, step: int, epoch: float, **figures: float) -> None:
         """A point of the training; a figure's name is its tag."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -135,6 +136,7 @@ def run_on_all(devices: Sequence[torch.device], work: Callable[..., int], *args:
 
         # A terminal sends Ctrl-C to every process; this one only waits while the ranks save.
         is_whole = True
+        logging.getLogger(torch.multiprocessing.spawn.__module__).setLevel(logging.ERROR)  # says whom it terminates
         with signal_handlers({signal.SIGINT: lambda number, _: interrupts.append(number), signal.SIGTERM: pass_on}):
             try:
                 while not ranks.join(grace_period=GRACE_SECONDS):

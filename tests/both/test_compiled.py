@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -86,3 +87,28 @@ def test_code_that_needs_numba_at_run_time_is_not_accepted(kernel, monkeypatch):
     kernel.write_text(raising, encoding="utf-8")
     with pytest.raises(AssertionError, match="only Numba's runtime"):
         triangle(kernel, 3)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX modes")
+def test_a_folder_for_code_is_one_that_nobody_else_can_write_or_exchange(tmp_path):
+    folder = compiled.make_trusted_folder(tmp_path / "cache/code")
+    assert folder == (tmp_path / "cache/code").resolve() and folder.stat().st_mode & 0o777 == 0o700
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    assert compiled.make_trusted_folder(link) == folder  # so that nobody exchanges the link later
+    for place in (folder, folder.parent):
+        place.chmod(0o777)
+        with pytest.raises(PermissionError, match=str(place)):
+            compiled.make_trusted_folder(folder)
+        place.chmod(0o700)
+    assert compiled.make_trusted_folder(folder) == folder
+    with pytest.raises(FileNotFoundError):
+        compiled.make_trusted_folder(Path("~/.cache"))
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root gives files away")
+def test_a_folder_of_another_user_is_not_taken_for_code(tmp_path):
+    (tmp_path / "code").mkdir(mode=0o700)
+    os.chown(tmp_path / "code", 12345, 12345)
+    with pytest.raises(PermissionError):
+        compiled.make_trusted_folder(tmp_path / "code")

@@ -10,6 +10,7 @@ import pickle
 import random
 import shutil
 import struct
+import threading
 import tracemalloc
 import zipfile
 from argparse import Namespace
@@ -547,6 +548,26 @@ def test_a_full_disk_at_a_checkpoint_is_one_line_and_the_last_checkpoint_stays(t
     assert raised.value.errno == errno.ENOSPC
     monkeypatch.undo()
     assert latest_valid(tmp_path / "checkpoints", pytest.fail) == tmp_path / "checkpoints" / "step_1"
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 5])
+def test_a_full_disk_under_tensorboard_is_one_line_that_names_its_folder(tmp_path, monkeypatch, capfd, fails_at):
+    written = []
+
+    def write(self, data: bytes) -> None:
+        written.append(data)
+        if len(written) > fails_at:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", write)
+    hook = threading.excepthook
+    with pytest.raises(OSError, match="No space left on device: '.*tb'"):
+        with Metrics(tmp_path / "tb", tmp_path / "metrics.jsonl") as metrics:
+            for step in range(10):
+                metrics.train(step, 0.0, loss=1.0)
+            metrics.flush()
+    threading.excepthook = hook
+    assert capfd.readouterr().err == ""
 
 
 def test_a_full_disk_in_the_words_of_a_library_is_one_too(tmp_path):

@@ -784,6 +784,7 @@ def test_a_mistake_is_named_with_its_mend_and_leaves_every_file_as_it_was(train,
     [
         (["--epochs", "0"], "--epochs: 0 is not above 0"),
         (["--stride", "0"], "--stride: 0 is not above 0"),
+        (["--seed", f"1{'0' * 30}"], f"--seed: 1{'0' * 30} is not from 0 to {2**62}"),
         (["--batch_size", "x"], "--batch_size"),
         (["--lr", "nan"], "--lr: nan is not a number above 0"),
         (["--lr", "-1"], "--lr: -1 is not a number above 0"),
@@ -796,6 +797,22 @@ def test_a_flag_out_of_range_is_refused_by_name(train, capsys, flags, message):
         train.main(flags)
     assert refused.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--epochs", "--seed"])
+def test_the_greatest_number_of_a_flag_takes_neither_memory_nor_time(train, flag):
+    assert run(train, flag, str(2**62), "--max_steps", "1") == 0
+
+
+@pytest.mark.parametrize("name", ["model_epoch2", "final_model", "best_model"])
+def test_only_folders_that_the_run_writes_are_refused(train, name):
+    for folder in ("model/model_epoch3", "model/model_epoch02", f"model/{name}"):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "mine").touch()
+    with pytest.raises(FileExistsError, match=f"{name} is there already and is not a model folder"):
+        run(train, epochs=2)
+    Path("model", name, "mine").unlink()
+    assert run(train, epochs=2, max_steps=1) == 0
 
 
 def test_no_cpu_fallback_happens_silently(train, monkeypatch, capsys):
