@@ -74,13 +74,18 @@ async def serve(app: web.Application, service: Service, sock: socket.socket, *, 
 
 
 class LoopErrors:
-    """Logs what goes wrong in the event loop; once a minute that no file may be opened, which is tried every second."""
+    """Logs what goes wrong in the event loop; once a minute that no file may be opened, which is tried every second.
+
+    A try that asyncio has put off until after the port is closed is no error.
+    """
 
     def __init__(self) -> None:
         self._said_at = -math.inf
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         error = context.get("exception")
+        if isinstance(error, ValueError) and "_start_serving" in context.get("message", ""):
+            return
         if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
             loop.default_exception_handler(context)
         elif loop.time() - self._said_at > FILES_LOG_SECONDS:

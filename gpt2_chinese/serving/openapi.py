@@ -139,14 +139,15 @@ MODEL = _object(
 MODELS = _object(object={"const": "list"}, data=_array(MODEL))
 MODEL_HEALTH = _object(
     model=TEXT,
-    status={"enum": ["loading", "ready", "dead"]},
+    status={"enum": ["loading", "ready", "restarting", "dead"]},
     running=INTEGER,
     waiting=INTEGER,
     full_speed=BOOLEAN,
     n_ctx=_or_null("integer"),
+    restarts=INTEGER,
 )
 HEALTH = _object(
-    status={"enum": ["loading", "ready", "draining", "dead"]},
+    status={"enum": ["loading", "ready", "restarting", "draining", "dead"]},
     model=TEXT,
     device=_or_null("string"),
     running=INTEGER,

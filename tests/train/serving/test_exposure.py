@@ -9,20 +9,27 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
-from served import GOOD, check_error, check_good, raw, served, wait_until
+from served import GOOD, check_error, check_good, events, raw, served, wait_until
 from tiny_model import endless_model, save_tiny_model, tiny_model, tiny_tokenizer
 
 from gpt2_chinese.decoding.completion import Prompt, SamplingParams
 from gpt2_chinese.decoding.engine import Engine
+from gpt2_chinese.serving import openai_completions, writing
+from gpt2_chinese.serving.answer_size import largest_detokenize_answer, largest_tokenize_answer, longest_token_bytes
 from gpt2_chinese.serving.flags import parse_args
 from gpt2_chinese.serving.hosts import LOOPBACK_NAMES, allowed_hosts, name_of
 from gpt2_chinese.serving.keys import hide_keys, read_admin_keys, read_keys
+from gpt2_chinese.serving.openai_completions import OpenAICompletion
+from gpt2_chinese.serving.responses import EncodedItems
+from gpt2_chinese.serving.service import MAX_TOKENIZE_REQUESTS
+from gpt2_chinese.text.word_tokenizer import BYTE_TOKENS
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -256,3 +263,106 @@ def test_health_and_a_good_request_go_on_without_room_for_answers(server):
             await check_error(response, 400, "answer_too_large", "maxlength")
 
     served(test, engine=engine, answer_bytes=100_000, pending_bytes=100_000)
+
+
+def test_texts_that_are_tokenized_count_until_their_tokens_are_read(server):
+    """Answers of /tokenize were bounded by nothing, and made in the event loop."""
+    engine = Engine(tiny_model(), tiny_tokenizer(), max_num_seqs=4)
+    fields = {"prompt": "一" * 20_000, "return_token_strs": True}
+    size = largest_tokenize_answer(fields["prompt"], longest_token_bytes(engine.tokenizer.vocabulary), with_names=True)
+
+    async def test(client):
+        body = json.dumps(fields, ensure_ascii=False).encode()
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((client.host, client.port))
+            connection.sendall(b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            await wait_until(lambda: client.service.pending_bytes == size)
+            await asyncio.sleep(0.5)
+            assert client.service.pending_bytes == size
+            for path, more in (("/tokenize", fields), ("/detokenize", {"tokens": [7] * 20_000})):
+                async with client.post(path, json=more) as response:
+                    assert response.headers["Retry-After"]
+                    await check_error(response, 429, "full")
+        await wait_until(lambda: not client.service.pending_bytes)
+        async with client.post("/tokenize", json=fields) as response:
+            answer = await response.read()
+        assert json.loads(answer)["count"] == 20_001 and len(answer) <= size
+        for path, more, field in (
+            ("/tokenize", {**fields, "prompt": "一" * 21_000}, "prompt"),
+            ("/detokenize", {"tokens": [7] * 300_000}, "tokens"),
+        ):
+            async with client.post(path, json=more) as response:
+                await check_error(response, 400, "answer_too_large", field)
+        client.service.models[0].tokenize_requests = MAX_TOKENIZE_REQUESTS
+        async with client.post("/tokenize", json={"prompt": "一"}) as response:
+            await check_error(response, 429, "full")
+
+    limits = {"answer_bytes": size, "pending_bytes": size + 1000, "body_bytes": 1 << 20, "body_seconds": 30.0}
+    served(test, engine=engine, send_buffer=4096, **limits)
+
+
+@pytest.mark.parametrize("text", ["각" * 30, "İ", "\x01", "Å\u212b", "hello", "一 丁", '"\\\n', ""])
+@pytest.mark.parametrize("words", [None, ["一", *BYTE_TOKENS]])
+def test_no_tokens_are_more_than_was_computed(text, words):
+    tokenizer = tiny_tokenizer(words=words)
+    ids = [tokenizer.marks.begin, *tokenizer.encode(text)]
+    names = [tokenizer.vocabulary[id_] for id_ in ids]
+    token_bytes = longest_token_bytes(tokenizer.vocabulary)
+    for with_names in (False, True):
+        answer = {"count": len(ids), "max_model_len": 1024, "tokens": ids, "token_strs": names if with_names else None}
+        size = len(json.dumps(answer, ensure_ascii=False).encode())
+        assert size <= largest_tokenize_answer(text, token_bytes, with_names=with_names)
+    answer = {"prompt": tokenizer.decode(ids)}
+    assert len(json.dumps(answer, ensure_ascii=False).encode()) <= largest_detokenize_answer(ids, token_bytes)
+
+
+def test_large_answers_are_encoded_in_a_thread_of_their_own_and_prompts_once(server, monkeypatch):
+    """Each sample's first chunk repeats the logprobs of the prompt: 4.9 MB for 24 samples stopped all others."""
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8)
+    body = {
+        "prompt": ["一丁七", "万"],
+        "n": 8,
+        "max_tokens": 20,
+        "logprobs": 5,
+        "echo": True,
+        "seed": 1,
+        "temperature": 5,
+    }
+    calls: list[tuple[str, str]] = []
+
+    def recorded(owner: type, name: str) -> None:
+        function = getattr(owner, name)
+
+        def call(*args: object, **kwargs: object) -> object:
+            calls.append((name, threading.current_thread().name))
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    async def chunks(client) -> list[list[dict]]:
+        """The choices of each sample: its chunks in a stream, and then its whole."""
+        async with client.post("/v1/completions", json=body | {"stream": True}) as response:
+            found = [data["choices"][0] for _, data in await events(response) if data != "[DONE]"]
+        async with client.post("/v1/completions", json=body) as response:
+            assert response.status == 200, await response.text()
+            found += (await response.json())["choices"]
+        return [[one for one in found if one["index"] == index] for index in range(16)]
+
+    async def test(client):
+        recorded(OpenAICompletion, "delta")
+        recorded(OpenAICompletion, "body")
+        recorded(OpenAICompletion, "_prompt_arrays")
+        large = await chunks(client)
+        assert {name for name, _ in calls} == {"delta", "body", "_prompt_arrays"}
+        assert all(thread.startswith("encoding") for _, thread in calls), calls
+        inline = 1 << 40
+        monkeypatch.setattr(writing, "MAX_INLINE_ANSWER", inline)
+        monkeypatch.setattr(openai_completions, "MAX_INLINE_ANSWER", inline)
+        assert await chunks(client) == large
+
+    encoded: list[EncodedItems] = []
+    of = EncodedItems.of
+    monkeypatch.setattr(EncodedItems, "of", lambda items: encoded.append(of(items)) or encoded[-1])
+    served(test, engine=engine)
+    assert len(encoded) == 2 * 2 * 4  # answers, prompts, arrays

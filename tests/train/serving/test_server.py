@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from gpt2_chinese.decoding.engine import Engine
 from gpt2_chinese.serving.fast_path import simple_post
 from gpt2_chinese.serving.flags import parse_args, parse_origins
 from gpt2_chinese.serving.keys import read_keys
+from gpt2_chinese.serving.lifecycle import LoopErrors
 
 ROOT = Path(__file__).resolve().parents[3]
 ALL_OF_THE_PROCESS = {"gpt2_admitted_requests", "gpt2_tasks", "gpt2_http_requests"}
@@ -875,11 +877,80 @@ def test_no_model_folder_and_one_without_weights_are_clear(server, tmp_path):
             "--model_name is given 1 times and",
         ),
         (["--model_name", ""], "a model has no name"),
+        (["--batch_size", "4097"], "--batch_size must be at most 4096, it is 4097"),
     ],
 )
 def test_a_wrong_flag_is_named(server, flags, message):
     with pytest.raises((ValueError, OSError), match=message):
         server.main(["--port", "0", *flags])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="limits a running process as Linux does")
+def test_a_process_without_files_says_so_once_and_recovers(tmp_path):
+    import resource
+
+    command = [sys.executable, "server.py", "--port", "0", "--model_path", str(save_tiny_model(tmp_path / "model"))]
+    command += ["--lang", "en"]
+    with (
+        open(tmp_path / "err", "w+", encoding="utf-8") as err,
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=err, text=True) as process,
+    ):
+        try:
+            url = next(line.split()[2] for line in process.stdout if line.startswith("serving on "))
+            address = ("127.0.0.1", int(url.rpartition(":")[2]))
+            files = max(int(path.name) for path in Path(f"/proc/{process.pid}/fd").iterdir()) + 4
+            resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (files, files))
+
+            def errors() -> list[str]:
+                lines = (tmp_path / "err").read_text(encoding="utf-8").splitlines()
+                return [line for line in lines if not line.startswith(("note: ", "compiling "))]
+
+            connections = [socket.create_connection(address, timeout=60) for _ in range(20)]
+            deadline = time.monotonic() + 30
+            while not errors():
+                assert time.monotonic() < deadline, "nothing is said"
+                time.sleep(0.05)
+            time.sleep(2.5)  # asyncio tries again every second
+            for connection in connections:
+                connection.close()
+            with urllib.request.urlopen(f"{url}/health", timeout=60) as response:
+                assert response.status == 200
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+        assert len(errors()) == 1, errors()
+        assert errors()[0].startswith("ERROR: no connection can be accepted: Too many open files; raise the limit")
+
+
+class SocketWithoutFiles(socket.socket):
+    """A listening socket of a process that may open no more files."""
+
+    def accept(self):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the event loop of POSIX")
+def test_a_port_that_closes_while_there_are_no_files_leaves_no_traceback(caplog):
+    """asyncio listens again after a second, on a socket that is closed by then: 310 lines when the server stopped."""
+
+    async def test() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(LoopErrors())
+        with SocketWithoutFiles() as sock:
+            sock.bind(("127.0.0.1", 0))
+            sock.listen()
+            server = await loop.create_server(asyncio.Protocol, sock=sock)
+            with socket.create_connection(sock.getsockname(), timeout=60):
+                await wait_until(lambda: caplog.records)
+            server.close()
+        await asyncio.sleep(1.5)
+        loop.call_exception_handler({"message": "another error"})
+
+    asyncio.run(test())
+    said, another = (record.getMessage() for record in caplog.records)
+    assert said.startswith("no connection can be accepted: ") and another.startswith("another error")
 
 
 @pytest.mark.slow

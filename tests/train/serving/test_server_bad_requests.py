@@ -12,8 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from served import GOOD, Client, check_error, check_good, error_of, raw, served
+from served import GOOD, Client, check_error, check_good, error_of, raw, served, wait_until
+from tiny_model import endless_model, tiny_tokenizer
 
+from gpt2_chinese.decoding.engine import Engine
 from gpt2_chinese.serving.api import (
     CompletionRequest,
     Limits,
@@ -494,6 +496,25 @@ def test_half_of_a_request_is_dropped_in_silence(caplog):
         await check_good(client)
 
     served(test, idle_seconds=0.2)
+    assert not caplog.records
+
+
+def test_a_client_that_closes_its_half_of_the_connection_is_taken_for_gone(caplog):
+    engine = Engine(endless_model(), tiny_tokenizer(), max_num_seqs=8)
+
+    async def test(client):
+        body = json.dumps({"context": "一", "maxlength": 1_000_000, "samples": 8}).encode()
+        reader, writer = await asyncio.open_connection(client.host, client.port)
+        writer.write(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        await wait_until(lambda: engine.running)
+        writer.write_eof()
+        assert await asyncio.wait_for(reader.read(), 10) == b""
+        await wait_until(lambda: not engine.running and not client.service.pending_bytes)
+        assert client.service.response_counts == {("/generate", 499): 1}
+        writer.close()
+        await check_good(client)
+
+    served(test, engine=engine, length=1_000_000)
     assert not caplog.records
 
 

@@ -251,6 +251,43 @@ def test_the_description_has_the_limits_of_this_server():
     served(test, samples=7, length=99)
 
 
+def test_the_description_of_health_has_every_status_and_field():
+    async def test(client):
+        async with client.get("/openapi.json") as response:
+            described = await response.json()
+        schema = described["paths"]["/health"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
+        of_model = schema["properties"]["models"]["items"]
+        model, engine = client.service.models[0], client.service.models[0].engine
+        server_statuses, model_statuses = set(), set()
+        for changes in ({}, {"engine": None}, {"engine": DeadEngine(engine)}, {"error": ValueError()}):
+            model.restart = "error" not in changes
+            for name, value in changes.items():
+                setattr(model, name, value)
+            for client.service.draining in (False, True):
+                async with client.get("/health") as response:
+                    health = await response.json()
+                assert set(health) == set(schema["required"]) and set(health["models"][0]) == set(of_model["required"])
+                server_statuses.add(health["status"])
+                model_statuses.add(health["models"][0]["status"])
+        model.engine, model.error, client.service.draining = engine, None, False
+        assert server_statuses == set(schema["properties"]["status"]["enum"])
+        assert model_statuses == set(of_model["properties"]["status"]["enum"])
+
+    served(test)
+
+
+class DeadEngine:
+    """An engine whose process has died."""
+
+    alive = False
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._engine, name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["positive", "negative"])
 def test_schemathesis_finds_no_answer_that_the_description_does_not_have(mode, caplog):
