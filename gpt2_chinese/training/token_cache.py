@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from gpt2_chinese.artifacts import atomic_write, exclusive_lock, read_json, write_json
+from gpt2_chinese.artifacts import MAX_LARGE, atomic_write, exclusive_lock, read_json, write_json
 from gpt2_chinese.text.pieces import HOW_TO_FIX, MANIFEST, piece_numbers, read_piece
 from gpt2_chinese.text.vocabulary import Marks
 from gpt2_chinese.training.hold_out import HoldOut, split
@@ -172,7 +172,7 @@ def _has_tokens(path: Path, dtype: str, count: int) -> bool:
 def _cached_tokens(cache: Path, paths: list[Path], vocab_size: int, expected: dict[str, str]) -> Corpus | None:
     """What an earlier run kept, or None if it is not of these pieces."""
     try:
-        known = read_json(cache / ".tokens.json")
+        known = read_json(cache / ".tokens.json", most=MAX_LARGE)
         if known["format"] != _CACHE_FORMAT or known["vocab_size"] != vocab_size:
             return None
         if known["stamps"] != [_file_key(path) for path in paths]:
@@ -236,7 +236,7 @@ def _cached_split(cache: Path, corpus: Corpus, hold_out: HoldOut) -> Corpus | No
     """What an earlier run kept, or None if it is not of this corpus."""
     training, held_out, header = _split_files(cache, hold_out)
     try:
-        known = read_json(header)
+        known = read_json(header, most=MAX_LARGE)
         if known["of"] != [_CACHE_FORMAT, corpus.sha256, corpus.dtype]:
             return None
         found = _with_split(corpus, training, held_out, known)
