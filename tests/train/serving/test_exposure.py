@@ -228,22 +228,25 @@ def test_a_server_outlives_the_reader_of_its_output_and_shows_no_key(tmp_path):
         assert process.stdout is not None
         assert process.stdout.readline().startswith(b"settings: ")
         process.stdout.close()  # as `head -1` does
-        status, deadline = 0, time.monotonic() + 60
-        while status != 200 and process.poll() is None and time.monotonic() < deadline:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
-                    status = response.status
-            except (urllib.error.URLError, ConnectionError):
-                time.sleep(0.05)
-        assert status == 200 and process.poll() is None
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                assert b"s3cret" not in path.read_bytes()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-        time.sleep(0.3)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        status, deadline = 0, time.monotonic() + 180
+        try:
+            while status != 200 and process.poll() is None and time.monotonic() < deadline:
+                try:
+                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
+                        status = response.status
+                except (urllib.error.URLError, ConnectionError):
+                    time.sleep(0.05)
+            assert status == 200 and process.poll() is None
+            for path in Path("/proc").glob("[0-9]*/cmdline"):
+                try:
+                    assert b"s3cret" not in path.read_bytes()
+                except (FileNotFoundError, ProcessLookupError):
+                    continue
+            time.sleep(0.3)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
 
 
 def test_health_and_a_good_request_go_on_without_room_for_answers(server):
