@@ -20,7 +20,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from gpt2_chinese.artifacts import atomic_write
-from gpt2_chinese.command_line import add_output_flags, print_settings, progress_disabled, run_script, set_quiet
+from gpt2_chinese.command_line import (
+    add_output_flags,
+    check_stdout,
+    print_settings,
+    progress_disabled,
+    run_script,
+    set_quiet,
+)
 from gpt2_chinese.help_formatter import HelpFormatter
 from gpt2_chinese.messages import language_of
 from gpt2_chinese.text.cleaning import RULES as CLEANING_RULES
@@ -129,6 +136,7 @@ def main(argv: list[str] | None = None) -> None:
             listing, encoding=encoding, unit=args.document, text_field=args.text_field, min_length=MIN_LENGTH
         )
         print(*screen(found, args.data_path, args.lang or language_of(os.environ)), sep="\n")
+        check_stdout()
         return
     for line in passed_over_lines(listing.passed_over):
         if not args.quiet:

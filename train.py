@@ -287,6 +287,7 @@ def main(argv: list[str] | None = None) -> int:
         tokenize(args)
     plan = plan_run(args, given_flags(argv)) if args.minutes and not args.eval_only else None
     if args.plan:
+        check_stdout()
         return 0
     if is_main:
         print_settings(args)

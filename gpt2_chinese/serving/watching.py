@@ -23,7 +23,6 @@ class WatchedFolder:
     def __init__(self, folder: Path, served: Path) -> None:
         self._folder = folder
         self._served_at = stamp_of(served)
-        self._served = served, fingerprint_of(served)
         self._refused: dict[Path, Fingerprint] = {}
         self._changing: dict[Path, Fingerprint] = {}
 
@@ -32,14 +31,12 @@ class WatchedFolder:
         for path in newest_models(self._folder):
             if stamp_of(path) <= self._served_at:
                 return None
-            files = fingerprint_of(path)
-            if (path, files) == self._served:
-                return None
-            if path not in self._refused or self._has_settled(path, files):
+            if path not in self._refused or self._has_settled(path):
                 return path
         return None
 
-    def _has_settled(self, path: Path, files: Fingerprint) -> bool:
+    def _has_settled(self, path: Path) -> bool:
+        files = fingerprint_of(path)
         if files == self._refused[path]:
             return False
         was, self._changing[path] = self._changing.get(path), files
@@ -47,7 +44,6 @@ class WatchedFolder:
 
     def took(self, path: Path) -> None:
         self._served_at = stamp_of(path)
-        self._served = path, fingerprint_of(path)
         self._refused.pop(path, None)
 
     def refuse(self, path: Path) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +15,7 @@ from gpt2_chinese.messages import language_of
 from gpt2_chinese.text.doctor import _FINDINGS, _LABELS, examine, screen
 from gpt2_chinese.text.formats import list_files
 
+ROOT = Path(__file__).resolve().parents[2]
 SUBJECTS = "老人 孩子 医生 先生 邻居 少年 木匠 船夫 老师 母亲".split()
 PLACES = "河边 山上 图书馆 医院 街头 院子里 渡口 车站 学校 城里".split()
 DEEDS = "钓鱼 读书 看病 散步 等车 种花 下棋 讲故事 修船 听雨".split()
@@ -109,6 +113,20 @@ def test_the_advice_mends_the_folder(folder, script, tmp_path_factory):
     script("build_trainfile").main(["--data_path", str(path), "--output_path", str(output), *flags])
     documents = json.loads(output.read_text(encoding="utf-8"))
     assert STORIES[650] in documents and any(document.startswith("第7章 题目\n") for document in documents)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
+def test_a_screen_that_cannot_be_written_is_an_error(folder):
+    command = [
+        sys.executable,
+        str(ROOT / "build_trainfile.py"),
+        "--doctor",
+        "--data_path",
+        str(folder(FOLDERS["little"])),
+    ]
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    assert done.returncode == 2 and done.stderr.endswith("error: stdout: No space left on device\n")
 
 
 def test_the_script_writes_nothing_and_speaks_the_users_language(folder, script, capsys, monkeypatch):

@@ -63,7 +63,7 @@ def configuration(folder: Path, port: int, servers: list[int]) -> str:
 
 
 def wait_for(url: str, processes: list[subprocess.Popen[bytes]]) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 120
     while True:
         try:
             with urllib.request.urlopen(url, timeout=5) as response:

@@ -37,8 +37,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def healing(folder):
-    """A server that notices after five seconds that its model hangs."""
-    flags = ["--device", "cpu", "--hang_timeout", "5", "--max_length", "100000", "--max_answer", str(1 << 30)]
+    """A server that notices after two seconds that its model hangs."""
+    flags = ["--device", "cpu", "--hang_timeout", "2", "--max_length", "100000", "--max_answer", str(1 << 30)]
     os.environ["GPT2_CHINESE_ADMIN_KEY"] = "secret"
     try:
         server = serving.Server(str(folder), *flags)
