@@ -3,11 +3,14 @@
 A draw has three parts: the logits are changed in place (bias, penalties, tokens that are left out; logits_processing.py
 and logits_kernel.py), a token is sampled for each sequence (sampling.py), and the caller commits the tokens, or has one
 of them drawn again without the one that it does not want.
+
+A model may be so small that its step takes less than some forty operations of NumPy on a few numbers. So the compiled
+code reads and writes the arrays of all slots in place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +25,11 @@ from gpt2_chinese.decoding.completion import SamplingParams
 from gpt2_chinese.decoding.distinct import STUCK, UNIT, Codes
 from gpt2_chinese.decoding.sampling import (
     MAX_PARTIAL_TOP_K,
+    NOT_SAMPLED,
     CompiledSampler,
+    SlotArrays,
     apply_temperature,
+    sample_rest,
     sample_tokens,
     top_k_top_p_mask,
     uniform_random,
@@ -33,7 +39,7 @@ from gpt2_chinese.precision import to_device
 
 KERNEL_MODULE = "gpt2_chinese.decoding.logits_kernel"
 KERNEL_SOURCES = tuple(
-    Path(__file__).with_name(f"{name}.py") for name in ("batch_sampler", "logits_kernel", "decoder_kernel")
+    Path(__file__).with_name(f"{name}.py") for name in ("batch_sampler", "sampling", "logits_kernel", "decoder_kernel")
 )
 REDRAW_STRIDE = 1 << 40
 """Between the numbers of the random numbers of a token's first and second draw; no completion has so many tokens."""
@@ -42,7 +48,8 @@ REDRAW_STRIDE = 1 << 40
 class RowInts(NamedTuple):
     """What the compiled code knows of a slot, int64; addresses are 0 where there is nothing."""
 
-    mask: int
+    mask: int  # of CharacterMasks; the compiled code finds it itself
+    is_scored: int
     history: int  # int64 [length], the tokens of prompt and completion
     length: int
     prompt_length: int
@@ -64,23 +71,32 @@ class RowFloats(NamedTuple):
 
 
 class LogitsArgs(NamedTuple):
-    """Sizes and addresses for logits_kernel.process_batch."""
+    """Sizes and addresses for logits_kernel.process_batch; the arrays of slots are those of all."""
 
     logits: int  # float32 [batch, vocab_size]
     vocab_size: int
     batch: int
-    ints: int  # int64 [batch, RowInts]
-    floats: int  # float32 [batch, RowFloats]
-    mask_allows: int  # CharacterMasks
+    first_slot: int  # of the batch
+    ints: int  # int64 [slots, RowInts]
+    floats: int  # float32 [slots, RowFloats]
+    seeds: int  # uint64 [slots], and int64 [slots] each
+    num_sampled: int
+    states: int
+    remaining: int
+    uniform: int  # float64 [slots], written: the random numbers
+    log_sums: int  # float32 [slots], written: the logarithm of the sum of exp, of the slots that are scored
+    max_distance: int  # CharacterMasks
+    mask_allows: int
     mask_begins: int
     mask_ids: int
     counts: int  # int64 [vocab_size], zero
     kept: int  # float32 [vocab_size], scratch
 
 
-LOGITS, BATCH, INTS, FLOATS = map(LogitsArgs._fields.index, ("logits", "batch", "ints", "floats"))
+LOGITS, BATCH, FIRST_SLOT = map(LogitsArgs._fields.index, ("logits", "batch", "first_slot"))
 (
     MASK,
+    IS_SCORED,
     HISTORY,
     LENGTH,
     PROMPT_LENGTH,
@@ -150,14 +166,27 @@ class BatchSampler:
         self._is_special = np.zeros(max_num_seqs, dtype=bool)  # has settings of SlotSettings
         self._settings: list[SlotSettings | None] = [None] * max_num_seqs
         self._redraws = np.zeros(max_num_seqs, dtype=np.int64)
+        self._uniform = np.zeros(max_num_seqs)
+        self._is_scored = np.zeros(max_num_seqs, dtype=bool)
+        self._log_sums = np.zeros(max_num_seqs, dtype=np.float32)
+        self._raw_rows: list[int] = []  # of the last batch: where `logprobs` needs the logits before they were processed
+        self._raw_logits = torch.empty(0)  # [raw rows, V]
         self._scratch = np.zeros(masks.vocab_size, dtype=np.int64), np.zeros(masks.vocab_size, dtype=np.float32)
         counts, kept = self._scratch
         fixed = LogitsArgs(
             logits=0,
             vocab_size=masks.vocab_size,
             batch=0,
-            ints=0,
-            floats=0,
+            first_slot=0,
+            ints=self._ints.ctypes.data,
+            floats=self._floats.ctypes.data,
+            seeds=self._seeds.ctypes.data,
+            num_sampled=self._num_sampled.ctypes.data,
+            states=self._states.ctypes.data,
+            remaining=self._remaining.ctypes.data,
+            uniform=self._uniform.ctypes.data,
+            log_sums=self._log_sums.ctypes.data,
+            max_distance=masks.max_distance,
             mask_allows=masks.allows.ctypes.data,
             mask_begins=masks.begins.ctypes.data,
             mask_ids=masks.ids.ctypes.data,
@@ -166,7 +195,11 @@ class BatchSampler:
         )
         self._args = np.array(fixed, dtype=np.int64)
         self._args_address = self._args.ctypes.data
-        self._ints_address, self._floats_address = self._ints.ctypes.data, self._floats.ctypes.data
+        self._slot_arrays = SlotArrays(
+            *(one.ctypes.data for one in (self._uniform, self._temperature, self._top_k, self._top_p, self._min_p)),
+            *(one.ctypes.data for one in (self._mass, self._code, self._remaining, self._ends)),
+            *(one.ctypes.data for one in (self._next_doubt, self._next_code, self._next_mass)),
+        )
         self._banned: Tensor | None = None  # CharacterMasks.as_bool on the device
         self._default_ids = torch.from_numpy(masks.listed(masks.default_mask)).to(device)
 
@@ -181,6 +214,7 @@ class BatchSampler:
         bad_words: tuple[tuple[int, ...], ...] = (),
         code: tuple[int, int] | None = None,
         end_table: np.ndarray | None = None,
+        scores: bool = False,
     ) -> None:
         """Begin a sequence in a slot.
 
@@ -190,6 +224,7 @@ class BatchSampler:
             bad_words: the token sequences of `params.bad_words`.
             code: place and length of the interval of a sample that shares its request's codes (distinct.py).
             end_table: int8 [V], which tokens end a text, for a sequence with a code.
+            scores: `logprobs` is asked for its tokens.
         """
         self._seeds[slot], self._num_sampled[slot], self._redraws[slot] = seed, 0, 0
         self._temperature[slot], self._top_p[slot], self._min_p[slot] = params.temperature, params.top_p, params.min_p
@@ -204,6 +239,7 @@ class BatchSampler:
         floats = RowFloats(params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
         ints = RowInts(
             mask=0,
+            is_scored=scores,
             history=0 if settings.history is None else settings.history.ctypes.data,
             length=len(prompt_ids),
             prompt_length=len(prompt_ids),
@@ -216,6 +252,7 @@ class BatchSampler:
             num_banned=0,
         )
         self._ints[slot], self._floats[slot] = ints, floats
+        self._is_scored[slot] = scores
         self._is_special[slot] = (
             settings.history is not None or ints.num_biases > 0 or params.min_tokens > 0 or params.ignore_eos
         )
@@ -264,6 +301,7 @@ class BatchSampler:
             self._ints,
             self._floats,
             self._is_special,
+            self._is_scored,
         ):
             values[target] = values[source]
         self._settings[target] = self._settings[source]
@@ -291,19 +329,55 @@ class BatchSampler:
             Token ids [B], int64, on the CPU; STUCK where no token is left.
         """
         has_special = bool(self._is_special[slots].any())
-        self._ints[slots, MASK] = self.masks.mask_numbers(self._states[slots], self._remaining[slots] - 1)
+        self._raw_rows = []
         if has_special:
             self._prepare_special(slots)
         if compiled is not None:
+            if has_special:
+                self._keep_raw_logits(slots, logits, self._is_special[slots])
             self._process_compiled(slots, logits)
+            tokens = self._draw_compiled(slots, logits, compiled)
         else:
+            self._ints[slots, MASK] = self.masks.mask_numbers(self._states[slots], self._remaining[slots] - 1)
+            if self._is_scored[slots].any():
+                self._keep_raw_logits(slots, logits, self._is_scored[slots])
+                log_sums = torch.logsumexp(self._raw_logits, dim=-1)
+                self._log_sums[slots][self._raw_rows] = log_sums.cpu().numpy()
             if has_special:
                 self._process(slots, logits)
             self._apply_masks(slots, logits)
-        tokens = self._draw(slots, logits, self._num_sampled[slots].astype(np.uint64), compiled)
+            tokens = self._draw(slots, logits, self._num_sampled[slots].astype(np.uint64), None)
         if has_special:
             self._mark_empty(slots, logits, tokens, compiled)
         return tokens
+
+    def _keep_raw_logits(self, slots: slice, logits: Tensor, is_needed: np.ndarray) -> None:
+        """Keep the logits of scored sequences where `logprobs` needs them as they were: bool [B]."""
+        self._raw_rows = np.flatnonzero(self._is_scored[slots] & is_needed).tolist()
+        if self._raw_rows:
+            self._raw_logits = logits[self._raw_rows]  # a copy
+
+    def logprobs(self, slots: slice, logits: Tensor, tokens: Tensor) -> list[tuple[int, float]]:
+        """The log-probabilities of tokens by the logits before `sample`, of the sequences that have asked for scores.
+
+        Args:
+            slots, logits: those of `sample`.
+            tokens: what was drawn, or drawn again, [B] on the CPU.
+
+        Returns:
+            Row and log-probability, of the rows that are not STUCK.
+        """
+        array = tokens.numpy()
+        scored = np.flatnonzero(self._is_scored[slots] & (array != STUCK))
+        if not len(scored):
+            return []
+        values = np.full(len(array), -np.inf, dtype=np.float32)
+        if logits.is_cpu:  # what processing leaves in is as it was, but for the kept rows
+            values[scored] = logits.numpy()[scored, array[scored]]
+        if rows := self._raw_rows:
+            indices = to_device(tokens[rows].clamp_min(0), logits.device)[:, None]
+            values[rows] = self._raw_logits.gather(1, indices)[:, 0].cpu().numpy()
+        return list(zip(scored.tolist(), (values - self._log_sums[slots])[scored].tolist(), strict=True))
 
     def redraw(
         self,
@@ -360,26 +434,32 @@ class BatchSampler:
                     self._ints[slot, LENGTH] += 1
 
     def _draw(self, slots: slice, logits: Tensor, numbers: np.ndarray, compiled: CompiledSampler | None) -> Tensor:
-        codes = None
-        if (self._mass[slots] > UNIT).any():
-            self._next_doubt[slots] = self._doubt[slots]
-            self._next_code[slots], self._next_mass[slots] = self._code[slots], self._mass[slots]
-            codes = Codes(
-                code=self._code[slots],
-                mass=self._mass[slots],
-                remaining=self._remaining[slots],
-                ends=self._ends[slots],
-                end_tables=[None if one is None else one.end_table for one in self._settings[slots]],
-                doubt=self._next_doubt[slots],
-                next_code=self._next_code[slots],
-                next_mass=self._next_mass[slots],
-            )
         return sample_tokens(
             logits,
             uniform_random(self._seeds[slots], numbers),
-            *(torch.from_numpy(part[slots]) for part in (self._temperature, self._top_k, self._top_p, self._min_p)),
-            codes=codes,
+            *self._parameters(slots),
+            codes=self._begin_codes(slots),
             compiled=compiled,
+        )
+
+    def _parameters(self, slots: slice) -> Iterator[Tensor]:
+        return (torch.from_numpy(part[slots]) for part in (self._temperature, self._top_k, self._top_p, self._min_p))
+
+    def _begin_codes(self, slots: slice) -> Codes | None:
+        """The codes of these slots, and where their next ones are written; None if no sequence has one."""
+        if not (self._mass[slots] > UNIT).any():
+            return None
+        self._next_doubt[slots] = self._doubt[slots]
+        self._next_code[slots], self._next_mass[slots] = self._code[slots], self._mass[slots]
+        return Codes(
+            code=self._code[slots],
+            mass=self._mass[slots],
+            remaining=self._remaining[slots],
+            ends=self._ends[slots],
+            end_tables=[None if one is None else one.end_table for one in self._settings[slots]],
+            doubt=self._next_doubt[slots],
+            next_code=self._next_code[slots],
+            next_mass=self._next_mass[slots],
         )
 
     def _prepare_special(self, slots: slice) -> None:
@@ -398,12 +478,18 @@ class BatchSampler:
             ints[BAD_WORDS] = table.ctypes.data if at_boundary and table is not None else 0
 
     def _process_compiled(self, slots: slice, logits: Tensor) -> None:
-        assert logits.is_contiguous() and logits.dtype == torch.float32
+        assert logits.is_contiguous() and logits.dtype == torch.float32 and logits.shape[1] == self._vocab_size
         args = self._args
-        args[LOGITS], args[BATCH] = logits.data_ptr(), len(logits)
-        args[INTS] = self._ints_address + slots.start * self._ints.strides[0]
-        args[FLOATS] = self._floats_address + slots.start * self._floats.strides[0]
+        args[LOGITS], args[BATCH], args[FIRST_SLOT] = logits.data_ptr(), len(logits), slots.start
         load_logits_kernel()(self._args_address)
+
+    def _draw_compiled(self, slots: slice, logits: Tensor, compiled: CompiledSampler) -> Tensor:
+        """Draw by the random numbers that `_process_compiled` has written."""
+        codes = self._begin_codes(slots)
+        tokens = compiled.sample_slots(logits, slots.start, self._slot_arrays, has_codes=codes is not None)
+        if (tokens == NOT_SAMPLED).any():
+            sample_rest(tokens, logits, torch.from_numpy(self._uniform[slots]), *self._parameters(slots), codes=codes)
+        return torch.from_numpy(tokens)
 
     def _process(self, slots: slice, logits: Tensor) -> None:
         """Bias, penalties and banned tokens in PyTorch."""

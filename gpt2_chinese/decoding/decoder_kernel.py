@@ -109,7 +109,9 @@ def _pointer_to(kind):
     return pointer
 
 
-float32_at, uint32_at, int8_at, int64_at = map(_pointer_to, (types.float32, types.uint32, types.int8, types.int64))
+float32_at, uint32_at, int8_at, int64_at, float64_at = map(
+    _pointer_to, (types.float32, types.uint32, types.int8, types.int64, types.float64)
+)
 
 
 @intrinsic

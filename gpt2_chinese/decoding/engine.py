@@ -437,6 +437,7 @@ class Engine(CompletionBackend):
                 bad_words=request.words.bad_words,
                 code=code,
                 end_table=request.words.end_table,
+                scores=request.scores,
             )
             self._sequences.append(self._new_sequence(request, sample))
         with self._changed:
@@ -515,10 +516,6 @@ class Engine(CompletionBackend):
         }
         rows = list(num_alternatives)
         raw_logits = logits[rows] if rows else logits  # a copy: the sampler suppresses some
-        scored = [row for row, one in enumerate(sequences) if one.request.scores]
-        if scored:
-            scored_logits = logits[scored]  # a copy, too
-            raw_scored = scored_logits, torch.logsumexp(scored_logits, dim=-1)
         # A token that is looked at is detokenized at once, so where it begins is taken before.
         offsets = {slots[row]: len(sequences[row].detokenizer.text) for row in rows}
         where = slice(slots.start, slots.stop)
@@ -528,13 +525,15 @@ class Engine(CompletionBackend):
         tokens = self.sampler.sample(where, logits, self.decoder.compiled_sampler)
         if any(one.request.checks_tokens for one in sequences):
             self._redraw_unwanted(slots, sequences, tokens, logits)
+        if any(one.request.scores for one in sequences):
+            for row, logprob in self.sampler.logprobs(where, logits, tokens):
+                sequences[row].logprob_sum += logprob
+                sequences[row].num_scored += 1
         self.sampler.commit(where, tokens.numpy())
         logprobs = {}
         if rows:
             reported = self._logprobs(list(num_alternatives.values()), tokens[rows].tolist(), raw_logits)
             logprobs = {slots[row]: logprob for row, logprob in zip(rows, reported, strict=True)}
-        if scored:
-            self._add_scores(sequences, scored, tokens, raw_scored)
         now = time.monotonic()
         # From the last slot on, since the last sequence moves into a slot that is released.
         for slot, sequence, token in reversed(list(zip(slots, sequences, tokens.tolist(), strict=True))):
@@ -631,21 +630,6 @@ class Engine(CompletionBackend):
             return MISSING
         sequence.request.texts.add(text)
         return "stop"
-
-    # Scores.
-
-    def _add_scores(
-        self, sequences: Sequence[_Sequence], rows: list[int], tokens: Tensor, raw: tuple[Tensor, Tensor]
-    ) -> None:
-        """Add the log-probabilities of these rows' tokens, by their raw logits and the logarithm of the sum of all."""
-        raw_logits, log_sums = raw
-        chosen = tokens[rows].clamp_min(0)
-        indices = to_device(chosen, raw_logits.device)[:, None]
-        logprobs = (raw_logits.gather(1, indices)[:, 0] - log_sums).tolist()
-        for row, logprob in zip(rows, logprobs, strict=True):
-            if tokens[row] != STUCK:
-                sequences[row].logprob_sum += logprob
-                sequences[row].num_scored += 1
 
     def _logprobs(
         self, num_alternatives: Sequence[int], tokens: Sequence[int], logits: Tensor

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -128,6 +129,31 @@ def load_sampling_kernel() -> Callable[..., None]:
     return load_function(KERNEL_MODULE, KERNEL_SOURCES, arguments=21)
 
 
+class SlotArrays(NamedTuple):
+    """The addresses of what a draw needs of all slots of a batch, each with an element for a slot (`doubt`: two)."""
+
+    uniform: int  # float64
+    temperature: int  # float32
+    top_k: int  # int64
+    top_p: int  # float32
+    min_p: int  # float32
+    mass: int  # these and the following as in Codes
+    code: int
+    remaining: int
+    ends: int
+    doubt: int
+    next_code: int
+    next_mass: int
+
+    def of(self, slot: int) -> tuple[int, ...]:
+        """The addresses of the elements of a slot."""
+        return tuple(address + slot * size for address, size in zip(self, SLOT_ELEMENT_SIZES, strict=True))
+
+
+SLOT_ELEMENT_SIZES = SlotArrays(8, 4, 8, 4, 4, 8, 8, 8, 8, 16, 8, 8)
+"""Bytes between two slots in each array."""
+
+
 class CompiledSampler:
     """Compiled sampling on the CPU, for temperature 0 and for a top-k from 1 to MAX_PARTIAL_TOP_K - 1.
 
@@ -158,7 +184,6 @@ class CompiledSampler:
         codes: Codes | None = None,
     ) -> Tensor:
         batch = len(logits)
-        tokens = np.empty(batch, dtype=np.int64)
         min_p = torch.zeros(batch) if min_p is None else min_p
         inputs = (logits, uniform, temperature, top_k, top_p, min_p)
         dtypes = (torch.float32, torch.float64, torch.float32, torch.int64, torch.float32, torch.float32)
@@ -166,22 +191,31 @@ class CompiledSampler:
         assert all(part.is_contiguous() and part.dtype == dtype for part, dtype in zip(inputs, dtypes, strict=True))
         addresses = [part.data_ptr() for part in inputs[1:]]
         if codes is None:
-            code_addresses = [0] * 7
+            addresses += [0] * 7
         else:
-            arrays = (codes.mass, codes.code, codes.remaining, codes.ends, codes.doubt)
-            assert all(array.flags.c_contiguous for array in (*arrays, codes.next_code, codes.next_mass))
-            code_addresses = [array.ctypes.data for array in (*arrays, codes.next_code, codes.next_mass)]
+            arrays = (codes.mass, codes.code, codes.remaining, codes.ends, codes.doubt, codes.next_code, codes.next_mass)
+            assert all(array.flags.c_contiguous for array in arrays)
+            addresses += [array.ctypes.data for array in arrays]
+        return torch.from_numpy(self._sample(logits, addresses, has_codes=codes is not None))
+
+    def sample_slots(self, logits: Tensor, first_slot: int, arrays: SlotArrays, *, has_codes: bool) -> np.ndarray:
+        """The same for slots that follow each other, from `first_slot` on; the numbers stay where they are."""
+        return self._sample(logits, arrays.of(first_slot), has_codes=has_codes)
+
+    def _sample(self, logits: Tensor, addresses: Sequence[int], *, has_codes: bool) -> np.ndarray:
+        tokens = np.empty(len(logits), dtype=np.int64)
+        parameters, codes = addresses[:5], addresses[5:]
         self._function(
             logits.data_ptr(),
             self._vocab_size,
-            batch,
-            *addresses,
-            int(codes is not None),
-            *code_addresses,
+            len(tokens),
+            *parameters,
+            int(has_codes),
+            *codes,
             tokens.ctypes.data,
             *self._addresses,
         )
-        return torch.from_numpy(tokens)
+        return tokens
 
 
 NOT_SAMPLED = -1
@@ -224,13 +258,7 @@ def sample_tokens(
     min_p = torch.zeros(len(logits)) if min_p is None else min_p
     if compiled is not None:
         tokens = compiled(logits, uniform, temperature, top_k, top_p, min_p, codes)
-        if rows := np.flatnonzero(tokens.numpy() == NOT_SAMPLED).tolist():
-            parameters = (part[rows] for part in (uniform, temperature, top_k, top_p, min_p))
-            part_of_codes = None if codes is None else select_codes(codes, rows)
-            tokens[rows] = sample_tokens(_select_rows(logits, rows), *parameters, codes=part_of_codes)
-            if codes is not None and part_of_codes is not None:
-                for name in ("doubt", "next_code", "next_mass"):
-                    getattr(codes, name)[rows] = getattr(part_of_codes, name)
+        sample_rest(tokens.numpy(), logits, uniform, temperature, top_k, top_p, min_p, codes=codes)
         return tokens
     has_code = torch.zeros(len(logits), dtype=torch.bool)
     if codes is not None:
@@ -265,6 +293,19 @@ def sample_tokens(
         parameters = (to_device(part[rows], logits.device) for part in (temperature, top_k, top_p, min_p))
         tokens[rows] = _choose_by_codes(codes, rows, _select_rows(logits, rows), *parameters)
     return tokens
+
+
+def sample_rest(tokens: np.ndarray, logits: Tensor, *parameters: Tensor, codes: Codes | None) -> None:
+    """Replace those of the tokens [B] that are NOT_SAMPLED; the other arguments are those of `sample_tokens`."""
+    rows = np.flatnonzero(tokens == NOT_SAMPLED).tolist()
+    if not rows:
+        return
+    part_of_codes = None if codes is None else select_codes(codes, rows)
+    rest = (part[rows] for part in parameters)
+    tokens[rows] = sample_tokens(_select_rows(logits, rows), *rest, codes=part_of_codes).numpy()
+    if codes is not None and part_of_codes is not None:
+        for name in ("doubt", "next_code", "next_mass"):
+            getattr(codes, name)[rows] = getattr(part_of_codes, name)
 
 
 def select_codes(codes: Codes, rows: list[int]) -> Codes:
