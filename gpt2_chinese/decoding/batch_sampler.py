@@ -131,6 +131,10 @@ class SlotSettings(NamedTuple):
     end_table: np.ndarray | None
 
 
+NO_IDS: np.ndarray = np.zeros(0, dtype=np.int64)
+NO_VALUES: np.ndarray = np.zeros(0, dtype=np.float32)
+
+
 @cache
 def load_logits_kernel() -> Callable[[int], None]:
     """The compiled code; see logits_kernel.process_batch. It keeps Python's global lock."""
@@ -148,7 +152,7 @@ class BatchSampler:
 
     def __init__(self, max_num_seqs: int, masks: CharacterMasks, *, end_id: int, device: torch.device) -> None:
         self.masks = masks
-        self._end_id = end_id
+        self._end_id, self._end_ids = end_id, np.array([end_id], dtype=np.int64)
         self._vocab_size = masks.vocab_size
         self._device = device
         self._seeds = np.zeros(max_num_seqs, dtype=np.uint64)
@@ -167,9 +171,10 @@ class BatchSampler:
         self._settings: list[SlotSettings | None] = [None] * max_num_seqs
         self._redraws = np.zeros(max_num_seqs, dtype=np.int64)
         self._uniform = np.zeros(max_num_seqs)
+        self._has_codes = False  # any sequence of the last batch
         self._is_scored = np.zeros(max_num_seqs, dtype=bool)
         self._log_sums = np.zeros(max_num_seqs, dtype=np.float32)
-        self._raw_rows: list[int] = []  # of the last batch: where `logprobs` needs the logits before they were processed
+        self._raw_rows: list[int] = []  # of the last batch, which `logprobs` needs unprocessed
         self._raw_logits = torch.empty(0)  # [raw rows, V]
         self._scratch = np.zeros(masks.vocab_size, dtype=np.int64), np.zeros(masks.vocab_size, dtype=np.float32)
         counts, kept = self._scratch
@@ -236,26 +241,27 @@ class BatchSampler:
         settings = self._make_settings(params, prompt_ids, length, bad_words, end_table)
         self._settings[slot] = settings
         self._ends[slot] = 0 if end_table is None else end_table.ctypes.data
-        floats = RowFloats(params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
-        ints = RowInts(
-            mask=0,
-            is_scored=scores,
-            history=0 if settings.history is None else settings.history.ctypes.data,
-            length=len(prompt_ids),
-            prompt_length=len(prompt_ids),
-            ngram_size=params.no_repeat_ngram_size,
-            bias_ids=settings.bias_ids.ctypes.data,
-            bias_values=settings.bias_values.ctypes.data,
-            num_biases=len(settings.bias_ids),
-            bad_words=0 if settings.bad_word_table is None else settings.bad_word_table.ctypes.data,
-            banned_ids=settings.end_ids.ctypes.data,
-            num_banned=0,
-        )
-        self._ints[slot], self._floats[slot] = ints, floats
-        self._is_scored[slot] = scores
-        self._is_special[slot] = (
-            settings.history is not None or ints.num_biases > 0 or params.min_tokens > 0 or params.ignore_eos
-        )
+        has_history, has_bias = settings.history is not None, len(settings.bias_ids) > 0
+        is_special = has_history or has_bias or params.min_tokens > 0 or params.ignore_eos
+        self._is_special[slot], self._is_scored[slot] = is_special, scores
+        self._ints[slot], self._floats[slot] = 0, 1
+        self._ints[slot, IS_SCORED] = scores
+        if is_special:
+            self._floats[slot] = RowFloats(params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+            self._ints[slot] = RowInts(
+                mask=0,
+                is_scored=scores,
+                history=settings.history.ctypes.data if settings.history is not None else 0,
+                length=len(prompt_ids),
+                prompt_length=len(prompt_ids),
+                ngram_size=params.no_repeat_ngram_size,
+                bias_ids=settings.bias_ids.ctypes.data,
+                bias_values=settings.bias_values.ctypes.data,
+                num_biases=len(settings.bias_ids),
+                bad_words=0 if settings.bad_word_table is None else settings.bad_word_table.ctypes.data,
+                banned_ids=settings.end_ids.ctypes.data,
+                num_banned=0,
+            )
 
     def _make_settings(
         self,
@@ -271,16 +277,14 @@ class BatchSampler:
             history = np.empty(len(prompt_ids) + length, dtype=np.int64)
             history[: len(prompt_ids)] = prompt_ids
         table = [number for word in bad_words for number in (len(word), *word)]
-        return SlotSettings(
-            params,
-            history,
-            np.array([id_ for id_, _ in params.logit_bias], dtype=np.int64),
-            np.array([value for _, value in params.logit_bias], dtype=np.float32),
-            bad_words,
-            np.array([*table, 0], dtype=np.int64) if bad_words else None,
-            np.array([self._end_id, *params.stop_token_ids], dtype=np.int64),
-            end_table,
-        )
+        bias_ids, bias_values, end_ids = NO_IDS, NO_VALUES, self._end_ids
+        if params.logit_bias:
+            bias_ids = np.array([id_ for id_, _ in params.logit_bias], dtype=np.int64)
+            bias_values = np.array([value for _, value in params.logit_bias], dtype=np.float32)
+        if params.stop_token_ids:
+            end_ids = np.array([self._end_id, *params.stop_token_ids], dtype=np.int64)
+        word_table = np.array([*table, 0], dtype=np.int64) if bad_words else None
+        return SlotSettings(params, history, bias_ids, bias_values, bad_words, word_table, end_ids, end_table)
 
     def move(self, source: int, target: int) -> None:
         """Move a sequence to another slot."""
@@ -313,9 +317,10 @@ class BatchSampler:
         """
         return bool(self._code[slot] < UNIT)
 
-    def mass(self, slot: int) -> int:
-        """The length of the interval of a sample with a code."""
-        return int(self._mass[slot])
+    def masses(self, slots: slice) -> list[tuple[int, bool]]:
+        """The length of the interval of each sample with a code, and `is_settled`."""
+        codes, masses = self._code[slots].tolist(), self._mass[slots].tolist()
+        return [(mass, code < UNIT) for code, mass in zip(codes, masses, strict=True)]
 
     def sample(self, slots: slice, logits: Tensor, compiled: CompiledSampler | None = None) -> Tensor:
         """Sample one token for each of these slots; `commit` says which are taken.
@@ -328,6 +333,7 @@ class BatchSampler:
         Returns:
             Token ids [B], int64, on the CPU; STUCK where no token is left.
         """
+        self._has_codes = False
         has_special = bool(self._is_special[slots].any())
         self._raw_rows = []
         if has_special:
@@ -367,17 +373,17 @@ class BatchSampler:
         Returns:
             Row and log-probability, of the rows that are not STUCK.
         """
-        array = tokens.numpy()
-        scored = np.flatnonzero(self._is_scored[slots] & (array != STUCK))
-        if not len(scored):
-            return []
-        values = np.full(len(array), -np.inf, dtype=np.float32)
+        scored = np.flatnonzero(self._is_scored[slots]).tolist()
+        ids = tokens.tolist()
+        values: dict[int, float] = {}
         if logits.is_cpu:  # what processing leaves in is as it was, but for the kept rows
-            values[scored] = logits.numpy()[scored, array[scored]]
+            array = logits.numpy()
+            values = {row: array[row, ids[row]] for row in scored}
         if rows := self._raw_rows:
             indices = to_device(tokens[rows].clamp_min(0), logits.device)[:, None]
-            values[rows] = self._raw_logits.gather(1, indices)[:, 0].cpu().numpy()
-        return list(zip(scored.tolist(), (values - self._log_sums[slots])[scored].tolist(), strict=True))
+            values |= zip(rows, self._raw_logits.gather(1, indices)[:, 0].tolist(), strict=True)
+        log_sums = self._log_sums[slots]
+        return [(row, float(values[row] - log_sums[row])) for row in scored if ids[row] != STUCK]
 
     def redraw(
         self,
@@ -412,14 +418,17 @@ class BatchSampler:
         return int(self._draw(slice(slot, slot + 1), logits, number, compiled)[0])
 
     def commit(self, slots: slice, tokens: np.ndarray) -> None:
-        """Append the tokens [B], int64, to the sequences; those of sequences that end need not be tokens."""
-        tokens = np.maximum(tokens, 0)
+        """Append the tokens [B], int64, that `sample` has drawn for these slots, or that were drawn again.
+
+        Those of sequences that end need not be tokens.
+        """
         self._num_sampled[slots] += 1
         self._remaining[slots] -= 1
-        states = self.masks.next_state[self._states[slots], tokens]
-        self._states[slots] = np.where(states < len(self.masks.distance), states, BOUNDARY)
-        has_code = self._mass[slots] > UNIT
-        if has_code.any():
+        if self.masks.has_partial_characters:
+            states = self.masks.next_state[self._states[slots], np.maximum(tokens, 0)]
+            self._states[slots] = np.where(states < len(self.masks.distance), states, BOUNDARY)
+        if self._has_codes:
+            has_code = self._mass[slots] > UNIT
             for now, then in (
                 (self._code, self._next_code),
                 (self._mass, self._next_mass),
@@ -430,7 +439,7 @@ class BatchSampler:
             for slot, token in zip(range(slots.start, slots.stop), tokens.tolist(), strict=True):
                 settings = self._settings[slot]
                 if settings is not None and settings.history is not None:
-                    settings.history[self._ints[slot, LENGTH]] = token
+                    settings.history[self._ints[slot, LENGTH]] = max(token, 0)
                     self._ints[slot, LENGTH] += 1
 
     def _draw(self, slots: slice, logits: Tensor, numbers: np.ndarray, compiled: CompiledSampler | None) -> Tensor:
@@ -438,19 +447,23 @@ class BatchSampler:
             logits,
             uniform_random(self._seeds[slots], numbers),
             *self._parameters(slots),
-            codes=self._begin_codes(slots),
+            codes=self._codes(slots) if self._begin_codes(slots) else None,
             compiled=compiled,
         )
 
     def _parameters(self, slots: slice) -> Iterator[Tensor]:
         return (torch.from_numpy(part[slots]) for part in (self._temperature, self._top_k, self._top_p, self._min_p))
 
-    def _begin_codes(self, slots: slice) -> Codes | None:
-        """The codes of these slots, and where their next ones are written; None if no sequence has one."""
-        if not (self._mass[slots] > UNIT).any():
-            return None
-        self._next_doubt[slots] = self._doubt[slots]
-        self._next_code[slots], self._next_mass[slots] = self._code[slots], self._mass[slots]
+    def _begin_codes(self, slots: slice) -> bool:
+        """Whether any of these slots has a code; the draw changes copies, which `commit` takes over."""
+        has_codes = bool((self._mass[slots] > UNIT).any())
+        self._has_codes |= has_codes
+        if has_codes:
+            self._next_doubt[slots] = self._doubt[slots]
+            self._next_code[slots], self._next_mass[slots] = self._code[slots], self._mass[slots]
+        return has_codes
+
+    def _codes(self, slots: slice) -> Codes:
         return Codes(
             code=self._code[slots],
             mass=self._mass[slots],
@@ -485,10 +498,11 @@ class BatchSampler:
 
     def _draw_compiled(self, slots: slice, logits: Tensor, compiled: CompiledSampler) -> Tensor:
         """Draw by the random numbers that `_process_compiled` has written."""
-        codes = self._begin_codes(slots)
-        tokens = compiled.sample_slots(logits, slots.start, self._slot_arrays, has_codes=codes is not None)
+        has_codes = self._begin_codes(slots)
+        tokens = compiled.sample_slots(logits, slots.start, self._slot_arrays, has_codes=has_codes)
         if (tokens == NOT_SAMPLED).any():
-            sample_rest(tokens, logits, torch.from_numpy(self._uniform[slots]), *self._parameters(slots), codes=codes)
+            uniform, codes = torch.from_numpy(self._uniform[slots]), self._codes(slots) if has_codes else None
+            sample_rest(tokens, logits, uniform, *self._parameters(slots), codes=codes)
         return torch.from_numpy(tokens)
 
     def _process(self, slots: slice, logits: Tensor) -> None:

@@ -76,6 +76,12 @@ MIN_SHARED_TOKENS = 32
 To wait is to go through the weights once more, which takes as long as to compute half as many tokens.
 """
 
+MIN_SHARED_PRODUCTS = 10_000_000
+"""Products of weights and activations of a pass that all threads compute together: about a quarter of a millisecond.
+
+With fewer of them the others wake up when the first one is nearly done, and take a processor from the server for it.
+"""
+
 COUNTER_BYTES = 64  # a cache line for each counter, so that threads do not share one
 
 
@@ -188,6 +194,8 @@ class CompiledDecoder:
         """
         check_model(model)
         config, body = model.config, model.transformer
+        self._weights_of_row = config.n_layer * 12 * config.n_embd**2  # about; n_inner may be another one
+        self._weights_of_logits = model.lm_head.weight.numel()
         if config.activation_function not in ACTIVATION_CODES:
             raise ValueError(f"the compiled decoder has no activation function {config.activation_function}")
         self._function = load_decoder_kernel()
@@ -468,7 +476,8 @@ class CompiledDecoder:
         self._step_args[StepArgs._fields.index("num_logit_rows")] = len(logit_rows)
         self._step_args[StepArgs._fields.index("logits")] = logits.data_ptr()
         self._counters.fill(0)
-        self._threads.start()
+        if rows * self._weights_of_row + len(logit_rows) * self._weights_of_logits >= MIN_SHARED_PRODUCTS:
+            self._threads.start()
         self._work(0)
 
 

@@ -519,9 +519,10 @@ class Engine(CompletionBackend):
         # A token that is looked at is detokenized at once, so where it begins is taken before.
         offsets = {slots[row]: len(sequences[row].detokenizer.text) for row in rows}
         where = slice(slots.start, slots.stop)
-        for slot, sequence in zip(slots, sequences, strict=True):
-            if sequence.request.must_differ and not self._is_settled(slot, sequence):
-                sequence.masses.append(self.sampler.mass(slot))
+        if any(one.request.must_differ for one in sequences):
+            for sequence, (mass, is_settled) in zip(sequences, self.sampler.masses(where), strict=True):
+                if sequence.request.must_differ and (sequence.request.round or not is_settled):
+                    sequence.masses.append(mass)
         tokens = self.sampler.sample(where, logits, self.decoder.compiled_sampler)
         if any(one.request.checks_tokens for one in sequences):
             self._redraw_unwanted(slots, sequences, tokens, logits)

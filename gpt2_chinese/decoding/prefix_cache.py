@@ -20,6 +20,8 @@ from gpt2_chinese.decoding.backend import PrefixCacheState
 BLOCK_TOKENS = 16
 MIN_REUSED_TOKENS = 2
 """A shorter common beginning is not looked for: every context begins with the same [MASK]."""
+MIN_CONTEXT_TOKENS = 8
+"""A shorter context is computed as a whole: with a small model that takes no longer than to look for it."""
 MAX_OVERWRITTEN_TOKENS = 4
 """Of a context that is kept, if a new one differs from it in so few tokens at its end; otherwise both are kept.
 
@@ -188,11 +190,16 @@ class PrefixCache:
 
     def match(self, ids: list[int]) -> int:
         """How many tokens from the beginning of a context need not be computed; its last one gives the logits."""
+        if len(ids) < MIN_CONTEXT_TOKENS:
+            return 0
         reusable = ids[:-1]
         return max(self._tree.match(reusable), self._best_slot(reusable)[0])
 
     def load(self, slot: int, ids: list[int]) -> int:
         """Bring the longest known beginning of a context into a slot; returns its length, which counts as reused."""
+        if len(ids) < MIN_CONTEXT_TOKENS:
+            self._slots[slot] = []
+            return 0
         reusable = ids[:-1]
         length = self._tree.match(reusable)
         in_slot, source = self._best_slot(reusable)
@@ -209,7 +216,9 @@ class PrefixCache:
         return length
 
     def store(self, slot: int, ids: list[int]) -> None:
-        """Keep the keys and values of a context that a slot holds."""
+        """Keep the keys and values of a context that a slot holds; a short one goes with the slot."""
+        if len(ids) < MIN_CONTEXT_TOKENS:
+            return
         self._tree.store(ids, *self._of_slot(slot))
 
     def copy(self, source: int, target: int, length: int) -> None:

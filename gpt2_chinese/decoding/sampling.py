@@ -193,7 +193,15 @@ class CompiledSampler:
         if codes is None:
             addresses += [0] * 7
         else:
-            arrays = (codes.mass, codes.code, codes.remaining, codes.ends, codes.doubt, codes.next_code, codes.next_mass)
+            arrays = (
+                codes.mass,
+                codes.code,
+                codes.remaining,
+                codes.ends,
+                codes.doubt,
+                codes.next_code,
+                codes.next_mass,
+            )
             assert all(array.flags.c_contiguous for array in arrays)
             addresses += [array.ctypes.data for array in arrays]
         return torch.from_numpy(self._sample(logits, addresses, has_codes=codes is not None))

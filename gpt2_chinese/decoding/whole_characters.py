@@ -82,6 +82,7 @@ class CharacterMasks:
 
     Attributes:
         next_state: uint8 [NUM_STATES, vocab_size], DEAD where the token cannot follow.
+        has_partial_characters: whether any token may lead to another state than BOUNDARY.
         distance: [NUM_STATES] tokens, at least, to the end of the character.
         begins: int64 [masks + 1], where the list of each mask begins in `ids`.
         ids: int64, all lists.
@@ -92,6 +93,7 @@ class CharacterMasks:
         self, token_bytes: Sequence[bytes | None], vocab_size: int, suppressed_ids: Iterable[int] = ()
     ) -> None:
         self.vocab_size = vocab_size
+        self.has_partial_characters = any(data and _is_partial(data) for data in token_bytes)
         suppressed = np.zeros(vocab_size, dtype=bool)
         suppressed[[*suppressed_ids, *range(len(token_bytes), vocab_size)]] = True
         self.next_state = np.full((NUM_STATES, vocab_size), DEAD, dtype=np.uint8)
