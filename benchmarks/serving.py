@@ -1,4 +1,4 @@
-"""server.py under load, at four times its capacity, under abuse, at SIGTERM, and beside slow connections.
+"""server.py under load, at four times its capacity, under abuse, at SIGTERM, beside slow connections, and its /health.
 
 Run in the training environment. Each starts its own server on the loopback interface and prints what it counted:
 
@@ -7,6 +7,7 @@ Run in the training environment. Each starts its own server on the loopback inte
     .venv-train/bin/python benchmarks/serving.py abuse    --model_path demo/model/final_model
     .venv-train/bin/python benchmarks/serving.py sigterm  --model_path demo/model/final_model
     .venv-train/bin/python benchmarks/serving.py slow     --model_path demo/model/final_model
+    .venv-train/bin/python benchmarks/serving.py health   --model_path demo/model/final_model --clients 32
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import multiprocessing
 import random
 import re
 import selectors
@@ -389,6 +391,73 @@ async def abort(url: str, port: int) -> float:
         return (time.perf_counter() - begin) * 1000
 
 
+def expensive_requests(source: random.Random) -> list[tuple[str, dict[str, Any]]]:
+    """Paths and bodies that once took memory, the event loop or the tokenizer for seconds; each is another one."""
+    one = {"maxlength": 1, "samples": 1}
+    answer = {"n": 32, "max_tokens": 1024, "logprobs": 5, "temperature": 10, "top_k": 0}
+    return [
+        ("/generate", one | {"context": "".join(source.choices("0123456789", k=65_000))}),
+        ("/generate", one | {"context": "".join(source.choices("abcdefghij", k=64_000))}),
+        ("/v1/completions", {"prompt": ["孩子"] * 16} | answer),
+        ("/v1/completions", {"prompt": "孩子"} | answer | {"max_tokens": 100}),
+    ]
+
+
+def time_health(port: int, stop: Any, results: Any) -> None:
+    """Ask for /health twenty times a second until `stop` is set; in a process that no client delays."""
+    latencies = []
+    while not stop.is_set():
+        begin = time.perf_counter()
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            while connection.recv(65_536):
+                pass
+        latencies.append(time.perf_counter() - begin)
+        time.sleep(0.05)
+    results.put(latencies)
+
+
+async def expensive(url: str, *, clients: int, seconds: float) -> dict[str, int]:
+    """Clients that send the expensive requests in endless rounds; what became of them."""
+    outcomes: Counter[str] = Counter()
+    end = time.perf_counter() + seconds
+
+    async def client(number: int) -> None:
+        source = random.Random(number)
+        while time.perf_counter() < end:
+            for path, fields in expensive_requests(source)[number % 4 :]:
+                try:
+                    async with session.post(path, json=fields) as response:
+                        async for _ in response.content.iter_chunked(65_536):
+                            pass
+                        outcomes[f"status {response.status}"] += 1
+                except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+                    outcomes[f"error {type(error).__name__}"] += 1
+
+    async with open_session(url) as session:
+        await asyncio.gather(*(client(number) for number in range(clients)))
+    return dict(outcomes)
+
+
+def health(server: Server, *, clients: int, seconds: float) -> dict[str, Any]:
+    """/health beside clients that send expensive requests in endless rounds."""
+    processes = multiprocessing.get_context("spawn")
+    stop, results = processes.Event(), processes.Queue()
+    watcher = processes.Process(target=time_health, args=(server.port, stop, results))
+    watcher.start()
+    outcomes = asyncio.run(expensive(server.url, clients=clients, seconds=seconds))
+    stop.set()
+    latencies = results.get()
+    watcher.join()
+    return {
+        "outcomes": outcomes,
+        "/health asked": len(latencies),
+        "/health p50 ms": round(percentile(latencies, 0.5), 1),
+        "/health p99 ms": round(percentile(latencies, 0.99), 1),
+        "/health most ms": round(percentile(latencies, 1), 1),
+    }
+
+
 async def abuse(server: Server, *, requests: int, clients: int = 32, idle: float = 7) -> dict[str, Any]:
     """Many requests, a fifth of them invalid or abandoned midway; the process's resources before and after.
 
@@ -544,7 +613,7 @@ def show(what: str, result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Benchmark of the server under load and abuse.")
-    parser.add_argument("what", choices=["load", "overload", "abuse", "sigterm", "slow"])
+    parser.add_argument("what", choices=["load", "overload", "abuse", "sigterm", "slow", "health"])
     parser.add_argument("--model_path", default="demo/model/final_model")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60)
@@ -569,6 +638,9 @@ def main() -> None:
             seconds = args.seconds / 10  # ten periods
             result = overload(server.port, clients=args.clients // 4, seconds=seconds, rounds=5)
             show("four times the capacity", result)
+        elif args.what == "health":
+            result = health(server, clients=args.clients, seconds=args.seconds)
+            show(f"{args.clients} clients with expensive requests for {args.seconds:g} s", result)
         elif args.what == "abuse":
             show(f"{args.requests} requests", asyncio.run(abuse(server, requests=args.requests)))
         else:
