@@ -23,6 +23,7 @@ Example:
 from __future__ import annotations
 
 import importlib.util
+from codecs import utf_32_le_decode, utf_32_le_encode
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -53,7 +54,8 @@ SENTENCE_ENDINGS = "。？！；;!?"
 CODE_POINTS = 0x110000
 LINE_BREAK = 0x0A
 MAX_LENGTH = 50_000  # of the lines that the package takes whole
-SLOT_BITS = 18  # 64 bytes a slot
+SLOT_BITS = 19  # 64 bytes a slot, and 4 for its tag
+CUT_BUFFER_LENGTH = 4096  # characters of a text whose words `cut` separates in memory that is kept
 
 
 class Model(NamedTuple):
@@ -98,12 +100,35 @@ class Segmenter:
         self._tables = np.array([(table.ctypes.data, table.size) for table in self.model], dtype=np.int64)
         self._tables_address = self._tables.ctypes.data
         self._segment_addresses = segment_addresses()
+        self._buffers: list[_CutBuffer] = []  # not in use; a thread takes one and puts it back
 
     def __reduce__(self) -> tuple[type[Segmenter], tuple[tuple[str, ...]]]:
         return type(self), (self.user_words,)
 
     def cut(self, text: str) -> list[str]:
         """The words of `text`, any Python string; a line break is a word of its own."""
+        if len(text) > CUT_BUFFER_LENGTH or "\0" in text:
+            return self._cut_at_ends(text)
+        # The words are split off by one call: to slice them one by one would take longer than to find them.
+        try:
+            buffer = self._buffers.pop()
+        except IndexError:
+            buffer = _CutBuffer()
+        self._segment_addresses(
+            utf_32_le_encode(text, "surrogatepass")[0],  # without the way through Python's registry of encodings
+            len(text),
+            buffer.cleaned,
+            buffer.ends,
+            buffer.counts,
+            self._tables_address,
+            buffer.separated,
+        )
+        count = buffer.memory[0]
+        words = utf_32_le_decode(buffer.view[: 4 * count], "surrogatepass")[0].split("\0") if count else []
+        self._buffers.append(buffer)
+        return words
+
+    def _cut_at_ends(self, text: str) -> list[str]:
         cleaned, ends = self._segment(text.encode("utf-32-le", "surrogatepass"), len(text))
         if len(cleaned) != len(text):
             text = cleaned.tobytes().decode("utf-32-le", "surrogatepass")
@@ -129,16 +154,29 @@ class Segmenter:
         counts = results.ctypes.data
         cleaned = counts + 16
         ends = cleaned + 4 * length
-        self._segment_addresses(text, length, cleaned, ends, counts, self._tables_address)
+        self._segment_addresses(text, length, cleaned, ends, counts, self._tables_address, 0)
         characters, words = results[:4].view(np.int64).tolist()
         return results[4 : 4 + characters], results[4 + length : 4 + length + words].view(np.int32)
+
+
+class _CutBuffer:
+    """Memory for one call of the compiled code with a text of at most CUT_BUFFER_LENGTH characters."""
+
+    def __init__(self) -> None:
+        results = np.empty(4 + 4 * CUT_BUFFER_LENGTH, dtype=np.uint32)
+        self.counts = results.ctypes.data
+        self.cleaned = self.counts + 16
+        self.ends = self.cleaned + 4 * CUT_BUFFER_LENGTH
+        self.separated = self.ends + 4 * CUT_BUFFER_LENGTH
+        self.memory = results.data
+        self.view = self.memory.cast("B")[16 + 8 * CUT_BUFFER_LENGTH :]
 
 
 @lru_cache(maxsize=1)
 def segment_addresses() -> Callable[..., None]:
     """The compiled code; see segmenter_kernel.segment_addresses for its arguments."""
     kernel = Path(__file__).with_name("segmenter_kernel.py")
-    return load_function("gpt2_chinese.text.segmenter_kernel", [Path(__file__), kernel], arguments=6)
+    return load_function("gpt2_chinese.text.segmenter_kernel", [Path(__file__), kernel], arguments=7)
 
 
 def model_folder() -> Path:
@@ -177,13 +215,20 @@ def load_model(user_words: Sequence[str]) -> Model:
         idioms=dictionaries[2],
         punctuation=dictionaries[3],
         slot_tags=np.zeros(1 << SLOT_BITS, dtype=np.uint32),
-        slot_weights=np.zeros(8 << SLOT_BITS, dtype=np.int64),
+        slot_weights=zeros_in_cache_lines(8 << SLOT_BITS),
         flags=np.zeros(MAX_LENGTH, dtype=np.uint32),
         labels=np.zeros(MAX_LENGTH, dtype=np.uint8),
         choices=np.zeros(MAX_LENGTH, dtype=np.uint8),
         scores=np.zeros(2 * MAX_LENGTH, dtype=np.int64),
         missing=np.zeros(8 * (MAX_LENGTH + 3), dtype=np.int64),
     )
+
+
+def zeros_in_cache_lines(size: int) -> np.ndarray:
+    """Int64 [size], so that each eight of them are in one cache line of 64 bytes."""
+    zeros = np.zeros(size + 7, dtype=np.int64)
+    first = -(zeros.ctypes.data // 8) % 8
+    return zeros[first : first + size]
 
 
 def map_integers(path: Path) -> np.ndarray:

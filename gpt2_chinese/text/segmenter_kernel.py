@@ -10,7 +10,9 @@ functions that Numba compiles may call `segment_text` with a segmenter's model.
 from __future__ import annotations
 
 import numpy as np
+from llvmlite import ir
 from numba import carray, cfunc, njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from gpt2_chinese.text.segmenter import (
@@ -48,6 +50,8 @@ TAG_BITS = 28
 TAG_MASK = (1 << TAG_BITS) - 1
 ENTRY_BIT = FIRST_OF_ENTRY.bit_length() - 1
 ENTRY_MASK = 0b1111 << ENTRY_BIT
+
+AHEAD = 12  # characters between the one whose weights are added and the one whose weights are fetched
 
 compiled = njit(error_model="numpy")
 
@@ -226,8 +230,18 @@ def label(length, model):
 
 @compiled
 def slot_of(pair):
-    """Where the weights of a pair of characters may be."""
-    return ((pair * 0x9E3779B1) & 0xFFFFFFFF) >> (32 - SLOT_BITS)
+    """The first of the two slots where the weights of a pair of characters may be."""
+    return (((pair * 0x9E3779B1) & 0xFFFFFFFF) >> (33 - SLOT_BITS)) << 1
+
+
+@compiled
+def prefetch_slots(flags, position, slot_tags, slots):
+    """Have the processor fetch the slots of the pair that begins at a position."""
+    left, right = np.int64(flags[position] & NUMBER_MASK), np.int64(flags[position + 1] & NUMBER_MASK)
+    slot = slot_of((left << NUMBER_BITS) | right)
+    prefetch(slot_tags, slot)  # type: ignore[call-arg]
+    prefetch(slots, slot << 3)
+    prefetch(slots, (slot + 1) << 3)
 
 
 @compiled
@@ -248,7 +262,11 @@ def score_pairs(length, characters, flags, slot_tags, slots, scores, missing):
     misses = 0
     left = boundary = np.int64(characters[BOUNDARY] & NUMBER_MASK)
     right_flags = np.uint32(0)
+    for position in range(min(AHEAD, length) - 1):
+        prefetch_slots(flags, position, slot_tags, slots)
     for position in range(-2, length + 1):
+        if position + AHEAD < length - 1:
+            prefetch_slots(flags, position + AHEAD, slot_tags, slots)
         left_flags = right_flags
         if 0 <= position + 1 < length:
             right_flags = flags[position + 1]
@@ -260,6 +278,9 @@ def score_pairs(length, characters, flags, slot_tags, slots, scores, missing):
         left = right
         slot = slot_of(pair)
         tag = slot_tags[slot]
+        if np.int64(tag & TAG_MASK) != pair + 1:
+            slot += 1
+            tag = slot_tags[slot]
         if np.int64(tag & TAG_MASK) == pair + 1:
             slot <<= 3
             one_0 += slots[slot]
@@ -326,7 +347,8 @@ def score_missing(misses, length, model):
         pair = missing[8 * miss + 1]
         start = slot_of(pair) << 3
         character = (pair >> NUMBER_BITS) << 3
-        for part in range(8):
+        for part in range(8):  # the older pair of the two is forgotten
+            slots[start + 8 + part] = slots[start + part]
             slots[start + part] = model.character_weights[character + part]
         if missing[8 * miss + 2] >= 0:
             for place in range(4):
@@ -352,7 +374,9 @@ def score_missing(misses, length, model):
                 | begins_entry(model.idioms, left, right) << 2
                 | begins_entry(model.punctuation, left, right) << 3
             )
-        model.slot_tags[slot_of(pair)] = (pair + 1) | (entries << TAG_BITS)
+        slot = slot_of(pair)
+        model.slot_tags[slot + 1] = model.slot_tags[slot]
+        model.slot_tags[slot] = (pair + 1) | (entries << TAG_BITS)
 
 
 @compiled
@@ -519,6 +543,24 @@ def step(trie, state, character):
 
 
 @intrinsic
+def prefetch(_, array, index):
+    """Have the processor fetch the element of an array into its caches, without waiting for it."""
+
+    def generate(context, builder, signature, arguments):
+        kind = signature.args[0]
+        view = context.make_array(kind)(context, builder, arguments[0])
+        place = builder.gep(view.data, [arguments[1]])
+        byte = builder.bitcast(place, ir.IntType(8).as_pointer())
+        flag = ir.IntType(32)
+        function_type = ir.FunctionType(ir.VoidType(), [byte.type, flag, flag, flag])
+        function = cgutils.get_or_insert_function(builder.module, function_type, "llvm.prefetch.p0")
+        builder.call(function, [byte, flag(0), flag(3), flag(1)])  # for reading, into all caches, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), generate
+
+
+@intrinsic
 def pointer(_, address, kind):
     """An address as a pointer to numbers of some kind."""
 
@@ -534,8 +576,27 @@ def table(tables, index, kind):
     return carray(pointer(tables[2 * index], kind), tables[2 * index + 1])  # type: ignore[call-arg]
 
 
-def segment_addresses(text, length, cleaned, ends, counts, tables):
-    """segment_text for a caller that has addresses; its result goes to `counts`, the model comes in `tables`."""
+@compiled
+def separate(cleaned, ends, words, separated):
+    """Copy a text with U+0000 between its words; returns how many characters that are."""
+    start = length = 0
+    for word in range(words):
+        if word:
+            separated[length] = 0
+            length += 1
+        for position in range(start, ends[word]):
+            separated[length] = cleaned[position]
+            length += 1
+        start = ends[word]
+    return length
+
+
+def segment_addresses(text, length, cleaned, ends, counts, tables, separated):
+    """segment_text for a caller that has addresses; its result goes to `counts`, the model comes in `tables`.
+
+    The caller may have the words separated, too, in memory for twice as many characters: then `separated` is not 0, and
+    the first of `counts` is how many were written there.
+    """
     tables = carray(tables, 2 * TABLES)
     model = Model(
         table(tables, 0, np.uint32),
@@ -556,11 +617,14 @@ def segment_addresses(text, length, cleaned, ends, counts, tables):
         table(tables, 15, np.int64),
         table(tables, 16, np.int64),
     )
-    counts = carray(counts, 2)
-    counts[0], counts[1] = segment_text(carray(text, length), carray(cleaned, length), carray(ends, length), model)
+    counts, all_ends = carray(counts, 2), carray(ends, length)
+    counts[0], counts[1] = segment_text(carray(text, length), carray(cleaned, length), all_ends, model)
+    if separated:
+        target = carray(pointer(separated, np.uint32), 2 * length)  # type: ignore[call-arg]
+        counts[0] = separate(carray(cleaned, length), all_ends, counts[1], target)
 
 
 def compile_entry():
     """Compile segment_addresses; compiled.py keeps the machine code."""
     uint32, int32, int64 = types.CPointer(types.uint32), types.CPointer(types.int32), types.CPointer(types.int64)
-    return cfunc(types.void(uint32, types.int64, uint32, int32, int64, int64))(segment_addresses)
+    return cfunc(types.void(uint32, types.int64, uint32, int32, int64, int64, types.int64))(segment_addresses)
