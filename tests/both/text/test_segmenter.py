@@ -16,6 +16,7 @@ import threading
 import warnings
 from contextlib import redirect_stdout
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from gpt2_chinese.text import segmenter as segmenter_module
-from gpt2_chinese.text.segmenter import NUMBER_MASK, Segmenter, make_trie, model_folder
+from gpt2_chinese.text.segmenter import CUT_BUFFER_LENGTH, NUMBER_MASK, Segmenter, make_trie, model_folder
 from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS
 
 EXAMPLES = int(os.environ.get("GPT2_CHINESE_EXAMPLES", "300"))
@@ -184,6 +185,47 @@ def test_documents_joined_by_line_breaks_are_cut_one_by_one(segmenter, reference
     documents = (reference / "data" / "edge_cases.txt").read_text(encoding="utf-8").split("\n")
     expected = [word for document in documents for word in [*segmenter.cut(document), "\n"]][:-1]
     assert segmenter.cut("\n".join(documents)) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "\0",
+        "我\0爱北京",
+        "\n",
+        "天安门\n\n",
+        "  \u3000 ",
+        "\ud800北京",
+        "𠮷野家",
+        "我爱北京。" * 1000,
+        "北" * (CUT_BUFFER_LENGTH + 1),
+    ],
+)
+def test_cut_gives_the_words_of_segment(segmenter, text):
+    cleaned, ends = segmenter.segment(np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32))
+    characters = [chr(code_point) for code_point in cleaned]
+    words = ["".join(characters[start:end]) for start, end in pairwise([0, *ends.tolist()])]
+    assert segmenter.cut(text) == words
+
+
+def test_threads_that_cut_at_once_get_their_own_words(segmenter):
+    lines = [f"第{number}天，南京市长江大桥" + "欢迎你" * (number % 50) for number in range(500)]
+    expected = [segmenter.cut(line) for line in lines]
+    results: list[list[list[str]]] = []
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [
+            threading.Thread(target=lambda: results.append([segmenter.cut(line) for line in lines])) for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert results == [expected] * 4
 
 
 def test_words_do_not_depend_on_the_texts_before():
