@@ -113,16 +113,10 @@ def show_speed(documents: Sequence[str], sample_documents: int, repeats: int) ->
         import rjieba  # type: ignore[import-not-found]
 
         sides["rjieba.cut (jieba-rs, other words), a document at a time"] = one_by_one(rjieba.cut)
-    times = {name: min(column) for name, column in in_turns(sides, repeats).items()}
-    for name, took in times.items():
-        ours = megabytes(documents) / took
-        print(f"{name}: {ours:.1f} MB/s, {ours / theirs:.0f} times thulac")
-
-
-def in_turns(sides: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """The seconds of all sides, one after the other in each round."""
-    rounds = [{name: seconds(side) for name, side in sides.items()} for _ in range(repeats)]
-    return {name: [one[name] for one in rounds] for name in sides}
+    rounds = [[seconds(side) for side in sides.values()] for _ in range(repeats)]  # the sides take turns
+    for name, took in zip(sides, map(min, zip(*rounds, strict=True)), strict=True):
+        speed = megabytes(documents) / took
+        print(f"{name}: {speed:.1f} MB/s, {speed / theirs:.0f} times thulac")
 
 
 def verify(documents: Sequence[str], user_words: Sequence[str]) -> int:

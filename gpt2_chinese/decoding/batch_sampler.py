@@ -48,7 +48,6 @@ REDRAW_STRIDE = 1 << 40
 class RowInts(NamedTuple):
     """What the compiled code knows of a slot, int64; addresses are 0 where there is nothing."""
 
-    mask: int  # of CharacterMasks; the compiled code finds it itself
     is_scored: int
     history: int  # int64 [length], the tokens of prompt and completion
     length: int
@@ -95,7 +94,6 @@ class LogitsArgs(NamedTuple):
 
 LOGITS, BATCH, FIRST_SLOT = map(LogitsArgs._fields.index, ("logits", "batch", "first_slot"))
 (
-    MASK,
     IS_SCORED,
     HISTORY,
     LENGTH,
@@ -249,7 +247,6 @@ class BatchSampler:
         if is_special:
             self._floats[slot] = RowFloats(params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
             self._ints[slot] = RowInts(
-                mask=0,
                 is_scored=scores,
                 history=settings.history.ctypes.data if settings.history is not None else 0,
                 length=len(prompt_ids),
@@ -344,7 +341,6 @@ class BatchSampler:
             self._process_compiled(slots, logits)
             tokens = self._draw_compiled(slots, logits, compiled)
         else:
-            self._ints[slots, MASK] = self.masks.mask_numbers(self._states[slots], self._remaining[slots] - 1)
             if self._is_scored[slots].any():
                 self._keep_raw_logits(slots, logits, self._is_scored[slots])
                 log_sums = torch.logsumexp(self._raw_logits, dim=-1)
@@ -540,7 +536,7 @@ class BatchSampler:
 
     def _apply_masks(self, slots: slice, logits: Tensor) -> None:
         """Leave out what the masks say, in NumPy or on a GPU."""
-        numbers = self._ints[slots, MASK]
+        numbers = self.masks.mask_numbers(self._states[slots], self._remaining[slots] - 1)
         is_default = numbers == self.masks.default_mask
         if not logits.is_cpu:
             if is_default.all():

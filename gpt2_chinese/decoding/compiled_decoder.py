@@ -76,10 +76,16 @@ MIN_SHARED_TOKENS = 32
 To wait is to go through the weights once more, which takes as long as to compute half as many tokens.
 """
 
-MIN_SHARED_PRODUCTS = 10_000_000
+MIN_PARALLEL_PRODUCTS = 10_000_000
 """Products of weights and activations of a pass that all threads compute together: about a quarter of a millisecond.
 
 With fewer of them the others wake up when the first one is nearly done, and take a processor from the server for it.
+"""
+
+MAX_UNCACHED_TOKENS = 8
+"""The prefix cache has no contexts that are shorter than this and take fewer products than MIN_PARALLEL_PRODUCTS.
+
+With a small model these are computed in the time that it takes to look for them; with GPT-2 small every token counts.
 """
 
 COUNTER_BYTES = 64  # a cache line for each counter, so that threads do not share one
@@ -209,7 +215,8 @@ class CompiledDecoder:
         self._allocate_kv_cache(config)
         self.prefix_cache: PrefixCache | None = None
         if prefix_cache_bytes:
-            self.prefix_cache = PrefixCache(self.key_cache, self.value_cache, prefix_cache_bytes)
+            min_tokens = min(MAX_UNCACHED_TOKENS, MIN_PARALLEL_PRODUCTS // self._weights_of_row)
+            self.prefix_cache = PrefixCache(self.key_cache, self.value_cache, prefix_cache_bytes, min_tokens)
         self._model_args = self._pack_model(config, body, model.lm_head.weight)
         threads = threads or torch.get_num_threads()
         self._allocate_step_buffers(config, threads)
@@ -476,7 +483,7 @@ class CompiledDecoder:
         self._step_args[StepArgs._fields.index("num_logit_rows")] = len(logit_rows)
         self._step_args[StepArgs._fields.index("logits")] = logits.data_ptr()
         self._counters.fill(0)
-        if rows * self._weights_of_row + len(logit_rows) * self._weights_of_logits >= MIN_SHARED_PRODUCTS:
+        if rows * self._weights_of_row + len(logit_rows) * self._weights_of_logits >= MIN_PARALLEL_PRODUCTS:
             self._threads.start()
         self._work(0)
 

@@ -25,7 +25,6 @@ compiled = njit(error_model="numpy")
 
 NUM_INTS, NUM_FLOATS, NUM_ARGS = len(RowInts._fields), len(RowFloats._fields), len(LogitsArgs._fields)
 (
-    MASK,
     IS_SCORED,
     HISTORY,
     LENGTH,

@@ -20,8 +20,6 @@ from gpt2_chinese.decoding.backend import PrefixCacheState
 BLOCK_TOKENS = 16
 MIN_REUSED_TOKENS = 2
 """A shorter common beginning is not looked for: every context begins with the same [MASK]."""
-MIN_CONTEXT_TOKENS = 8
-"""A shorter context is computed as a whole: with a small model that takes no longer than to look for it."""
 MAX_OVERWRITTEN_TOKENS = 4
 """Of a context that is kept, if a new one differs from it in so few tokens at its end; otherwise both are kept.
 
@@ -171,13 +169,15 @@ class PrefixCache:
     Args:
         key_cache, value_cache: float32 [n_layer, slots, n_head, n_ctx, head_stride].
         max_bytes: of the BlockTree; it gets no more than the KV cache itself may take.
+        min_tokens: a shorter context is neither looked for nor kept: to compute it takes no longer.
 
     Attributes:
         hits: contexts of which a beginning was reused.
         reused_tokens: tokens of these beginnings.
     """
 
-    def __init__(self, key_cache: np.ndarray, value_cache: np.ndarray, max_bytes: int) -> None:
+    def __init__(self, key_cache: np.ndarray, value_cache: np.ndarray, max_bytes: int, min_tokens: int = 0) -> None:
+        self._min_tokens = min_tokens
         self._caches = key_cache, value_cache
         n_layer, num_slots, n_head, _, head_stride = key_cache.shape
         self._tree = BlockTree(n_layer, n_head, head_stride, min(max_bytes, key_cache.nbytes + value_cache.nbytes))
@@ -190,14 +190,14 @@ class PrefixCache:
 
     def match(self, ids: list[int]) -> int:
         """How many tokens from the beginning of a context need not be computed; its last one gives the logits."""
-        if len(ids) < MIN_CONTEXT_TOKENS:
+        if len(ids) < self._min_tokens:
             return 0
         reusable = ids[:-1]
         return max(self._tree.match(reusable), self._best_slot(reusable)[0])
 
     def load(self, slot: int, ids: list[int]) -> int:
         """Bring the longest known beginning of a context into a slot; returns its length, which counts as reused."""
-        if len(ids) < MIN_CONTEXT_TOKENS:
+        if len(ids) < self._min_tokens:
             self._slots[slot] = []
             return 0
         reusable = ids[:-1]
@@ -217,7 +217,7 @@ class PrefixCache:
 
     def store(self, slot: int, ids: list[int]) -> None:
         """Keep the keys and values of a context that a slot holds; a short one goes with the slot."""
-        if len(ids) < MIN_CONTEXT_TOKENS:
+        if len(ids) < self._min_tokens:
             return
         self._tree.store(ids, *self._of_slot(slot))
 

@@ -260,3 +260,32 @@ def test_until_sentence_ends_a_completion_and_streams_the_same():
     assert all(one.text.index("。") == len(one.text) - 1 and one.finish_reason == "stop" for one in ended)
     assert all(len(one.ids) == 30 for one in completions if one.finish_reason == "length")
     assert ["一" + streamed[sample] for sample in range(16)] == [one.text for one in completions]
+
+
+@given(seed=st.integers(0, 1000), top_k=st.sampled_from([0, 1, 5, 30]), top_p=st.sampled_from([0.0, 0.8]))
+@settings(max_examples=30, deadline=None)
+def test_slots_draw_the_same_tokens_and_scores_with_and_without_the_compiled_code(seed, top_k, top_p):
+    """From the second slot on, with tokens committed before, one row with a bias and one at temperature 0."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.randn(4, 3, SIZE, generator=generator) * 3
+    params = [
+        SamplingParams(top_k=top_k, top_p=top_p),
+        SamplingParams(logit_bias=((7, 2.5),)),
+        SamplingParams(temperature=0),
+    ]
+    drawn = []
+    for compiled in (None, CompiledSampler(SIZE)):
+        sampler = BatchSampler(4, CharacterMasks([None] * SIZE, SIZE, [2]), end_id=END, device=torch.device("cpu"))
+        for slot, one in enumerate(params, 1):
+            sampler.assign(slot, one, seed + slot, [5, 6], length=9, scores=slot != 3)
+        for logits in steps:
+            rows = logits.clone()
+            tokens = sampler.sample(slice(1, 4), rows, compiled)
+            expected = torch.log_softmax(logits, dim=-1)
+            scores = sampler.logprobs(slice(1, 4), rows, tokens)
+            assert [row for row, _ in scores] == [0, 1]
+            for row, score in scores:
+                assert score == pytest.approx(float(expected[row, tokens[row]]), abs=1e-5)
+            sampler.commit(slice(1, 4), tokens.numpy())
+            drawn.append(tokens.tolist())
+    assert drawn[:4] == drawn[4:]

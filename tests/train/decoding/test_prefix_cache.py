@@ -402,3 +402,12 @@ def test_decoders_of_pytorch_have_no_cache_and_say_so():
         engine.complete("一丁", samples=1, length=2, seed=1)
         engine.complete("一丁七", samples=1, length=2, seed=1)
         assert engine.prefix_cache == PrefixCacheState(0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(("width", "computed_again"), [(64, 6), (768, 1)])
+def test_only_a_small_model_computes_a_short_context_as_a_whole(width, computed_again):
+    decoder = CompiledDecoder(random_model(n_embd=width), 2, "fp32", prefix_cache_bytes=1 << 20)
+    ids = list(range(5, 11))
+    decoder.prefill_batch([(0, ids)])
+    assert decoder.tokens_to_prefill(ids) == computed_again
+    assert decoder.tokens_to_prefill([*ids, 11, 12, 13]) == 3  # known from the slot
