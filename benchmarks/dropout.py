@@ -21,7 +21,7 @@ from transformers import GPT2LMHeadModel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gpt2_chinese.model_folder import read_config  # noqa: E402
-from gpt2_chinese.precision import Precision, has_bf16  # noqa: E402
+from gpt2_chinese.precision import Precision, is_bf16_fast  # noqa: E402
 from gpt2_chinese.training.allocator import keep_freed_memory  # noqa: E402
 from gpt2_chinese.training.dropout import CpuDropout  # noqa: E402
 from gpt2_chinese.training.loss import WindowLoss  # noqa: E402
@@ -61,7 +61,7 @@ def updating(args: argparse.Namespace, dropout: float) -> Callable[[], None]:
     config.embd_pdrop = config.attn_pdrop = config.resid_pdrop = dropout
     model = GPT2LMHeadModel(config).train()
     loss_of, optimizer = WindowLoss(model), make_optimizer(model, 1e-3, optimizer="muon")
-    precision = Precision("bf16" if has_bf16(CPU) else "fp32", CPU)
+    precision = Precision("bf16" if is_bf16_fast(CPU) else "fp32", CPU)
     windows = torch.randint(args.vocab_size, (args.batch_size, config.n_ctx))
 
     def update() -> None:

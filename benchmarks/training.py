@@ -34,7 +34,7 @@ from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
 import train  # noqa: E402
 from gpt2_chinese.model_folder import read_config  # noqa: E402
-from gpt2_chinese.precision import Precision, has_bf16  # noqa: E402
+from gpt2_chinese.precision import Precision, is_bf16_fast  # noqa: E402
 from gpt2_chinese.text.pieces import read_manifest, text_of_tokens  # noqa: E402
 from gpt2_chinese.text.vocabulary import read_vocabulary  # noqa: E402
 from gpt2_chinese.text.word_tokenizer import WordTokenizer  # noqa: E402
@@ -486,7 +486,7 @@ def time_to_loss(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    native = "bf16" if has_bf16(device()) else "fp32"
+    native = "bf16" if is_bf16_fast(device()) else "fp32"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["throughput", "memory", "time-to-loss", "contend", "recipe"])
     parser.add_argument("--nanogpt", default="", help="a checkout of nanoGPT")

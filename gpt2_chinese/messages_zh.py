@@ -875,6 +875,10 @@ TABLE: tuple[tuple[str, str], ...] = (
         "this {} has no bf16 instructions",
         "这个 {0} 没有 bf16 指令",
     ),
+    (
+        "this {} multiplies bf16 more slowly than fp32",
+        "这个 {0} 用 bf16 做乘法比 fp32 慢",
+    ),
     # train.py: what is decided before the first update
     (
         "corpus     {}: {} tokens{}",

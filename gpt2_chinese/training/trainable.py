@@ -15,7 +15,7 @@ from transformers import GPT2LMHeadModel
 from gpt2_chinese.best_model import model_of_run
 from gpt2_chinese.command_line import remark
 from gpt2_chinese.model_folder import load_model
-from gpt2_chinese.precision import Precision, has_bf16, load_apex
+from gpt2_chinese.precision import Precision, is_bf16_fast, load_apex
 from gpt2_chinese.training.allocator import keep_freed_memory
 from gpt2_chinese.training.embedding_init import init_embedding_from_cooccurrence
 from gpt2_chinese.training.estimates import flops_per_token
@@ -109,7 +109,7 @@ def build(run: Run, rank: Rank, model: GPT2LMHeadModel, *, is_new: bool) -> Trai
         muon_lr=args.muon_lr,
         weight_decay=args.weight_decay,
         muon_weight_decay=args.muon_weight_decay,
-        dtype=torch.bfloat16 if has_bf16(device) else torch.float32,
+        dtype=torch.bfloat16 if is_bf16_fast(device) else torch.float32,
     )
     apex = load_apex() if args.amp_backend == "apex" else None
     trained: nn.Module = window_loss

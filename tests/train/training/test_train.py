@@ -24,7 +24,7 @@ from transformers import GPT2LMHeadModel, get_linear_schedule_with_warmup
 
 from gpt2_chinese.artifacts import write_lines
 from gpt2_chinese.model_folder import load_model, read_config, save_model
-from gpt2_chinese.precision import Precision, choose_devices, choose_precision
+from gpt2_chinese.precision import Precision, _cpu_bf16_gain, choose_devices, choose_precision
 from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS, read_vocabulary
 from gpt2_chinese.text.word_tokenizer import WordTokenizer
 from gpt2_chinese.training import loss as window_loss
@@ -485,12 +485,27 @@ def test_a_second_ctrl_c_breaks_off_at_once(train, monkeypatch):
 # --- precision
 
 
-def test_auto_takes_bf16_only_where_the_processor_computes_it(train, monkeypatch):
-    args = train.parse_args([])
-    device = torch.device("cpu")
-    for capabilities, expected in (({"avx512_bf16": True}, "bf16"), ({"avx512_bf16": False}, "fp32"), ({}, "fp32")):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
-        assert choose_precision(args, device)[0] == expected
+@pytest.mark.parametrize(
+    ("capabilities", "gain", "expected", "note"),
+    [
+        ({"avx512_bf16": True}, 1.7, "bf16", ""),
+        ({"avx512_bf16": True}, 0.5, "fp32", "this CPU multiplies bf16 more slowly than fp32"),
+        ({"avx512_bf16": False}, 1.7, "fp32", "this CPU has no bf16 instructions"),
+        ({}, 1.7, "fp32", "this CPU has no bf16 instructions"),
+    ],
+)
+def test_auto_takes_bf16_only_where_the_processor_is_faster_in_it(
+    train, monkeypatch, capabilities, gain, expected, note
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr("gpt2_chinese.precision._cpu_bf16_gain", lambda: gain)
+    assert choose_precision(train.parse_args([]), torch.device("cpu")) == (expected, note)
+
+
+def test_a_processor_is_asked_for_its_bf16_once(monkeypatch):
+    gain = _cpu_bf16_gain()
+    monkeypatch.setattr(torch, "mm", lambda *_: pytest.fail("it is known"))
+    assert 0 < gain == _cpu_bf16_gain()
 
 
 @pytest.mark.parametrize(
