@@ -51,7 +51,7 @@ from gpt2_chinese.training.state import TrainingState
 from gpt2_chinese.training.stopping import Interrupted, StopSignal, stop_signal
 from gpt2_chinese.training.trainable import Trainable, build
 from gpt2_chinese.training.validation import evaluate_folder, validate
-from gpt2_chinese.training.windows import share_of_rank, to_device, window_batch
+from gpt2_chinese.training.windows import document_positions, share_of_rank, to_device, window_batch
 
 
 def train(rank: Rank, run: Run, model: GPT2LMHeadModel, resume: Path | None) -> int:
@@ -85,6 +85,12 @@ def train(rank: Rank, run: Run, model: GPT2LMHeadModel, resume: Path | None) -> 
                 to_device(window_batch(run.corpus.tokens, starts, n_ctx), rank.device)
                 for starts in shares or [windows[:1]]
             ]
+            position_ids = None
+            if args.document_mask:
+                position_ids = [
+                    to_device(document_positions(run.document_starts, starts, n_ctx), rank.device)
+                    for starts in shares or [windows[:1]]
+                ]
             lr_factor = run.learning_rate_factor(state.step - state.skipped)
             set_learning_rate(trainable.optimizer, lr_factor)
 
@@ -96,6 +102,7 @@ def train(rank: Rank, run: Run, model: GPT2LMHeadModel, resume: Path | None) -> 
                     trainable.window_loss,
                     trainable.optimizer,
                     micro_batches,
+                    position_ids=position_ids,
                     predicted_tokens=len(windows) * (n_ctx - 1),
                     precision=trainable.precision,
                     max_grad_norm=args.max_grad_norm,
@@ -188,6 +195,7 @@ def train_update(
     optimizer: torch.optim.Optimizer,
     micro_batches: Sequence[torch.Tensor],
     *,
+    position_ids: Sequence[torch.Tensor] | None = None,
     predicted_tokens: int,
     precision: Precision,
     max_grad_norm: float,
@@ -199,17 +207,19 @@ def train_update(
     Args:
         window_loss: `WindowLoss`, or DistributedDataParallel around it.
         micro_batches: this rank's, at least one; int64 [windows, n_ctx], on the device.
+        position_ids: of each micro-batch, as `WindowLoss` takes them.
         predicted_tokens: of the update, over all ranks.
         weight: 0 for a rank that has no window of its own and only takes part in the exchange of gradients.
     """
     total = torch.zeros((), device=micro_batches[0].device)
-    for number, input_ids in enumerate(micro_batches, start=1):
+    positions = [None] * len(micro_batches) if position_ids is None else position_ids
+    for number, windows in enumerate(zip(micro_batches, positions, strict=True), start=1):
         exchange: AbstractContextManager[Any] = nullcontext()
         if isinstance(window_loss, DistributedDataParallel) and number < len(micro_batches):
             exchange = window_loss.no_sync()  # gradients meet once per update
         with exchange:
             with precision.autocast():
-                loss = window_loss(input_ids) * (weight / predicted_tokens)
+                loss = window_loss(*windows) * (weight / predicted_tokens)
             # DistributedDataParallel takes the mean over the ranks, the parts of a mean must be added.
             precision.backward(loss * world_size, optimizer)
         total += loss.detach()

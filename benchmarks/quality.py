@@ -5,9 +5,9 @@
 
 The files are TXT, a document a line, and are one corpus together. By a hash of its text a document belongs to a tenth
 that is measured on at the end (`--held_out test`), to another tenth for choosing settings (`--held_out tune`), or to
-the rest, which every trial is trained on; `--all_but_test` trains on the second tenth too. A trial is a line of flags for train.py. make-vocab.py runs in the other
-environment. With `--minutes` in a trial its time includes what comes before train.py. Models that an earlier call with
-the same --folder has trained are kept.
+the rest, which every trial is trained on; `--all_but_test` trains on the second tenth too. A trial is a line of flags
+for train.py. make-vocab.py runs in the other environment. With `--minutes` in a trial its time includes what comes
+before train.py. Models that an earlier call with the same --folder has trained are kept.
 """
 
 from __future__ import annotations

@@ -192,6 +192,9 @@ FLAGS = {
     "cut the windows at other places in each epoch, which delays overfitting": (
         "每轮在不同的位置切分窗口，过拟合来得更晚"
     ),
+    "tokens attend to their own document only, and positions are counted from its beginning, as completions are": (
+        "token 只看自己的文档，位置从文档开头数起，与续写时一样"
+    ),
     "peak learning rate (default: 0.00015; 5e-05 with --pretrained_model)": (
         "峰值学习率（默认：0.00015；有 --pretrained_model 时为 5e-05）"
     ),
@@ -231,8 +234,8 @@ FLAGS = {
     "GPUs, of which those present are used; cpu; cpu,cpu for two processes there": (
         "GPU 编号，只用存在的；cpu；cpu,cpu 表示在 CPU 上用两个进程"
     ),
-    "auto is bf16 where the device has instructions for it, else fp32": (
-        "auto 表示设备有 bf16 指令时为 bf16，否则 fp32"
+    "auto is bf16 where the device multiplies faster in it, else fp32": (
+        "auto 表示设备用 bf16 做乘法更快时为 bf16，否则 fp32"
     ),
     "torch.compile; auto is on for GPUs, and on a CPU with a C++ compiler for runs that are longer than it takes": (
         "torch.compile；auto 表示在 GPU 上开启，在有 C++ 编译器的 CPU 上，训练比编译更久时开启"

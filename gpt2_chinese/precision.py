@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-
 _TRIED_SIZE = 512  # of the matrices whose products tell in which numbers a CPU is faster
 _TRIES = 6
 

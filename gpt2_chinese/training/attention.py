@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from gpt2_chinese.training.dropout import draw_kept
 
 CAUSAL_ATTENTION = "causal"
 BLOCK = 128  # queries at a time; their scores end with the last key that they may see, so few are made in vain
+LONGEST_KEPT = 512  # tokens of a window; of longer ones the backward pass computes the weights again
 
 
 def causal_attention(
@@ -22,45 +24,70 @@ def causal_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    first_keys: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function for transformers: causal by itself, so that no mask is ever built."""
+    """An attention function for transformers: causal by itself, so that no mask is ever built.
+
+    Args:
+        first_keys: int64 [B, T], of each query the first key that it may see; None for the window's first.
+    """
     assert attention_mask is None
     if query.device.type == "cpu":
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        output, _weights, _kept = block_attention(query * scaling, key, value, dropout)
+        output, _weights, _kept = block_attention(query * scaling, key, value, dropout, first_keys)
+    elif first_keys is not None:
+        output = masked_attention(query, key, value, first_keys, dropout, scaling)
     else:
         output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling, is_causal=True)
     return output.transpose(1, 2), None
+
+
+def masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    first_keys: Tensor,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+) -> Tensor:
+    """Attention by PyTorch's kernels that see no key before `first_keys`, [B, heads, T, head_size]."""
+    keys = torch.arange(key.shape[2], device=key.device)
+    visible = (keys <= keys[:, None]) & (keys >= first_keys[:, None, :, None])
+    return F.scaled_dot_product_attention(query, key, value, visible, dropout_p=dropout, scale=scaling)
 
 
 # PyTorch's fused kernel for the CPU shares the work out in pieces that are too small for a processor's bf16
 # instructions and for MKL, and does not drop out. One operation, opaque to torch.compile, which would unroll the blocks
 # of every layer and compile for minutes.
 @torch.library.custom_op("gpt2_chinese::block_attention", mutates_args=(), device_types="cpu")
-def block_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> tuple[Tensor, Tensor, Tensor]:
+def block_attention(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float, first_keys: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Causal attention of queries that are scaled already.
 
     Args:
         query, key, value: [B, heads, T, head_size], of one type, in which it is computed.
         dropout: of the attention's weights.
+        first_keys: as for `causal_attention`.
 
     Returns:
         The output, in the shape of the queries; and for the backward pass the weights of all blocks, one behind the
-        other, and which of them dropout kept, as ones and zeros (empty without dropout).
+        other (empty where windows are longer than `LONGEST_KEPT`), and which of them dropout kept, as ones and zeros
+        (empty without dropout).
     """
     queries, keys, values = _joined(query, key, value)
     output = query.new_empty(queries.shape)  # contiguous, as the fake says; of one window the queries are a view
-    weights = query.new_empty(_count_weights(query))
-    kept = draw_kept(len(weights) if dropout else 0, dropout, weights.dtype)
-    later = torch.ones(BLOCK, BLOCK, dtype=torch.bool).triu_(1)
+    weights = query.new_empty(_count_kept(query))
+    kept = draw_kept(_count_weights(query) if dropout else 0, dropout, weights.dtype)
     with torch.autocast("cpu", enabled=False):
         for first, last, block_weights, block_kept in _blocks(queries, weights, kept):
-            scores = torch.bmm(queries[:, first:last], keys[:, :last].mT)
-            size = last - first
-            scores[:, :, first:].masked_fill_(later[:size, :size], -torch.inf)
-            torch.softmax(scores, -1, out=block_weights)
-            dropped = block_weights * block_kept if dropout else block_weights
+            scores = _scores(queries, keys, first, last, first_keys)
+            if block_weights is None:
+                block_weights = torch.softmax(scores, -1)
+            else:
+                torch.softmax(scores, -1, out=block_weights)
+            dropped = block_weights if block_kept is None else block_weights * block_kept
             output[:, first:last] = torch.bmm(dropped, values[:, :last])
     if dropout:
         output *= 1 / (1 - dropout)  # fewer numbers than the weights, which it belongs to
@@ -68,15 +95,24 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -
 
 
 @block_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> tuple[Tensor, Tensor, Tensor]:
-    count = _count_weights(query)
-    kept = query.new_empty(count if dropout else 0)
-    return torch.empty_like(query, memory_format=torch.contiguous_format), query.new_empty(count), kept
+def _(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float, first_keys: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    kept = query.new_empty(_count_weights(query) if dropout else 0)
+    weights = query.new_empty(_count_kept(query))
+    return torch.empty_like(query, memory_format=torch.contiguous_format), weights, kept
 
 
 @torch.library.custom_op("gpt2_chinese::block_attention_backward", mutates_args=(), device_types="cpu")
 def block_attention_backward(
-    outer: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, kept: Tensor, dropout: float
+    outer: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: Tensor,
+    kept: Tensor,
+    first_keys: Tensor | None,
+    dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values; those of a key or value are summed over the blocks in float32."""
     queries, keys, values = _joined(query, key, value)
@@ -89,10 +125,12 @@ def block_attention_backward(
     to_keys, to_values = (query.new_zeros(keys.shape, dtype=wide) for _ in range(2))
     with torch.autocast("cpu", enabled=False):
         for first, last, block_weights, block_kept in _blocks(queries, weights, kept):
+            if block_weights is None:
+                block_weights = torch.softmax(_scores(queries, keys, first, last, first_keys), -1)
             rows = gradient[:, first:last]
             to_weights = torch.bmm(rows, values[:, :last].mT)
             dropped = block_weights
-            if dropout:
+            if block_kept is not None:
                 dropped = block_weights * block_kept
                 to_weights.mul_(block_kept)
             to_values[:, :last] += torch.bmm(dropped.mT, rows)
@@ -109,14 +147,14 @@ def _(outer: Tensor, query: Tensor, *_: Any) -> tuple[Tensor, ...]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *given, ctx.dropout = inputs
+    *given, ctx.dropout, first_keys = inputs
     _, weights, kept = output
     ctx.mark_non_differentiable(weights, kept)
-    ctx.save_for_backward(*given, weights, kept)
+    ctx.save_for_backward(*given, weights, kept, first_keys)
 
 
 def _backward(ctx: Any, outer: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return (*block_attention_backward(outer, *ctx.saved_tensors, ctx.dropout), None)
+    return (*block_attention_backward(outer, *ctx.saved_tensors, ctx.dropout), None, None)
 
 
 block_attention.register_autograd(_backward, setup_context=_save)
@@ -127,6 +165,17 @@ def _joined(*parts: Tensor) -> tuple[Tensor, ...]:
     return tuple(part.reshape(-1, *part.shape[2:]) for part in parts)
 
 
+def _scores(queries: Tensor, keys: Tensor, first: int, last: int, first_keys: Tensor | None) -> Tensor:
+    """Scores of the queries from `first` to `last`, minus infinity where they may not see a key."""
+    scores = torch.bmm(queries[:, first:last], keys[:, :last].mT)
+    size = last - first
+    scores[:, :, first:].masked_fill_(torch.ones(size, size, dtype=torch.bool).triu_(1), -torch.inf)
+    if first_keys is not None:
+        before = torch.arange(last) < first_keys[:, None, first:last, None]
+        scores.view(len(first_keys), -1, size, last).masked_fill_(before, -torch.inf)
+    return scores
+
+
 def _spans(length: int) -> list[tuple[int, int]]:
     return [(first, min(first + BLOCK, length)) for first in range(0, length, BLOCK)]
 
@@ -135,11 +184,19 @@ def _count_weights(query: Tensor) -> int:
     return query.shape[0] * query.shape[1] * sum((last - first) * last for first, last in _spans(query.shape[2]))
 
 
-def _blocks(queries: Tensor, weights: Tensor, kept: Tensor) -> list[tuple[int, int, Tensor, Tensor]]:
-    """First and last query of each block, and its part of the weights and of what dropout kept."""
+def _count_kept(query: Tensor) -> int:
+    return _count_weights(query) if query.shape[2] <= LONGEST_KEPT else 0
+
+
+def _blocks(queries: Tensor, weights: Tensor, kept: Tensor) -> list[tuple[int, int, Tensor | None, Tensor | None]]:
+    """First and last query of each block, and its part of the weights and of what dropout kept, if they are there."""
     spans = _spans(queries.shape[1])
     shapes = [(len(queries), last - first, last) for first, last in spans]
     sizes = [rows * height * width for rows, height, width in shapes]
-    parts = [part.view(shape) for part, shape in zip(weights.split(sizes), shapes, strict=True)]
-    masks = [part.view(shape) for part, shape in zip(kept.split(sizes), shapes, strict=True)] if len(kept) else parts
-    return [(*span, part, mask) for span, part, mask in zip(spans, parts, masks, strict=True)]
+
+    def parts(whole: Tensor) -> Sequence[Tensor | None]:
+        if not len(whole):
+            return [None] * len(spans)
+        return [part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True)]
+
+    return [(*span, part, mask) for span, part, mask in zip(spans, parts(weights), parts(kept), strict=True)]

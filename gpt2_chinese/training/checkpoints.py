@@ -38,6 +38,7 @@ ADDED_SETTINGS: dict[str, Any] = {
     "--weight_decay": 0.0,
     "--muon_weight_decay": None,
     "--shift_windows": False,
+    "--document_mask": False,
     "--teacher": "",
     "--teacher_share": 0.6,
     "--val_bytes": None,

@@ -51,13 +51,9 @@ class CorpusText:
         self._tokens, self._tokenizer = tokens, tokenizer
         marks = tokenizer.marks
         self._marks = [mark for mark in (marks.begin, marks.end) if mark is not None]
-        begins = _begins(tokens, tokenizer)
-        if lengths is not None and len(tokens):
-            stretches = np.cumsum([0, *lengths])
-            begins = np.union1d(begins, stretches[stretches < len(tokens)])
-        self._begins = begins
-        self._ends = np.append(begins[1:], len(tokens))
-        self.documents = len(begins)
+        self._begins = document_starts(tokens, tokenizer, lengths)
+        self._ends = np.append(self._begins[1:], len(tokens))
+        self.documents = len(self._begins)
         self.chosen: Integers = np.arange(self.documents)
         self._max_characters = max_characters
         self._max_tokens: int | None = None  # of a document that is in the sample
@@ -128,8 +124,14 @@ def as_code_points(text: str) -> npt.NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
-def _begins(tokens: npt.NDArray[Any], tokenizer: Tokenizer) -> Integers:
-    """Where documents begin; the first begins at 0 whatever stands there. Memory is that of a block of tokens."""
+def document_starts(tokens: npt.NDArray[Any], tokenizer: Tokenizer, lengths: tuple[int, ...] | None = None) -> Integers:
+    """Where documents begin, in ascending order; the first begins at 0 whatever stands there.
+
+    Memory is that of a block of tokens, and 8 bytes a document.
+
+    Args:
+        lengths: as for `CorpusText`.
+    """
     found: list[Integers] = [np.zeros(min(1, len(tokens)), np.int64)]
     marks, inside = tokenizer.marks, False
     for begin in range(0, len(tokens), _TOKENS_AT_ONCE):
@@ -137,4 +139,7 @@ def _begins(tokens: npt.NDArray[Any], tokenizer: Tokenizer) -> Integers:
         found.append(document_begins(block, marks, inside=inside) + begin)
         if marks.begin == marks.end:
             inside ^= bool(np.count_nonzero(block == marks.begin) % 2)
+    if lengths is not None and len(tokens):
+        stretches = np.cumsum([0, *lengths])
+        found.append(stretches[stretches < len(tokens)])
     return np.unique(np.concatenate(found))

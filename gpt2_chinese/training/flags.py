@@ -212,6 +212,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help="cut the windows at other places in each epoch, which delays overfitting",
     )
     parser.add_argument(
+        "--document_mask",
+        action="store_true",
+        help="tokens attend to their own document only, and positions are counted from its beginning, as completions are",
+    )
+    parser.add_argument(
         "--lr",
         type=_positive_number,
         help=f"peak learning rate (default: {NEW_MODEL_LR}; {PRETRAINED_LR} with --pretrained_model)",
@@ -290,7 +295,7 @@ def _add_hardware(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=["auto", "fp32", "bf16", "fp16"],
         default="auto",
-        help="auto is bf16 where the device has instructions for it, else fp32",
+        help="auto is bf16 where the device multiplies faster in it, else fp32",
     )
     parser.add_argument(
         "--compile",

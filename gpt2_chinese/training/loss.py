@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
+import inspect
 import os
 import shutil
 import tempfile
@@ -19,10 +21,14 @@ from transformers.activations import NewGELUActivation
 
 from gpt2_chinese.compiled import make_trusted_folder, user_cache_folder
 from gpt2_chinese.parallel import safe_folder, safe_path
+from gpt2_chinese.training import attention, dropout
 from gpt2_chinese.training.attention import CAUSAL_ATTENTION, causal_attention
 from gpt2_chinese.training.dropout import use_cpu_dropout
 
-HEAD_ROWS = 512  # of logits at a time on a CPU
+HEAD_ROWS = 512  # of logits at a time on a CPU, at most
+_LOGITS_BYTES = 32 << 20  # of them, at most; but for very large vocabularies
+_SOFTMAX_ROWS = 64  # of them in float32 at a time, since those of all would take more memory than all else of the head
+_HEAD_COLUMNS = 8192  # of the vocabulary, whose gradient is added up at a time
 
 
 class HeadLoss(torch.autograd.Function):
@@ -42,6 +48,7 @@ class HeadLoss(torch.autograd.Function):
         head: torch.Tensor,
         targets: torch.Tensor,
         share: float = 0.0,
+        of_head: list[torch.Tensor] | None = None,
         *taught: torch.Tensor,
     ) -> torch.Tensor:
         """Sum of the losses, in nats, of hidden states [N, n_embd] under a head [V, n_embd] for targets [N].
@@ -50,6 +57,7 @@ class HeadLoss(torch.autograd.Function):
 
         Args:
             share: of the teachers in the gradient; 0 without teachers.
+            of_head: gets the head's gradient in the backward pass, instead of the head: for `TiedLookup`.
             taught: the hidden states [N, its n_embd] and the head [V, its n_embd] of each teacher, one after the other.
         """
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else head.dtype
@@ -58,27 +66,34 @@ class HeadLoss(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32)
         hidden_gradient = torch.empty(hidden.shape, dtype=torch.float32)
         head_gradient = torch.zeros(head.shape, dtype=torch.float32)
-        minus_one = torch.full((HEAD_ROWS, 1), -1.0)
+        minus_one = torch.full((_SOFTMAX_ROWS, 1), -1.0)
+        fitting = _LOGITS_BYTES // (len(head) * dtype.itemsize) // _SOFTMAX_ROWS * _SOFTMAX_ROWS
+        rows_at_once = min(HEAD_ROWS, max(_SOFTMAX_ROWS, fitting))
         with torch.autocast("cpu", enabled=False):
-            for first in range(0, len(hidden), HEAD_ROWS):
-                rows = hidden[first : first + HEAD_ROWS].to(dtype)
-                target = targets[first : first + HEAD_ROWS, None]
+            for first in range(0, len(hidden), rows_at_once):
+                rows = hidden[first : first + rows_at_once].to(dtype)
                 logits = rows @ weights.T
-                probabilities = torch.softmax(logits, 1, dtype=torch.float32)
-                # The greatest logit and its probability say what the sum of all was; that of a target may be 0.
-                greatest = logits.amax(1, keepdim=True).float() - probabilities.amax(1, keepdim=True).log_()
-                loss += (greatest - logits.gather(1, target)).sum()
-                if taught:
-                    probabilities -= _mean_distribution(taught, slice(first, first + HEAD_ROWS), dtype).mul_(share)
-                gradient = probabilities.scatter_add_(1, target, minus_one[: len(rows)] * (1 - share)).to(dtype)
-                hidden_gradient[first : first + HEAD_ROWS] = gradient @ weights
+                for begin in range(0, len(rows), _SOFTMAX_ROWS):
+                    part = slice(first + begin, first + min(begin + _SOFTMAX_ROWS, len(rows)))
+                    own, target = logits[begin : begin + _SOFTMAX_ROWS], targets[part, None]
+                    probabilities = torch.softmax(own, 1, dtype=torch.float32)
+                    # The greatest logit and its probability say what the sum of all was; that of a target may be 0.
+                    greatest = own.amax(1, keepdim=True).float() - probabilities.amax(1, keepdim=True).log_()
+                    loss += (greatest - own.gather(1, target)).sum()
+                    if taught:
+                        probabilities -= _mean_distribution(taught, part, dtype).mul_(share)
+                    own.copy_(probabilities.scatter_add_(1, target, minus_one[: len(own)] * (1 - share)))
+                gradient = logits  # in its place
+                hidden_gradient[first : first + rows_at_once] = gradient @ weights
                 if dtype == torch.float32:
                     head_gradient.addmm_(gradient.T, rows)
-                else:
-                    head_gradient += gradient.T @ rows
+                    continue
+                for begin in range(0, len(head), _HEAD_COLUMNS):
+                    columns = slice(begin, begin + _HEAD_COLUMNS)
+                    head_gradient[columns] += gradient[:, columns].T @ rows
         ctx.save_for_backward(hidden_gradient, head_gradient)
         ctx.dtypes = hidden.dtype, head.dtype
-        ctx.others = 2 + len(taught)
+        ctx.of_head, ctx.others = of_head, 3 + len(taught)
         return loss
 
     @staticmethod
@@ -86,7 +101,35 @@ class HeadLoss(torch.autograd.Function):
         """Gradients of hidden states and head; in place, so a second pass over the same loss is an error."""
         hidden_gradient, head_gradient = (gradient.mul_(outer[0]) for gradient in ctx.saved_tensors)
         hidden_type, head_type = ctx.dtypes
-        return hidden_gradient.to(hidden_type), head_gradient.to(head_type), *[None] * ctx.others
+        to_head: torch.Tensor | None = head_gradient.to(head_type)
+        if ctx.of_head is not None:
+            ctx.of_head.append(to_head)
+            to_head = None
+        return hidden_gradient.to(hidden_type), to_head, *[None] * ctx.others
+
+
+class TiedLookup(torch.autograd.Function):
+    """Rows of an embedding that is the head too: their gradient is added to the head's, in its place.
+
+    Autograd would make a second gradient of that size, and a third to add them up. The head's is there by then, since
+    that of the rows comes from it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, embedding: torch.Tensor, input_ids: torch.Tensor, of_head: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """Take an embedding [V, n_embd], int64 [windows, n_ctx], and the list that `HeadLoss` has too."""
+        ctx.save_for_backward(input_ids)
+        ctx.of_head = of_head
+        return F.embedding(input_ids, embedding)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (input_ids,), gradient = ctx.saved_tensors, ctx.of_head.pop()
+        rows = outer[0].flatten(0, -2).to(gradient.dtype)
+        gradient.add_(torch.sparse_coo_tensor(input_ids.flatten()[None], rows, gradient.shape, check_invariants=False))
+        return gradient, None, None
 
 
 def _mean_distribution(taught: Sequence[torch.Tensor], rows: slice, dtype: torch.dtype) -> torch.Tensor:
@@ -134,7 +177,7 @@ class WindowLoss(nn.Module):
         self.model = model
         self._rows = rows or model.config.vocab_size
         self._recompute = recompute
-        self._compiled: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._compiled: Callable[..., torch.Tensor] | None = None
         self._compiled_shape: tuple[int, ...] = ()
         self._teachers = tuple(teachers)  # in a tuple they are no parameters of this module
         self._teacher_share = teacher_share if teachers else 0.0
@@ -147,56 +190,93 @@ class WindowLoss(nn.Module):
         whole = self._loss if self.model.device.type == "cuda" else self._hidden
         compiled = torch.compile(whole, dynamic=False)
 
-        def first_call(input_ids: torch.Tensor) -> torch.Tensor:
+        def first_call(*given: torch.Tensor | None) -> torch.Tensor:
             self._compiled = compiled
             with safe_path():  # compiles both passes
-                return compiled(input_ids)
+                return compiled(*given)
 
         self._compiled, self._compiled_shape = first_call, shape
 
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Take int64 [windows, n_ctx]; the first token of a window is not predicted, the last predicts nothing."""
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Take int64 [windows, n_ctx]; the first token of a window is not predicted, the last predicts nothing.
+
+        Args:
+            position_ids: of the same shape; where they begin anew, tokens do not attend to those before. None counts
+                from the window's begin.
+        """
         compiled = self._compiled if tuple(input_ids.shape) == self._compiled_shape else None
         if input_ids.is_cuda:
-            return (compiled or self._loss)(input_ids)
-        hidden = (compiled or self._hidden)(input_ids)[:, :-1]
-        head = self.model.lm_head.weight[: self._rows]
-        taught = self._taught(input_ids)
-        return HeadLoss.apply(hidden.flatten(0, 1), head, input_ids[:, 1:].flatten(), self._teacher_share, *taught)
+            return (compiled or self._loss)(input_ids, position_ids)
+        head: torch.Tensor
+        embedding, head = _vocabulary_weights(self.model)
+        of_head: list[torch.Tensor] | None = None
+        if embedding is head and len(head) == self._rows:
+            embedded = TiedLookup.apply(embedding, input_ids, of_head := [])
+        else:
+            embedded, head = F.embedding(input_ids, embedding), head[: self._rows]
+        hidden = (compiled or self._hidden)(input_ids, position_ids, embedded)[:, :-1]
+        taught = self._taught(input_ids, position_ids)
+        targets = input_ids[:, 1:].flatten()
+        return HeadLoss.apply(hidden.flatten(0, 1), head, targets, self._teacher_share, of_head, *taught)
 
     @torch.no_grad()
-    def _taught(self, input_ids: torch.Tensor) -> list[torch.Tensor]:
+    def _taught(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> list[torch.Tensor]:
         """The hidden states [windows * (n_ctx - 1), n_embd] and the head of each teacher."""
         taught = []
         for teacher in self._teachers:
-            hidden = teacher.transformer(input_ids, use_cache=False).last_hidden_state
+            hidden = hidden_states(teacher, input_ids, position_ids)
             taught += [hidden[:, :-1].flatten(0, 1), teacher.lm_head.weight[: self._rows]]
         return taught
 
-    def _hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.model.transformer(input_ids, use_cache=False).last_hidden_state
+    def _hidden(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, embedded: torch.Tensor
+    ) -> torch.Tensor:
+        return hidden_states(self.model, input_ids, position_ids, embedded)
 
-    def _loss(self, input_ids: torch.Tensor) -> torch.Tensor:
-        hidden = self._hidden(input_ids)
+    def _loss(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+        hidden = hidden_states(self.model, input_ids, position_ids)
         if not self._recompute:
-            return self._head_loss(hidden, input_ids)
+            return self._head_loss(hidden, input_ids, position_ids)
+        positions = [None] * len(input_ids) if position_ids is None else position_ids.split(1)
         losses = [
-            checkpoint(self._head_loss, hidden[row : row + 1], input_ids[row : row + 1], use_reentrant=False)
-            for row in range(len(input_ids))
+            checkpoint(self._head_loss, *row, use_reentrant=False)
+            for row in zip(hidden.split(1), input_ids.split(1), positions, strict=True)
         ]
         return torch.stack(losses).sum()
 
-    def _head_loss(self, hidden: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    def _head_loss(
+        self, hidden: torch.Tensor, input_ids: torch.Tensor, position_ids: torch.Tensor | None
+    ) -> torch.Tensor:
         # Sliced before the head: the logits are most of the memory.
         logits = self.model.lm_head(hidden[:, :-1])[..., : self._rows].float().flatten(0, 1)
         loss = F.cross_entropy(logits, input_ids[:, 1:].flatten(), reduction="sum")
         if not self._teachers:
             return loss
-        taught = self._taught(input_ids)
+        taught = self._taught(input_ids, position_ids)
         with torch.no_grad():
             distribution = _mean_distribution(taught, slice(None), taught[0].dtype)
         mixed = loss + self._teacher_share * (F.cross_entropy(logits, distribution, reduction="sum") - loss)
         return loss.detach() + mixed - mixed.detach()
+
+
+def hidden_states(
+    model: GPT2LMHeadModel,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    embedded: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The last hidden states [windows, n_ctx, n_embd].
+
+    Args:
+        position_ids: as for `WindowLoss`.
+        embedded: the rows of the embedding for `input_ids`, where they have been looked up.
+    """
+    others: dict[str, torch.Tensor] = {"input_ids": input_ids} if embedded is None else {"inputs_embeds": embedded}
+    if position_ids is not None:
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        others |= {"position_ids": position_ids, "first_keys": places - position_ids}
+    hidden: torch.Tensor = model.transformer(use_cache=False, **others).last_hidden_state
+    return hidden
 
 
 def pad_vocabulary(model: GPT2LMHeadModel, multiple: int = 64) -> int:
@@ -273,11 +353,17 @@ def keep_compiled_code_private() -> None:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.abspath(given)
         return
     try:
-        folder = str(make_trusted_folder(user_cache_folder() / "inductor"))
+        folder = str(make_trusted_folder(user_cache_folder() / f"inductor-{_operations_digest()}"))
     except OSError:
         folder = tempfile.mkdtemp(prefix="gpt2-chinese-")  # every run compiles
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+
+
+def _operations_digest() -> str:
+    """Of our operations, which compiled code calls by their names, whatever arguments they take in this version."""
+    sources = "\n".join(inspect.getsource(module) for module in (attention, dropout))
+    return hashlib.sha256(sources.encode()).hexdigest()[:16]
 
 
 def compiler_problem(device: torch.device) -> str:

@@ -60,7 +60,7 @@ _KINDS: dict[str, type] = {
     **dict.fromkeys(("model_config", "optimizer", "embedding_init", "schedule"), str),
     **dict.fromkeys(("epochs", "batch_size", "stride", "warmup_steps", "patience", "log_step", "max_steps"), int),
     **dict.fromkeys(("lr", "muon_lr", "dropout", "weight_decay", "muon_weight_decay"), float),
-    **dict.fromkeys(("shift_windows", "report"), bool),
+    **dict.fromkeys(("shift_windows", "document_mask", "report"), bool),
 }  # of the flags that a plan has
 
 # Bits per character of medical_qa.txt after so many epochs e: floor + gap * e ** -1.13, fitted to the experiments.

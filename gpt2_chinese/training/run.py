@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from gpt2_chinese.text.pieces import (
     text_of_tokens,
 )
 from gpt2_chinese.text.tokenizers import Tokenizer, vocabulary_of_folder
+from gpt2_chinese.training.corpus_text import document_starts
 from gpt2_chinese.training.hold_out import MAX_BYTES, MIN_BYTES, HoldOut
 from gpt2_chinese.training.optimizers import learning_rate_factor
 from gpt2_chinese.training.plan import PLAN, Plan, decides_after
@@ -67,6 +68,7 @@ _RESUMED_FLAGS = (
     "val_fraction",
     "val_bytes",
     "shift_windows",
+    "document_mask",
     "pretrained_model",
 )
 
@@ -110,6 +112,11 @@ class Run:
     def total_steps(self) -> int:
         whole = int(self.updates_per_epoch * self.args.epochs)
         return min(whole, self.args.max_steps) if self.args.max_steps else whole
+
+    @cached_property
+    def document_starts(self) -> npt.NDArray[np.int64]:
+        """Where documents, and slices of them, begin in the corpus; 8 bytes each."""
+        return document_starts(self.corpus.tokens, self.tokenizer, self.corpus.piece_lengths)
 
     @property
     def warmup_steps(self) -> int:

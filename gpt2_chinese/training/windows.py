@@ -93,6 +93,26 @@ def window_batch(tokens: npt.NDArray[Any], starts: npt.NDArray[np.int64], n_ctx:
     return torch.from_numpy(tokens[starts[:, None] + np.arange(n_ctx)].astype(np.int64))
 
 
+def document_positions(
+    document_starts: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], n_ctx: int
+) -> torch.Tensor:
+    """The positions of windows' tokens, counted from where their document begins, or the window if that is later.
+
+    Args:
+        document_starts: where documents begin in the corpus, the first at 0, in ascending order.
+
+    Returns:
+        int64 [len(starts), n_ctx].
+
+    Example:
+        >>> document_positions(np.array([0, 4, 6]), np.array([3]), n_ctx=5)
+        tensor([[0, 0, 1, 0, 1]])
+    """
+    places = starts[:, None] + np.arange(n_ctx)
+    begins = document_starts[np.searchsorted(document_starts, places, side="right") - 1]
+    return torch.from_numpy(places - np.maximum(begins, starts[:, None]))
+
+
 def share_of_rank(
     starts: npt.NDArray[np.int64], rank: int, world_size: int, batch_size: int
 ) -> list[npt.NDArray[np.int64]]:
@@ -106,6 +126,6 @@ def share_of_rank(
     return [own[begin : begin + size] for begin in range(0, len(own), size)]
 
 
-def to_device(input_ids: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(integers: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy to a GPU from pinned memory, so that the copy waits for no update; nothing on a CPU."""
-    return input_ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else input_ids
+    return integers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else integers

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import assert_same_weights, run, weights, write_documents, write_shape
+from small_run import MASK_ID, assert_same_weights, run, weights, write_documents, write_shape
 
 import generate
 from gpt2_chinese.model_folder import note_of_a_better_model
 from gpt2_chinese.precision import is_bf16_fast
+from gpt2_chinese.training.loss import WindowLoss
 
 # A high learning rate and few documents: the validation loss rises soon.
 OVERFITTING = ["--epochs", "8", "--batch_size", "4", "--stride", "7", "--val_fraction", "0.1", "--optimizer", "muon"]
@@ -151,6 +152,30 @@ def test_windows_that_shift_are_others_in_each_epoch_and_each_is_seen_once(train
     assert run(train, *OVERFITTING, "--shift_windows", epochs=2) == 0
     first, second = set(seen[: len(seen) // 2]), set(seen[len(seen) // 2 :])
     assert len(first - second) > len(first) / 2
+
+
+def test_with_a_document_mask_positions_begin_anew_at_each_document(train, monkeypatch):
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    original = WindowLoss.forward
+
+    def recorded(self, input_ids, position_ids=None):
+        seen.append((input_ids, position_ids))
+        return original(self, input_ids, position_ids)
+
+    monkeypatch.setattr(WindowLoss, "forward", recorded)
+    flags = ["--batch_size", "4", "--stride", "5", "--val_fraction", "0"]
+    assert run(train, *flags, epochs=1, output_dir="without") == 0
+    assert all(positions is None for _, positions in seen)
+    seen.clear()
+    assert run(train, *flags, "--document_mask", epochs=1) == 0
+    for windows, positions in seen:
+        begins = windows == MASK_ID
+        begins[:, 0] = True
+        assert torch.equal(positions == 0, begins)
+        assert torch.equal(positions[:, 1:][~begins[:, 1:]], (positions[:, :-1] + 1)[~begins[:, 1:]])
+    assert sum(int((windows == MASK_ID).sum()) for windows, _ in seen) >= 20
+    with pytest.raises(AssertionError):
+        assert_same_weights(weights(), weights("without/final_model"))
 
 
 def test_a_teacher_is_learnt_from_exactly_in_resume_too(train, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from tiny_model import tiny_model
 
-from gpt2_chinese.training.loss import HEAD_ROWS, HeadLoss, WindowLoss
+from gpt2_chinese.training.loss import HEAD_ROWS, HeadLoss, WindowLoss, hidden_states
 
 ROWS = 2 * HEAD_ROWS + 5  # the last rows are not a whole chunk
 
@@ -40,7 +40,7 @@ def test_with_teachers_the_gradient_is_that_of_the_mixed_loss_and_the_value_that
     generator = torch.Generator().manual_seed(1)
     taught = [torch.randn(ROWS, 8, generator=generator), torch.randn(50, 8, generator=generator)]
     taught += [torch.randn(ROWS, 24, generator=generator), torch.randn(50, 24, generator=generator)]
-    loss = HeadLoss.apply(hidden, head, targets, 0.6, *taught)
+    loss = HeadLoss.apply(hidden, head, targets, 0.6, None, *taught)
     loss.backward()
 
     mean = (torch.softmax(taught[0] @ taught[1].T, 1) + torch.softmax(taught[2] @ taught[3].T, 1)) / 2
@@ -113,3 +113,22 @@ def test_a_second_pass_over_one_loss_is_an_error_not_a_wrong_gradient():
     (loss * 2).backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (loss * 2).backward()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_documents_of_a_window_are_read_as_if_each_had_its_own(recompute):
+    model = tiny_model()
+    window_loss = WindowLoss(model, recompute=recompute)
+    input_ids = torch.randint(5, 200, (2, 16), generator=torch.Generator().manual_seed(0))
+    positions = torch.stack(
+        [torch.cat([torch.arange(5), torch.arange(11)]), torch.cat([torch.arange(9), torch.arange(7)])]
+    )
+    whole = hidden_states(model, input_ids, positions)
+    for window, border in enumerate((5, 9)):
+        first, second = input_ids[window : window + 1].split([border, 16 - border], 1)
+        apart = torch.cat([hidden_states(model, each, None) for each in (first, second)], 1)
+        torch.testing.assert_close(whole[window : window + 1], apart)
+    logits = model.lm_head(whole)[:, :-1].flatten(0, 1)
+    expected = F.cross_entropy(logits, input_ids[:, 1:].flatten(), reduction="sum")
+    torch.testing.assert_close(window_loss(input_ids, positions), expected)
+    assert not torch.allclose(window_loss(input_ids), expected)

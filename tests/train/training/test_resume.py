@@ -48,7 +48,7 @@ def points(folder: str = "model") -> list[dict]:
 def small_run_flags(precision: str = "fp32", optimizer: str = "adamw") -> list[str]:
     flags = ["--epochs", "2", "--batch_size", "2", "--gradient_accumulation", "2", "--save_steps", str(SAVE_STEPS)]
     flags += ["--precision", precision, "--optimizer", optimizer, "--val_fraction", "0.1", "--val_steps", "4"]
-    return [*flags, "--stride", "5", "--weight_decay", "0.1", "--shift_windows"]
+    return [*flags, "--stride", "5", "--weight_decay", "0.1", "--shift_windows", "--document_mask"]
 
 
 def run_until(train, moment: float, flags: list[str], updates: mmap.mmap) -> bool:

@@ -24,7 +24,7 @@ from gpt2_chinese.text.word_tokenizer import BYTE_TOKENS, WordTokenizer
 from gpt2_chinese.training import hold_out, token_cache
 from gpt2_chinese.training.hold_out import HoldOut
 from gpt2_chinese.training.token_cache import read_pieces
-from gpt2_chinese.training.windows import epoch_order, shifted_starts, window_starts
+from gpt2_chinese.training.windows import document_positions, epoch_order, shifted_starts, window_starts
 
 
 def write_pieces(folder: Path, texts: list[str]) -> Path:
@@ -145,6 +145,17 @@ def test_windows_that_move_are_as_many_and_leave_out_less_than_a_window_at_a_pie
     ends = {window[-1] for window in inside} - {window[-2] for window in inside if len(window) > 1}
     last_tokens = {end for end in ends if all(end + 1 not in window for window in inside)}
     assert all(not (start <= end < start + n_ctx - 1) for start in moved.tolist() for end in last_tokens)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=20), st.integers(2, 20), st.randoms())
+def test_positions_are_counted_from_where_a_document_or_the_window_begins(lengths, n_ctx, random):
+    begins = np.cumsum([0, *lengths[:-1]])
+    starts = np.array([random.randrange(sum(lengths)) for _ in range(5)])
+    expected = [
+        [place - max(start, max(begin for begin in begins if begin <= place)) for place in range(start, start + n_ctx)]
+        for start in starts
+    ]
+    assert document_positions(begins, starts, n_ctx).tolist() == expected
 
 
 def test_windows_move_from_epoch_to_epoch_and_with_the_seed():
