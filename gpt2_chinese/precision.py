@@ -61,8 +61,9 @@ def choose_precision(args: argparse.Namespace, device: torch.device) -> tuple[st
         return args.precision, ""
     if is_bf16_fast(device):
         return "bf16", ""
-    reason = "multiplies bf16 more slowly than fp32" if has_bf16(device) else "has no bf16 instructions"
-    return "fp32", f"this {device.type.upper()} {reason}"
+    if has_bf16(device):
+        return "fp32", f"this {device.type.upper()} multiplies bf16 more slowly than fp32"
+    return "fp32", f"this {device.type.upper()} has no bf16 instructions"
 
 
 def has_bf16(device: torch.device) -> bool:

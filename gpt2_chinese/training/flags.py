@@ -214,7 +214,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--document_mask",
         action="store_true",
-        help="tokens attend to their own document only, and positions are counted from its beginning, as completions are",
+        help="tokens attend to their own document only, and positions are counted from its beginning, as completions "
+        "are",
     )
     parser.add_argument(
         "--lr",
