@@ -7,6 +7,7 @@ The rules come from experiments, which docs/training.md lists. In short:
   larger one learns less in the time, a smaller one has learnt what it can.
 - A model memorises a small text however slowly it learns: parameters are bounded by the tokens, and so are the epochs.
 - With several epochs, windows at other places in each help; dropout and weight decay too, as far as a model memorises.
+- Tokens that attend to their own document only help, the more the shorter documents are.
 - Where there is time for three times as many epochs as a model can use, two of them are its teachers.
 """
 
@@ -180,6 +181,8 @@ def make_plan(
     teachers = teachers_for(facts.tokens, epochs) if is_taught else 0
     parts = teachers + 1 + PUPIL_SHARE * teachers  # of the time, each of which a teacher has
     flags, reasons = _settings(facts, shape, epochs / parts, is_taught=teachers > 0)
+    # A GPU's fastest attention takes no mask; what it costs there has not been measured.
+    flags["document_mask"] = choose_devices(args.device)[0][0].type == "cpu"
     flags = {name: value for name, value in flags.items() if name not in given}
     windows = flags.get("batch_size", args.batch_size) * args.gradient_accumulation
     epochs_at_most = min(epochs / parts, flags.get("epochs", args.epochs))

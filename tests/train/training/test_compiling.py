@@ -56,3 +56,10 @@ def test_code_is_kept_in_a_temporary_folder_where_others_may_write_the_user_s_on
     if not given:
         loss.keep_compiled_code_private()
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "fresh")
+
+
+def test_no_script_has_the_name_of_a_module_of_python():
+    """torch.compile starts Python with a script's folder first in its path; if that fails it uses no vectors."""
+    scripts = [path for folder in (".", "benchmarks", "examples") for path in (ROOT / folder).glob("*.py")]
+    assert len(scripts) > 20
+    assert not [path for path in scripts if path.stem in sys.stdlib_module_names]

@@ -84,6 +84,7 @@ def test_what_is_given_is_kept(train):
     pieces()
     without = planned()
     assert without.flags["optimizer"] == "muon" and without.flags["dropout"] == 0.2 and without.flags["shift_windows"]
+    assert without.flags["document_mask"]
     with_flags = planned("--dropout", "0.2", "--epochs", "3", "--weight_decay", "0")
     assert not {"dropout", "epochs", "weight_decay"} & with_flags.flags.keys()
     assert with_flags.flags.keys() | {"dropout", "epochs", "weight_decay"} == without.flags.keys()

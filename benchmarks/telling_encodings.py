@@ -4,8 +4,8 @@ Run in either environment; the table is that of tests/both/text/test_encodings.p
 4,000 bytes. With texts in UTF-8, a document a line, 300 runs of lines of each are told in the encodings of simplified
 Chinese too:
 
-    .venv-train/bin/python benchmarks/encodings.py
-    .venv-train/bin/python benchmarks/encodings.py medical_qa.txt songci.txt
+    .venv-train/bin/python benchmarks/telling_encodings.py
+    .venv-train/bin/python benchmarks/telling_encodings.py medical_qa.txt songci.txt
 """
 
 from __future__ import annotations
