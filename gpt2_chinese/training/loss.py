@@ -26,7 +26,7 @@ from gpt2_chinese.training.attention import CAUSAL_ATTENTION, causal_attention
 from gpt2_chinese.training.dropout import use_cpu_dropout
 
 HEAD_ROWS = 512  # of logits at a time on a CPU, at most
-_LOGITS_BYTES = 32 << 20  # of them, at most; but for very large vocabularies
+_LOGITS_BYTES = 32 << 20  # of them, unless `_SOFTMAX_ROWS` of them have more
 _SOFTMAX_ROWS = 64  # of them in float32 at a time, since those of all would take more memory than all else of the head
 _HEAD_COLUMNS = 8192  # of the vocabulary, whose gradient is added up at a time
 
