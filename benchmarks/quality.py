@@ -5,9 +5,9 @@
 
 The files are TXT, a document a line, and are one corpus together. By a hash of its text a document belongs to a tenth
 that is measured on at the end (`--held_out test`), to another tenth for choosing settings (`--held_out tune`), or to
-the rest, which every trial is trained on; `--all_but_test` trains on the second tenth too. A trial is a line of flags
-for train.py. make-vocab.py runs in the other environment. With `--minutes` in a trial its time includes what comes
-before train.py. Models that an earlier call with the same --folder has trained are kept.
+the rest, which every trial is trained on. A trial is a line of flags for train.py. make-vocab.py runs in the other
+environment. With `--minutes` in a trial its time includes what comes before train.py. Models that an earlier call with
+the same --folder has trained are kept.
 """
 
 from __future__ import annotations
@@ -39,15 +39,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--trials", type=Path, help="a file with a trial on each line")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="(default: %(default)s)")
     parser.add_argument("--held_out", choices=SHARES, default="test", help="tenth to measure on (default: %(default)s)")
-    parser.add_argument("--all_but_test", action="store_true", help="train on all that is not in the tenth `test`")
     parser.add_argument("--tokenizer", default="bpe", choices=KINDS, help="(default: %(default)s, as in make model)")
     parser.add_argument("--vocab_size", default="auto", help="of make-vocab.py (default: %(default)s)")
     parser.add_argument("--min_length", default="1", help="of make-tokenized.py (default: %(default)s)")
     parser.add_argument("--folder", type=Path, default=Path("quality"), help="to work in (default: %(default)s)")
     parser.add_argument("--vocab_python", default=str(ROOT / ".venv-vocab/bin/python"), help="of make-vocab.py")
     args = parser.parse_args()
-    if args.all_but_test and args.held_out != "test":
-        parser.error("--all_but_test trains on what --held_out tune would measure on")
     if args.trials:
         args.trial += [line for line in args.trials.read_text(encoding="utf-8").splitlines() if line.strip()]
     args.folder = args.folder.resolve()
@@ -113,8 +110,6 @@ def main() -> None:
     args = parse_args()
     documents = [line for file in args.files for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     parts = split(documents)
-    if args.all_but_test:
-        parts["train"] += parts["tune"]
     held_out = parts[args.held_out]
     characters = sum(map(len, held_out))
     counts = f"{len(parts['train']):,} documents to train on, {len(held_out):,} to measure on"

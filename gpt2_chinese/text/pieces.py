@@ -112,7 +112,7 @@ def read_pieces_tokenizer(manifest: dict[str, Any] | None, vocab_file: str | Pat
         # written before there were others than words
         rules = manifest.get("tokenizer_rules", 1)
         settings = {"kind": "word", "compat": manifest["options"]["compat"], "rules": rules}
-    if isinstance(settings, dict):
+    if isinstance(settings, dict) and "kind" in settings:  # some others were added later
         settings = TokenizerSpec("word").settings() | settings
     if not _are_settings(settings):
         raise ValueError(f"the tokenizer in {MANIFEST} is of another version of this program; {HOW_TO_FIX}")
