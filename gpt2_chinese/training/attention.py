@@ -176,12 +176,12 @@ def _scores(queries: Tensor, keys: Tensor, first: int, last: int, first_keys: Te
     return scores
 
 
-def _spans(length: int) -> list[tuple[int, int]]:
+def spans(length: int) -> list[tuple[int, int]]:
     return [(first, min(first + BLOCK, length)) for first in range(0, length, BLOCK)]
 
 
 def _count_weights(query: Tensor) -> int:
-    return query.shape[0] * query.shape[1] * sum((last - first) * last for first, last in _spans(query.shape[2]))
+    return query.shape[0] * query.shape[1] * sum((last - first) * last for first, last in spans(query.shape[2]))
 
 
 def _count_kept(query: Tensor) -> int:
@@ -190,13 +190,13 @@ def _count_kept(query: Tensor) -> int:
 
 def _blocks(queries: Tensor, weights: Tensor, kept: Tensor) -> list[tuple[int, int, Tensor | None, Tensor | None]]:
     """First and last query of each block, and its part of the weights and of what dropout kept, if they are there."""
-    spans = _spans(queries.shape[1])
-    shapes = [(len(queries), last - first, last) for first, last in spans]
+    found = spans(queries.shape[1])
+    shapes = [(len(queries), last - first, last) for first, last in found]
     sizes = [rows * height * width for rows, height, width in shapes]
 
     def parts(whole: Tensor) -> Sequence[Tensor | None]:
         if not len(whole):
-            return [None] * len(spans)
+            return [None] * len(found)
         return [part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True)]
 
-    return [(*span, part, mask) for span, part, mask in zip(spans, parts(weights), parts(kept), strict=True)]
+    return [(*span, part, mask) for span, part, mask in zip(found, parts(weights), parts(kept), strict=True)]

@@ -23,7 +23,9 @@ from gpt2_chinese.compiled import make_trusted_folder, user_cache_folder
 from gpt2_chinese.parallel import safe_folder, safe_path
 from gpt2_chinese.training import attention, dropout
 from gpt2_chinese.training.attention import CAUSAL_ATTENTION, causal_attention
+from gpt2_chinese.training.blocks import blocks_output, can_be_written_out
 from gpt2_chinese.training.dropout import use_cpu_dropout
+from gpt2_chinese.training.fused import cross_entropy_in_place
 
 HEAD_ROWS = 512  # of logits at a time on a CPU, at most
 _LOGITS_BYTES = 32 << 20  # of them, unless `_SOFTMAX_ROWS` of them have more
@@ -64,7 +66,7 @@ class HeadLoss(torch.autograd.Function):
         assert taught or not share
         weights = head.to(dtype)
         loss = torch.zeros((), dtype=torch.float32)
-        hidden_gradient = torch.empty(hidden.shape, dtype=torch.float32)
+        hidden_gradient = torch.empty(hidden.shape, dtype=dtype)
         head_gradient = torch.zeros(head.shape, dtype=torch.float32)
         minus_one = torch.full((_SOFTMAX_ROWS, 1), -1.0)
         fitting = _LOGITS_BYTES // (len(head) * dtype.itemsize) // _SOFTMAX_ROWS * _SOFTMAX_ROWS
@@ -73,7 +75,9 @@ class HeadLoss(torch.autograd.Function):
             for first in range(0, len(hidden), rows_at_once):
                 rows = hidden[first : first + rows_at_once].to(dtype)
                 logits = rows @ weights.T
-                for begin in range(0, len(rows), _SOFTMAX_ROWS):
+                if not taught:
+                    loss += cross_entropy_in_place(logits, targets[first : first + rows_at_once]).sum()
+                for begin in range(0, len(rows) if taught else 0, _SOFTMAX_ROWS):
                     part = slice(first + begin, first + min(begin + _SOFTMAX_ROWS, len(rows)))
                     own, target = logits[begin : begin + _SOFTMAX_ROWS], targets[part, None]
                     probabilities = torch.softmax(own, 1, dtype=torch.float32)
@@ -177,6 +181,7 @@ class WindowLoss(nn.Module):
         self.model = model
         self._rows = rows or model.config.vocab_size
         self._recompute = recompute
+        self._is_written_out = can_be_written_out(model) and not recompute
         self._compiled: Callable[..., torch.Tensor] | None = None
         self._compiled_shape: tuple[int, ...] = ()
         self._teachers = tuple(teachers)  # in a tuple they are no parameters of this module
@@ -214,7 +219,13 @@ class WindowLoss(nn.Module):
             embedded = TiedLookup.apply(embedding, input_ids, of_head := [])
         else:
             embedded, head = F.embedding(input_ids, embedding), head[: self._rows]
-        hidden = (compiled or self._hidden)(input_ids, position_ids, embedded)[:, :-1]
+        if compiled:
+            hidden = compiled(input_ids, position_ids, embedded)
+        elif self._is_written_out:
+            hidden = written_out_states(self.model, position_ids, embedded)
+        else:
+            hidden = self._hidden(input_ids, position_ids, embedded)
+        hidden = hidden[:, :-1]
         taught = self._taught(input_ids, position_ids)
         targets = input_ids[:, 1:].flatten()
         return HeadLoss.apply(hidden.flatten(0, 1), head, targets, self._teacher_share, of_head, *taught)
@@ -224,7 +235,11 @@ class WindowLoss(nn.Module):
         """The hidden states [windows * (n_ctx - 1), n_embd] and the head of each teacher."""
         taught = []
         for teacher in self._teachers:
-            hidden = hidden_states(teacher, input_ids, position_ids)
+            if can_be_written_out(teacher):
+                embedded = F.embedding(input_ids, teacher.transformer.wte.weight)
+                hidden = written_out_states(teacher, position_ids, embedded)
+            else:
+                hidden = hidden_states(teacher, input_ids, position_ids)
             taught += [hidden[:, :-1].flatten(0, 1), teacher.lm_head.weight[: self._rows]]
         return taught
 
@@ -279,6 +294,17 @@ def hidden_states(
     return hidden
 
 
+def written_out_states(
+    model: GPT2LMHeadModel, position_ids: torch.Tensor | None, embedded: torch.Tensor
+) -> torch.Tensor:
+    """As `hidden_states` for a model that `can_be_written_out`, in the type of autocast."""
+    transformer = model.transformer
+    places = torch.arange(embedded.shape[1])
+    first_keys = None if position_ids is None else places - position_ids
+    positions = transformer.wpe(places if position_ids is None else position_ids)
+    return blocks_output(model, transformer.drop(embedded + positions), first_keys)
+
+
 def pad_vocabulary(model: GPT2LMHeadModel, multiple: int = 64) -> int:
     """Give the embedding, and an output layer of its own, rows that no token uses, so that there is a multiple of them
     that matrix products are fast at.
@@ -319,24 +345,15 @@ def _set_vocabulary_weights(model: GPT2LMHeadModel, embedding: nn.Parameter, hea
     model.lm_head.weight = embedding if head is None else head
 
 
-def should_compile(
-    choice: str, *, run_flops: float, device: torch.device, ranks: int = 1, recompute: bool = False
-) -> bool:
-    """Whether to compile; auto is always on a GPU, and on a CPU for runs of more than twenty minutes or so.
+def should_compile(choice: str, device: torch.device, *, recompute: bool = False) -> bool:
+    """Whether to compile; auto is on a GPU only, since what is compiled for a CPU is slower than blocks.py.
 
     Args:
         choice: auto, on or off.
-        run_flops: operations of the whole run; a core of a CPU does some 5e10 of them a second.
     """
     if choice != "auto":
         return choice == "on"
-    if recompute:
-        return False
-    if device.type == "cuda":
-        return True
-    compilers = [os.environ.get("CXX", ""), "g++", "clang++"]
-    has_compiler = any(name and shutil.which(name) for name in compilers)
-    return has_compiler and ranks == 1 and run_flops / (torch.get_num_threads() * 5e10) > 1200
+    return device.type == "cuda" and not recompute
 
 
 def keep_compiled_code_private() -> None:

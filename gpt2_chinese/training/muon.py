@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
+from gpt2_chinese.training.fused import TILE, Operation, run
+
 # Odd polynomials a x + b x^3 + c x^5, one after the other, that take what lies between 0.01 and 1 to 1 +- 0.27: each is
 # the one nearest to 1 on what the one before leaves (minimax, found by Remez' exchange; the greedy sequence of Polar
 # Express, Amsel et al. 2025).
@@ -114,6 +116,10 @@ class Muon(torch.optim.Optimizer):
         """Update the parameters that have a gradient."""
         assert closure is None
         found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.device.type == "cpu":
+            if found_inf.item():
+                return
+            found_inf = None
         self._step_matrices(found_inf)
         for group in self.param_groups:
             if group["parts"] == 0:
@@ -146,34 +152,84 @@ class Muon(torch.optim.Optimizer):
         )
 
     def _step_matrices(self, found_inf: torch.Tensor | None) -> None:
-        # 1) momentum; the matrices of one shape, lying on their longer side, are collected to be multiplied at once
-        shapes: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor, float]]] = defaultdict(list)
-        keep: float | torch.Tensor
+        # The matrices of one shape, lying on their longer side, are multiplied at once.
+        shapes: dict[tuple[int, int], list[_Matrices]] = defaultdict(list)
         for group in self.param_groups:
             for parameter in group["params"] if group["parts"] else []:
-                gradient = parameter.grad
-                if gradient is None:
+                if parameter.grad is None:
                     continue
-                if group["weight_decay"]:
-                    keep = 1.0 - group["lr"] * group["weight_decay"]
-                    parameter.mul_(keep if found_inf is None else torch.where(found_inf > 0, 1.0, keep))
                 state = self.state[parameter]
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
-                momentum = state["momentum"]
-                changed = momentum.lerp(gradient, 1 - group["momentum"])
-                momentum.copy_(changed if found_inf is None else torch.where(found_inf > 0, momentum, changed))
-                direction = gradient.lerp(momentum, group["momentum"])
-                for weights, part in zip(
-                    parameter.chunk(group["parts"], dim=1), direction.chunk(group["parts"], dim=1), strict=True
-                ):
-                    if part.shape[0] > part.shape[1]:
-                        weights, part = weights.mT, part.mT
-                    shapes[tuple(part.shape)].append((weights, part, group["lr"]))
-        # 2) orthogonalized, and added
-        for (_, longer), members in shapes.items():
-            steps = orthogonalize(torch.stack([part for _, part, _ in members]), self._dtype)
-            if found_inf is not None:
-                steps = torch.where(found_inf > 0, 0.0, steps)
-            for (weights, _, lr), step in zip(members, steps, strict=True):
-                weights.add_(step.to(weights.dtype), alpha=-lr * 0.2 * longer**0.5)
+                matrices = _Matrices(parameter, parameter.grad, state["momentum"], group, found_inf)
+                shapes[matrices.shape].append(matrices)
+        for shape, members in shapes.items():
+            device = members[0].parameter.device
+            slots = torch.empty(sum(member.parts for member in members), *shape, dtype=self._dtype, device=device)
+            sizes = [member.parts for member in members]
+            for member, part in zip(members, slots.split(sizes), strict=True):
+                member.write_directions(part)
+            steps = orthogonalize(slots, self._dtype)
+            for member, part in zip(members, steps.split(sizes), strict=True):
+                member.add(part)
+
+
+class _Matrices:
+    """A parameter that is one matrix or some side by side, with the figures of an update."""
+
+    def __init__(
+        self,
+        parameter: nn.Parameter,
+        gradient: torch.Tensor,
+        momentum: torch.Tensor,
+        group: dict[str, Any],
+        found_inf: torch.Tensor | None,
+    ) -> None:
+        self.parameter, self._gradient, self._momentum, self._found_inf = parameter, gradient, momentum, found_inf
+        self.parts: int = group["parts"]
+        self._lr, self._beta = group["lr"], group["momentum"]
+        self._keep = 1.0 - group["lr"] * group["weight_decay"]
+        self._height, self._width = parameter.shape[0], parameter.shape[1] // self.parts
+        self._is_tall = self._height > self._width
+        self._is_fused = found_inf is None and all(
+            tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous()
+            for tensor in (parameter, gradient, momentum)
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of one matrix that lies on its longer side."""
+        return min(self._height, self._width), max(self._height, self._width)
+
+    def write_directions(self, slots: torch.Tensor) -> None:
+        """Decay the weights, update the momentum, and write what is to be orthogonalized, [parts, rows, columns]."""
+        if self._is_fused:
+            numbers = torch.tensor([self._beta, self._keep])
+            arguments = (self._gradient, self._momentum, self.parameter, *self._sizes(), slots, numbers)
+            run(Operation.MOMENTUM, slots.dtype, -(-self._height // TILE), slots.numel(), *arguments)
+            return
+        stopped = None if self._found_inf is None else self._found_inf > 0
+        if self._keep != 1.0:
+            self.parameter.mul_(self._keep if stopped is None else torch.where(stopped, 1.0, self._keep))
+        changed = self._momentum.lerp(self._gradient, 1 - self._beta)
+        self._momentum.copy_(changed if stopped is None else torch.where(stopped, self._momentum, changed))
+        slots.copy_(self._split(self._gradient.lerp(self._momentum, self._beta)))
+
+    def add(self, steps: torch.Tensor) -> None:
+        """Add what has been orthogonalized, [parts, rows, columns]."""
+        alpha = -self._lr * 0.2 * max(self.shape) ** 0.5
+        if self._is_fused:
+            arguments = (self.parameter, *self._sizes(), steps.contiguous(), torch.tensor([alpha]))
+            run(Operation.ADD_STEPS, steps.dtype, -(-self._height // TILE), steps.numel(), *arguments)
+            return
+        if self._found_inf is not None:
+            steps = torch.where(self._found_inf > 0, 0.0, steps)
+        self._split(self.parameter).add_(steps.to(self.parameter.dtype), alpha=alpha)
+
+    def _sizes(self) -> tuple[int, int, int, int]:
+        return self._height, self._width, self.parts, int(self._is_tall)
+
+    def _split(self, whole: torch.Tensor) -> torch.Tensor:
+        """A view of [height, parts width] as [parts, rows, columns]."""
+        parts = whole.view(self._height, self.parts, self._width).movedim(1, 0)
+        return parts.mT if self._is_tall else parts

@@ -90,13 +90,7 @@ def build(run: Run, rank: Rank, model: GPT2LMHeadModel, *, is_new: bool) -> Trai
     )
     micro_batch = math.ceil(args.batch_size / rank.world_size)
     flops = flops_per_token(run.config, parameters)
-    if should_compile(
-        args.compile,
-        run_flops=flops * run.total_steps * run.windows_per_update * run.config.n_ctx,
-        device=device,
-        ranks=rank.world_size,
-        recompute=args.gradient_checkpointing,
-    ):
+    if should_compile(args.compile, device, recompute=args.gradient_checkpointing):
         problem = compiler_problem(device)
         if not problem:
             window_loss.compile_for((micro_batch, run.config.n_ctx))

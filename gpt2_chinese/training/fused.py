@@ -1,0 +1,107 @@
+"""Operations of training on a CPU that PyTorch has only as several passes over memory, or slowly.
+
+The code is in fused_kernel.py; compiled.py caches its machine code.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from enum import IntEnum, auto
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gpt2_chinese.compiled import load_function
+
+SUM_ROWS = 64  # whose sums are one portion
+TILE = 16  # rows and columns that are transposed at once
+_NUMBERS_WORTH_A_THREAD = 1 << 15  # fewer are computed sooner than another thread wakes
+_SOURCES = (
+    "training/fused.py",
+    "training/fused_kernel.py",
+    "decoding/decoder_kernel.py",
+    "decoding/compiled_decoder.py",
+)
+
+
+class Operation(IntEnum):
+    """What the compiled code can do; fused_kernel.py has a function for each."""
+
+    NORMALIZE = 0
+    NORMALIZE_BACKWARD = auto()
+    DROP = auto()
+    SUM_OF_ROWS = auto()
+    GELU = auto()
+    GELU_BACKWARD = auto()
+    SPLIT_HEADS = auto()
+    JOIN_HEADS = auto()
+    SOFTMAX = auto()
+    SOFTMAX_BACKWARD = auto()
+    CROSS_ENTROPY = auto()
+    MOMENTUM = auto()
+    ADD_STEPS = auto()
+
+
+@cache
+def _kernel() -> Callable[..., None]:
+    package = Path(__file__).resolve().parents[1]
+    sources = [package / name for name in _SOURCES]
+    return load_function("gpt2_chinese.training.fused_kernel", sources, arguments=5, keep_lock=False)
+
+
+@cache
+def _helpers(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="fused")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_helpers.cache_clear)  # a forked process has no threads but one
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+def run(operation: Operation, dtype: torch.dtype, rows: int, numbers: int, *args: Tensor | float | int | None) -> None:
+    """Run an operation on some rows with as many threads as PyTorch has.
+
+    Args:
+        dtype: float32 or bfloat16.
+        rows: what is divided among the threads.
+        numbers: that are read, which tells whether threads are worth it.
+        args: as the operation wants them; tensors are contiguous, and only their addresses are given.
+    """
+    given = (ctypes.c_int64 * len(args))(
+        *[arg.data_ptr() if isinstance(arg, Tensor) else 0 if arg is None else int(arg) for arg in args]
+    )
+    kernel, is_bf16 = _kernel(), int(dtype == torch.bfloat16)
+    threads = min(_threads(), rows, max(1, numbers // _NUMBERS_WORTH_A_THREAD))
+    if threads == 1:
+        kernel(given, operation, is_bf16, 0, rows)
+        return
+    bounds = [rows * number // threads for number in range(threads + 1)]
+    others = [
+        _helpers(threads - 1).submit(kernel, given, operation, is_bf16, begin, end)
+        for begin, end in zip(bounds[1:], bounds[2:], strict=False)
+    ]
+    kernel(given, operation, is_bf16, 0, bounds[1])
+    for other in others:
+        other.result()
+
+
+def cross_entropy_in_place(logits: Tensor, targets: Tensor) -> Tensor:
+    """The losses of rows of logits [N, V] in nats; the logits become their gradient, softmax less the target.
+
+    A row with a number that is not finite becomes nan.
+    """
+    rows, columns = logits.shape
+    portions = -(-rows // SUM_ROWS)
+    losses, room = torch.empty(rows), torch.empty(portions, columns)
+    arguments = (logits, columns, targets.contiguous(), losses, room, rows)
+    run(Operation.CROSS_ENTROPY, logits.dtype, portions, logits.numel(), *arguments)
+    return losses
