@@ -34,6 +34,7 @@ from transformers import GPT2Config, GPT2LMHeadModel  # noqa: E402
 
 import train  # noqa: E402
 from gpt2_chinese.model_folder import read_config  # noqa: E402
+from gpt2_chinese.openmp import SPINS  # noqa: E402
 from gpt2_chinese.precision import Precision, is_bf16_fast  # noqa: E402
 from gpt2_chinese.text.pieces import read_manifest, text_of_tokens  # noqa: E402
 from gpt2_chinese.text.vocabulary import read_vocabulary  # noqa: E402
@@ -41,7 +42,7 @@ from gpt2_chinese.text.word_tokenizer import WordTokenizer  # noqa: E402
 from gpt2_chinese.training.allocator import keep_freed_memory  # noqa: E402
 from gpt2_chinese.training.estimates import flops_per_token, peak_flops  # noqa: E402
 from gpt2_chinese.training.evaluation import Documents, evaluate  # noqa: E402
-from gpt2_chinese.training.loss import WindowLoss, pad_vocabulary  # noqa: E402
+from gpt2_chinese.training.loss import WindowLoss, pad_vocabulary, should_compile  # noqa: E402
 from gpt2_chinese.training.optimizers import make_optimizer  # noqa: E402
 from gpt2_chinese.training.token_cache import read_pieces  # noqa: E402
 from gpt2_chinese.training.trainable import PADDED_DEVICES  # noqa: E402
@@ -97,7 +98,7 @@ def ours(shape: str, dtype: str, *, recompute: bool = False) -> Step:
     model.to(device()).train()
     window_loss = WindowLoss(model, rows=rows, recompute=recompute)
     *_, windows, length = SHAPES[shape]
-    if not recompute:
+    if should_compile("auto", device(), recompute=recompute):
         window_loss.compile_for((windows, length))
     optimizer = make_optimizer(model, 1e-4)
     precision = Precision(dtype, device())
@@ -261,7 +262,11 @@ def start(name: str, shape: str, args: argparse.Namespace) -> subprocess.Popen[s
     if args.nanogpt:
         command += ["--nanogpt", args.nanogpt]
     quiet = None if args.verbose else subprocess.DEVNULL
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=quiet, text=True)
+    # As train.py sets it for itself, before it imports torch; what others set is theirs.
+    environment = {"GOMP_SPINCOUNT": str(SPINS)} | os.environ if name.startswith("ours") else None
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=quiet, text=True, env=environment
+    )
 
 
 def ask(process: subprocess.Popen[str], steps: int) -> tuple[float, float]:

@@ -237,8 +237,8 @@ FLAGS = {
     "auto is bf16 where the device multiplies faster in it, else fp32": (
         "auto 表示设备用 bf16 做乘法更快时为 bf16，否则 fp32"
     ),
-    "torch.compile; auto is on for GPUs, and on a CPU with a C++ compiler for runs that are longer than it takes": (
-        "torch.compile；auto 表示在 GPU 上开启，在有 C++ 编译器的 CPU 上，训练比编译更久时开启"
+    "torch.compile; auto is on for GPUs: on a CPU it is slower than the code that is there already": (
+        "torch.compile；auto 表示在 GPU 上开启；在 CPU 上它比现有的代码慢"
     ),
     "recompute activations in the backward pass: less memory, a third more time": (
         "反向传播时重新计算激活值：内存更少，时间多三分之一"

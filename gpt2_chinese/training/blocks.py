@@ -7,7 +7,7 @@ sums are float32; what is multiplied is in the type of autocast, or float32 with
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,9 +18,9 @@ from transformers.activations import NewGELUActivation
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 from gpt2_chinese.training.attention import LONGEST_KEPT, spans
-from gpt2_chinese.training.fused import SUM_ROWS, Operation, run
+from gpt2_chinese.training.fused import DTYPES, SUM_ROWS, Operation, run
 
-PARAMETERS_OF_BLOCK = 12
+OF_BLOCK = 12  # parameters
 
 
 class Dropout(NamedTuple):
@@ -70,11 +70,20 @@ class Shape:
         return torch.empty(shape, dtype=self.dtype)
 
 
+def matrix_type() -> torch.dtype:
+    """The type of what is multiplied on a CPU now: that of autocast, or float32 without it."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+
+
 def can_be_written_out(model: Any) -> bool:
-    """Whether the model is what this module computes: GPT-2 on a CPU, of float32, with GELU's tanh approximation."""
+    """Whether the model is what this module computes: GPT-2 on a CPU, of float32, with GELU's tanh approximation.
+
+    With autocast to fp16 it is not.
+    """
     config = model.config
     return (
-        model.device.type == "cpu"
+        matrix_type() in DTYPES
+        and model.device.type == "cpu"
         and all(parameter.dtype == torch.float32 for parameter in model.parameters())
         and config.scale_attn_weights
         and not config.scale_attn_by_inverse_layer_idx
@@ -90,11 +99,14 @@ def _is_tanh_gelu(activation: nn.Module) -> bool:
     return isinstance(activation, NewGELUActivation)
 
 
-def blocks_output(model: GPT2LMHeadModel, embedded: Tensor, first_keys: Tensor | None) -> Tensor:
+def blocks_output(
+    model: GPT2LMHeadModel, embedded: Tensor, first_keys: Tensor | None, *, recompute: bool = False
+) -> Tensor:
     """What the blocks and the last layer norm make of embeddings [B, T, n_embd], in the type of autocast.
 
     Args:
         first_keys: as for `Shape`.
+        recompute: compute again in the backward pass what else would be kept.
     """
     transformer = model.transformer
     windows, length, width = embedded.shape
@@ -104,13 +116,13 @@ def blocks_output(model: GPT2LMHeadModel, embedded: Tensor, first_keys: Tensor |
         length,
         model.config.n_head,
         width,
-        torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32,
+        matrix_type(),
         transformer.ln_f.eps,
         tuple(_dropouts(blocks, model.training)),
         None if first_keys is None else first_keys.contiguous(),
     )
     parameters = [parameter for block in blocks for parameter in _parameters(block)]
-    return Blocks.apply(embedded, shape, *parameters, transformer.ln_f.weight, transformer.ln_f.bias)
+    return Blocks.apply(embedded, shape, recompute, *parameters, transformer.ln_f.weight, transformer.ln_f.bias)
 
 
 def _dropouts(blocks: list[GPT2Block], training: bool) -> Iterator[tuple[Dropout, Dropout, Dropout]]:
@@ -144,7 +156,7 @@ class Norm:
     """A layer norm of the residual stream, to which what the branch before gives is added first."""
 
     def __init__(self, shape: Shape, stream: Tensor, branch: Branch | None, weight: Tensor, bias: Tensor) -> None:
-        self._shape, self._weight, self._branch = shape, weight, branch
+        self._shape, self._weight = shape, weight
         rows, width = shape.rows, shape.width
         self.normal = shape.new(rows, width)
         self._means, self._inverses = torch.empty(rows), torch.empty(rows)
@@ -169,20 +181,22 @@ class Norm:
             *dropout,
         )
 
-    def backward(self, outer: Tensor, to_stream: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    def backward(
+        self, outer: Tensor, to_stream: Tensor | None, dropout: Dropout | None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Gradients of the stream, of the branch's product (None without a branch), of the weight and of the bias.
 
         Args:
             outer: the gradient of what is normalized.
             to_stream: that of the stream from behind; None for the last norm.
+            dropout: of the branch before; None without one.
         """
         shape, rows, width = self._shape, self._shape.rows, self._shape.width
         portions = -(-rows // SUM_ROWS)
         result = torch.empty(rows, width)
         to_weight, to_bias = torch.empty(portions, width), torch.empty(portions, width)
-        to_product, dropout = None, Dropout()
-        if self._branch is not None:
-            to_product, dropout = shape.new(rows, width), self._branch.dropout
+        to_product = None if dropout is None else shape.new(rows, width)
+        dropout = dropout or Dropout()
         run(
             Operation.NORMALIZE_BACKWARD,
             shape.dtype,
@@ -311,12 +325,15 @@ class Network:
 
     def __init__(self, shape: Shape, product: Tensor, bias: Tensor) -> None:
         self._shape, self._product, self._bias = shape, product, bias
-        self.output = torch.empty_like(product)
-        rows, width = product.shape
-        run(Operation.GELU, shape.dtype, rows, product.numel(), product, width, bias, self.output)
+
+    def take_output(self) -> Tensor:
+        """It is not kept: the backward pass computes it again."""
+        output, (rows, width) = torch.empty_like(self._product), self._product.shape
+        run(Operation.GELU, self._shape.dtype, rows, output.numel(), self._product, width, self._bias, output)
+        return output
 
     def backward(self, outer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of the product (in the place of `outer`) and of the bias; and the output, which was not kept."""
+        """Gradients of the product (in the place of `outer`) and of the bias; and the output."""
         rows, width = self._product.shape
         portions = -(-rows // SUM_ROWS)
         sums, output = torch.empty(portions, width), torch.empty_like(self._product)
@@ -334,77 +351,99 @@ def _sum_of_rows(numbers: Tensor) -> Tensor:
     return sums.sum(0)
 
 
-@dataclass
-class _Kept:
-    """Of a block, for the backward pass."""
+class Block:
+    """One block, forward, with what its backward pass needs."""
 
-    first: Norm
-    attention: Attention
-    attended: Tensor
-    second: Norm
-    network: Network
-    weights: list[Tensor]
+    def __init__(
+        self,
+        shape: Shape,
+        stream: Tensor,
+        branch: Branch | None,
+        parameters: Sequence[Tensor],
+        dropouts: tuple[Dropout, Dropout, Dropout],
+    ) -> None:
+        (norm_1, norm_1_bias, qkv, qkv_bias, projection, projection_bias) = parameters[:6]
+        (norm_2, norm_2_bias, up, up_bias, down, down_bias) = parameters[6:]
+        self._dropout = dropouts[1]
+        self._weights = [weight.to(shape.dtype) for weight in (qkv, projection, up, down)]
+        self._first = Norm(shape, stream, branch, norm_1, norm_1_bias)
+        self._attention = Attention(shape, self._first.normal @ self._weights[0], qkv_bias, dropouts[0])
+        branch = Branch(self._attention.output @ self._weights[1], projection_bias, dropouts[1])
+        self._second = Norm(shape, self._first.stream, branch, norm_2, norm_2_bias)
+        self._network = Network(shape, self._second.normal @ self._weights[2], up_bias)
+        self.branch = Branch(self._network.take_output() @ self._weights[3], down_bias, dropouts[2])
+
+    @property
+    def beginning(self) -> Tensor:
+        """The residual stream that the block reads."""
+        return self._first.stream
+
+    @property
+    def stream(self) -> Tensor:
+        """The residual stream that `branch` is to be added to."""
+        return self._second.stream
+
+    def backward(
+        self, to_stream: Tensor, to_product: Tensor, dropout: Dropout | None
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Gradients of the stream, of the product of the branch before, and of the parameters in their order.
+
+        Args:
+            to_stream: of the stream behind the block.
+            to_product: of the product that `branch` has.
+            dropout: of the branch before; None without one.
+        """
+        qkv, projection, up, down = self._weights
+        of_down_bias = _sum_of_rows(to_product)
+        to_up, of_up_bias, output = self._network.backward(to_product @ down.T)
+        of_down = output.T @ to_product
+        of_up = self._second.normal.T @ to_up
+        to_stream, to_attended, *of_second = self._second.backward(to_up @ up.T, to_stream, self._dropout)
+        assert to_attended is not None
+        of_projection, of_projection_bias = self._attention.output.T @ to_attended, _sum_of_rows(to_attended)
+        to_qkv = self._attention.backward(to_attended @ projection.T)
+        of_qkv, of_qkv_bias = self._first.normal.T @ to_qkv, _sum_of_rows(to_qkv)
+        to_stream, to_before, *of_first = self._first.backward(to_qkv @ qkv.T, to_stream, dropout)
+        matrices = [*of_first, of_qkv, of_qkv_bias, of_projection, of_projection_bias]
+        matrices += [*of_second, of_up, of_up_bias, of_down, of_down_bias]
+        return to_stream, to_before, [gradient.float() for gradient in matrices]
 
 
 class Blocks(torch.autograd.Function):
     """All blocks and the last layer norm as one function.
 
-    Its parameters are, for each block, those of `_parameters`, and then the last norm's.
+    Its parameters are, for each block, those of `_parameters`, and then the last norm's. With `recompute` a block keeps
+    the stream that it reads and computes the rest again in the backward pass.
     """
 
     @staticmethod
-    def forward(ctx: Any, embedded: Tensor, shape: Shape, *parameters: Tensor) -> Tensor:
-        kept: list[_Kept] = []
+    def forward(ctx: Any, embedded: Tensor, shape: Shape, recompute: bool, *parameters: Tensor) -> Tensor:
         stream = embedded.reshape(shape.rows, shape.width).contiguous()
         branch: Branch | None = None
+        kept: list[Block | Tensor] = []
+        own = [parameters[first : first + OF_BLOCK] for first in range(0, len(parameters) - 2, OF_BLOCK)]
         with torch.autocast("cpu", enabled=False):
-            for number, dropouts in enumerate(shape.dropouts):
-                own = parameters[PARAMETERS_OF_BLOCK * number : PARAMETERS_OF_BLOCK * (number + 1)]
-                weights = [weight.to(shape.dtype) for weight in (own[2], own[4], own[8], own[10])]
-                first = Norm(shape, stream, branch, own[0], own[1])
-                attention = Attention(shape, first.normal @ weights[0], own[3], dropouts[0])
-                attended = attention.output
-                branch = Branch(attended @ weights[1], own[5], dropouts[1])
-                second = Norm(shape, first.stream, branch, own[6], own[7])
-                network = Network(shape, second.normal @ weights[2], own[9])
-                branch = Branch(network.output @ weights[3], own[11], dropouts[2])
-                network.output = branch.product  # not kept: the backward pass computes it again
-                kept.append(_Kept(first, attention, attended, second, network, weights))
-                stream = second.stream
+            for of_block, dropouts in zip(own, shape.dropouts, strict=True):
+                block = Block(shape, stream, branch, of_block, dropouts)
+                stream, branch = block.stream, block.branch
+                kept.append(block.beginning if recompute else block)
             last = Norm(shape, stream, branch, parameters[-2], parameters[-1])
-        ctx.shape, ctx.kept, ctx.last = shape, kept, last
+        ctx.shape, ctx.own, ctx.kept, ctx.last = shape, own, kept, last
         return last.normal.view(embedded.shape)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        shape, kept = ctx.shape, ctx.kept
-        if kept is None:
+        if ctx.last is None:
             raise RuntimeError("a second backward pass over the same blocks")
-        gradients: list[Tensor] = []
-        own: list[Tensor]
+        shape: Shape = ctx.shape
         normal = outer[0].reshape(shape.rows, shape.width).to(shape.dtype).contiguous()
-        to_stream, to_product, *of_last = ctx.last.backward(normal, None)
-        while kept:
-            block = kept.pop()
-            qkv, projection, up, down = block.weights
-            of_down_bias = _sum_of_rows(to_product)
-            to_up, of_up_bias, output = block.network.backward(to_product @ down.T)
-            of_down = output.T @ to_product
-            own = [(block.second.normal.T @ to_up).float(), of_up_bias, of_down.float(), of_down_bias]
-            to_stream, to_product, *of_second = block.second.backward(to_up @ up.T, to_stream)
-            of_projection, of_projection_bias = (block.attended.T @ to_product).float(), _sum_of_rows(to_product)
-            to_qkv = block.attention.backward(to_product @ projection.T)
-            of_qkv, of_qkv_bias = (block.first.normal.T @ to_qkv).float(), _sum_of_rows(to_qkv)
-            to_stream, to_product, *of_first = block.first.backward(to_qkv @ qkv.T, to_stream)
-            gradients = [
-                *of_first,
-                of_qkv,
-                of_qkv_bias,
-                of_projection,
-                of_projection_bias,
-                *of_second,
-                *own,
-                *gradients,
-            ]
-        ctx.kept = ctx.last = None
-        return to_stream.view(outer[0].shape), None, *gradients, *of_last
+        before: list[Dropout | None] = [None, *(dropouts[2] for dropouts in shape.dropouts)]
+        to_stream, to_product, *gradients = ctx.last.backward(normal, None, before.pop())
+        while ctx.kept:
+            block, parameters = ctx.kept.pop(), ctx.own.pop()
+            if isinstance(block, Tensor):
+                block = Block(shape, block, None, parameters, shape.dropouts[len(ctx.kept)])
+            to_stream, to_product, of_block = block.backward(to_stream, to_product, before.pop())
+            gradients = of_block + gradients
+        ctx.last = None
+        return to_stream.view(outer[0].shape), None, None, *gradients

@@ -302,8 +302,7 @@ def _add_hardware(parser: argparse.ArgumentParser) -> None:
         "--compile",
         choices=["auto", "on", "off"],
         default="auto",
-        help="torch.compile; auto is on for GPUs, and on a CPU with a C++ compiler for runs that are longer than it "
-        "takes",
+        help="torch.compile; auto is on for GPUs: on a CPU it is slower than the code that is there already",
     )
     parser.add_argument(
         "--gradient_checkpointing",

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gpt2_chinese.compiled import load_function
 
+DTYPES = (torch.float32, torch.bfloat16)
 SUM_ROWS = 64  # whose sums are one portion
 TILE = 16  # rows and columns that are transposed at once
 _NUMBERS_WORTH_A_THREAD = 1 << 15  # fewer are computed sooner than another thread wakes
@@ -71,11 +72,12 @@ def run(operation: Operation, dtype: torch.dtype, rows: int, numbers: int, *args
     """Run an operation on some rows with as many threads as PyTorch has.
 
     Args:
-        dtype: float32 or bfloat16.
+        dtype: one of `DTYPES`.
         rows: what is divided among the threads.
         numbers: that are read, which tells whether threads are worth it.
         args: as the operation wants them; tensors are contiguous, and only their addresses are given.
     """
+    assert dtype in DTYPES and all(arg.is_contiguous() for arg in args if isinstance(arg, Tensor))
     given = (ctypes.c_int64 * len(args))(
         *[arg.data_ptr() if isinstance(arg, Tensor) else 0 if arg is None else int(arg) for arg in args]
     )

@@ -23,9 +23,9 @@ from gpt2_chinese.compiled import make_trusted_folder, user_cache_folder
 from gpt2_chinese.parallel import safe_folder, safe_path
 from gpt2_chinese.training import attention, dropout
 from gpt2_chinese.training.attention import CAUSAL_ATTENTION, causal_attention
-from gpt2_chinese.training.blocks import blocks_output, can_be_written_out
+from gpt2_chinese.training.blocks import blocks_output, can_be_written_out, matrix_type
 from gpt2_chinese.training.dropout import use_cpu_dropout
-from gpt2_chinese.training.fused import cross_entropy_in_place
+from gpt2_chinese.training.fused import DTYPES, cross_entropy_in_place
 
 HEAD_ROWS = 512  # of logits at a time on a CPU, at most
 _LOGITS_BYTES = 32 << 20  # of them, unless `_SOFTMAX_ROWS` of them have more
@@ -62,8 +62,9 @@ class HeadLoss(torch.autograd.Function):
             of_head: gets the head's gradient in the backward pass, instead of the head: for `TiedLookup`.
             taught: the hidden states [N, its n_embd] and the head [V, its n_embd] of each teacher, one after the other.
         """
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else head.dtype
+        dtype = matrix_type() if torch.is_autocast_enabled("cpu") else head.dtype
         assert taught or not share
+        is_fused = not taught and dtype in DTYPES
         weights = head.to(dtype)
         loss = torch.zeros((), dtype=torch.float32)
         hidden_gradient = torch.empty(hidden.shape, dtype=dtype)
@@ -75,9 +76,9 @@ class HeadLoss(torch.autograd.Function):
             for first in range(0, len(hidden), rows_at_once):
                 rows = hidden[first : first + rows_at_once].to(dtype)
                 logits = rows @ weights.T
-                if not taught:
+                if is_fused:
                     loss += cross_entropy_in_place(logits, targets[first : first + rows_at_once]).sum()
-                for begin in range(0, len(rows) if taught else 0, _SOFTMAX_ROWS):
+                for begin in range(0, 0 if is_fused else len(rows), _SOFTMAX_ROWS):
                     part = slice(first + begin, first + min(begin + _SOFTMAX_ROWS, len(rows)))
                     own, target = logits[begin : begin + _SOFTMAX_ROWS], targets[part, None]
                     probabilities = torch.softmax(own, 1, dtype=torch.float32)
@@ -181,7 +182,6 @@ class WindowLoss(nn.Module):
         self.model = model
         self._rows = rows or model.config.vocab_size
         self._recompute = recompute
-        self._is_written_out = can_be_written_out(model) and not recompute
         self._compiled: Callable[..., torch.Tensor] | None = None
         self._compiled_shape: tuple[int, ...] = ()
         self._teachers = tuple(teachers)  # in a tuple they are no parameters of this module
@@ -221,8 +221,8 @@ class WindowLoss(nn.Module):
             embedded, head = F.embedding(input_ids, embedding), head[: self._rows]
         if compiled:
             hidden = compiled(input_ids, position_ids, embedded)
-        elif self._is_written_out:
-            hidden = written_out_states(self.model, position_ids, embedded)
+        elif can_be_written_out(self.model):
+            hidden = written_out_states(self.model, position_ids, embedded, recompute=self._recompute)
         else:
             hidden = self._hidden(input_ids, position_ids, embedded)
         hidden = hidden[:, :-1]
@@ -295,14 +295,18 @@ def hidden_states(
 
 
 def written_out_states(
-    model: GPT2LMHeadModel, position_ids: torch.Tensor | None, embedded: torch.Tensor
+    model: GPT2LMHeadModel, position_ids: torch.Tensor | None, embedded: torch.Tensor, *, recompute: bool = False
 ) -> torch.Tensor:
-    """As `hidden_states` for a model that `can_be_written_out`, in the type of autocast."""
+    """As `hidden_states` for a model that `can_be_written_out`, in the type of autocast.
+
+    Args:
+        recompute: as for `WindowLoss`.
+    """
     transformer = model.transformer
     places = torch.arange(embedded.shape[1])
     first_keys = None if position_ids is None else places - position_ids
     positions = transformer.wpe(places if position_ids is None else position_ids)
-    return blocks_output(model, transformer.drop(embedded + positions), first_keys)
+    return blocks_output(model, transformer.drop(embedded + positions), first_keys, recompute=recompute)
 
 
 def pad_vocabulary(model: GPT2LMHeadModel, multiple: int = 64) -> int:

@@ -1,5 +1,6 @@
 """The blocks that are written out for a CPU, beside the same in PyTorch's operations."""
 
+import functools
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -71,6 +72,19 @@ def test_weights_of_long_windows_are_computed_again(monkeypatch):
     monkeypatch.setattr(blocks, "LONGEST_KEPT", 100)
     written_out, wanted = both_ways(make_model(), 200, first=30)
     assert_near(written_out, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_computed_again_is_the_same_to_the_bit(dtype):
+    model = make_model(dropout=0.2)
+    outer = torch.randn(2, 150, 24)
+
+    def results(recompute):
+        torch.manual_seed(3)
+        states_of = functools.partial(blocks_output, model, first_keys=None, recompute=recompute)
+        return states_and_gradients(model, states_of, outer, dtype=dtype)
+
+    assert all(torch.equal(own, other) for own, other in zip(results(False), results(True), strict=True))
 
 
 def test_bf16_is_as_near_to_float32_as_transformers_is():
@@ -252,3 +266,18 @@ def test_a_second_backward_pass_is_an_error():
     states.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second backward"):
         states.sum().backward()
+
+
+def test_other_types_than_the_compiled_ones_are_refused_and_left_to_pytorch():
+    logits = torch.zeros(3, 40, dtype=torch.float16)
+    with pytest.raises(AssertionError):
+        cross_entropy_in_place(logits, torch.tensor([1, 2, 3]))
+    with torch.autocast("cpu", torch.float16):
+        assert not can_be_written_out(make_model())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert can_be_written_out(make_model())
+
+
+def test_numbers_that_do_not_lie_side_by_side_are_refused():
+    with pytest.raises(AssertionError):
+        cross_entropy_in_place(torch.zeros(40, 3).T, torch.tensor([1, 2, 3]))

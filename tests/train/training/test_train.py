@@ -27,8 +27,8 @@ from gpt2_chinese.model_folder import load_model, read_config, save_model
 from gpt2_chinese.precision import Precision, _cpu_bf16_gain, choose_devices, choose_precision
 from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS, read_vocabulary
 from gpt2_chinese.text.word_tokenizer import WordTokenizer
+from gpt2_chinese.training import blocks, trainable
 from gpt2_chinese.training import loss as window_loss
-from gpt2_chinese.training import trainable
 from gpt2_chinese.training.estimates import will_overfit
 from gpt2_chinese.training.loss import WindowLoss, pad_vocabulary, unpadded
 from gpt2_chinese.training.optimizers import learning_rate_factor, make_optimizer
@@ -144,8 +144,22 @@ def test_no_attention_mask_is_ever_built(train, monkeypatch):
     monkeypatch.setattr(
         window_loss, "causal_attention", lambda *args, **kwargs: (seen.append(args[4]), original(*args, **kwargs))[1]
     )
-    WindowLoss(small_model())(torch.full((2, N_CTX), 5))
+    WindowLoss(small_model(activation_function="relu"))(torch.full((2, N_CTX), 5))
     assert seen == [None, None]
+
+
+def test_dropout_is_on_in_training_and_reaches_the_attention_that_is_written_out(train, monkeypatch):
+    seen = []
+
+    class Spy(blocks.Attention):
+        def __init__(self, *given):
+            seen.append(given[-1].threshold / 2**32)
+            super().__init__(*given)
+
+    monkeypatch.setattr(blocks, "Attention", Spy)
+    write_shape(attn_pdrop=0.25)
+    run(train, epochs=1, batch_size=64)
+    assert set(seen) == {0.25}
 
 
 def test_dropout_is_on_in_training_and_reaches_the_attention(train, monkeypatch):
@@ -157,7 +171,7 @@ def test_dropout_is_on_in_training_and_reaches_the_attention(train, monkeypatch)
         return original(*args, dropout=dropout, **kwargs)
 
     monkeypatch.setattr(window_loss, "causal_attention", spy)
-    write_shape(attn_pdrop=0.25)
+    write_shape(attn_pdrop=0.25, activation_function="relu")
     run(train, epochs=1, batch_size=64)
     assert set(seen) == {0.25}
 
