@@ -44,6 +44,7 @@ class Operation(IntEnum):
     SOFTMAX = auto()
     SOFTMAX_BACKWARD = auto()
     CROSS_ENTROPY = auto()
+    ADD_SOFTMAX = auto()
     MOMENTUM = auto()
     ADD_STEPS = auto()
 
@@ -68,7 +69,7 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-def run(operation: Operation, dtype: torch.dtype, rows: int, numbers: int, *args: Tensor | float | int | None) -> None:
+def run(operation: Operation, dtype: torch.dtype, rows: int, numbers: int, *args: Tensor | int | None) -> None:
     """Run an operation on some rows with as many threads as PyTorch has.
 
     Args:
@@ -78,9 +79,7 @@ def run(operation: Operation, dtype: torch.dtype, rows: int, numbers: int, *args
         args: as the operation wants them; tensors are contiguous, and only their addresses are given.
     """
     assert dtype in DTYPES and all(arg.is_contiguous() for arg in args if isinstance(arg, Tensor))
-    given = (ctypes.c_int64 * len(args))(
-        *[arg.data_ptr() if isinstance(arg, Tensor) else 0 if arg is None else int(arg) for arg in args]
-    )
+    given = (ctypes.c_int64 * len(args))(*[arg.data_ptr() if isinstance(arg, Tensor) else arg or 0 for arg in args])
     kernel, is_bf16 = _kernel(), int(dtype == torch.bfloat16)
     threads = min(_threads(), rows, max(1, numbers // _NUMBERS_WORTH_A_THREAD))
     if threads == 1:
@@ -96,14 +95,36 @@ def run(operation: Operation, dtype: torch.dtype, rows: int, numbers: int, *args
         other.result()
 
 
-def cross_entropy_in_place(logits: Tensor, targets: Tensor) -> Tensor:
-    """The losses of rows of logits [N, V] in nats; the logits become their gradient, softmax less the target.
+def cross_entropy_in_place(
+    logits: Tensor, targets: Tensor, distributions: Tensor | None = None, share: float = 0.0
+) -> Tensor:
+    """The losses of rows of logits [N, V] in nats; the logits become their gradient, softmax less what is wanted.
 
     A row with a number that is not finite becomes nan.
+
+    Args:
+        targets: int64 [N].
+        distributions: that are wanted too, [N, V] of the type of the logits.
+        share: of the distributions in what is wanted; the losses are those of the targets alone.
+
+    Raises:
+        IndexError: a target is no column, which the compiled code would not notice.
     """
     rows, columns = logits.shape
+    lowest, highest = (int(bound) for bound in targets.aminmax())
+    if not 0 <= lowest <= highest < columns:
+        raise IndexError(f"targets from {lowest} to {highest} for {columns} columns")
     portions = -(-rows // SUM_ROWS)
     losses, room = torch.empty(rows), torch.empty(portions, columns)
-    arguments = (logits, columns, targets.contiguous(), losses, room, rows)
+    arguments = (logits, columns, targets.contiguous(), losses, room, rows, distributions, torch.tensor([share]))
     run(Operation.CROSS_ENTROPY, logits.dtype, portions, logits.numel(), *arguments)
     return losses
+
+
+def add_softmax(logits: Tensor, distributions: Tensor, factor: float) -> None:
+    """Add the softmax of each row of logits [N, V], times a factor, to distributions [N, V] of the same type."""
+    rows, columns = logits.shape
+    portions = -(-rows // SUM_ROWS)
+    room = torch.empty(portions, columns)
+    arguments = (logits, columns, distributions, room, rows, torch.tensor([factor]))
+    run(Operation.ADD_SOFTMAX, logits.dtype, portions, logits.numel(), *arguments)

@@ -325,9 +325,13 @@ def _operations(at, load, store):
 
     @compiled_reassociating
     def cross_entropy(args, begin, end):
-        """The losses of portions of rows of logits, and in their place their gradient, softmax less the target."""
+        """The losses of portions of rows of logits, and in their place their gradient: softmax less what is wanted.
+
+        Wanted is the target, or it and a distribution in shares.
+        """
         logits, columns, targets, losses = at(args[0]), args[1], int64_at(args[2]), float32_at(args[3])
-        rows, room = args[5], args[4]
+        rows, room, is_taught, taught = args[5], args[4], args[6] != 0, at(args[6])
+        of_taught = float32_at(args[7])[0]
         for portion in range(begin, end):
             exponentials = float32_at(room + 4 * columns * portion)
             for row in range(portion * SUM_ROWS, min((portion + 1) * SUM_ROWS, rows)):
@@ -345,9 +349,38 @@ def _operations(at, load, store):
                     total += e
                 losses[row] = np.float32(math.log(total)) + maximum - load(logits, first + target) + poison
                 share = np.float32(1) / total + poison
+                of_target = exponentials[target] * share - (np.float32(1) - of_taught)
+                if is_taught:
+                    for column in range(columns):
+                        wanted = of_taught * load(taught, first + column)
+                        store(logits, first + column, exponentials[column] * share - wanted)
+                    of_target -= of_taught * load(taught, first + target)
+                else:
+                    for column in range(columns):
+                        store(logits, first + column, exponentials[column] * share)
+                store(logits, first + target, of_target)
+
+    @compiled_reassociating
+    def add_softmax(args, begin, end):
+        """Add the softmax of portions of rows of logits, times a factor, to distributions."""
+        logits, columns, distributions, room = at(args[0]), args[1], at(args[2]), args[3]
+        rows, factor = args[4], float32_at(args[5])[0]
+        for portion in range(begin, end):
+            exponentials = float32_at(room + 4 * columns * portion)
+            for row in range(portion * SUM_ROWS, min((portion + 1) * SUM_ROWS, rows)):
+                first = row * columns
+                greatest = order_of(load(logits, first))
                 for column in range(columns):
-                    store(logits, first + column, exponentials[column] * share)
-                store(logits, first + target, exponentials[target] * share - np.float32(1))
+                    greatest = max(greatest, order_of(load(logits, first + column)))
+                maximum, total = number_of_order(greatest), np.float32(0)
+                for column in range(columns):
+                    e = exp(load(logits, first + column) - maximum)
+                    exponentials[column] = e
+                    total += e
+                share = factor / total
+                for column in range(columns):
+                    place = first + column
+                    store(distributions, place, load(distributions, place) + exponentials[column] * share)
 
     @compiled
     def update_momentum(args, begin, end):
@@ -424,6 +457,8 @@ def _operations(at, load, store):
             softmax_backward(args, begin, end)
         elif operation == CROSS_ENTROPY:
             cross_entropy(args, begin, end)
+        elif operation == ADD_SOFTMAX:
+            add_softmax(args, begin, end)
         elif operation == MOMENTUM:
             update_momentum(args, begin, end)
         else:
@@ -444,6 +479,7 @@ def _operations(at, load, store):
     SOFTMAX,
     SOFTMAX_BACKWARD,
     CROSS_ENTROPY,
+    ADD_SOFTMAX,
     MOMENTUM,
     ADD_STEPS,
 ) = map(int, Operation)

@@ -25,11 +25,10 @@ from gpt2_chinese.training import attention, dropout
 from gpt2_chinese.training.attention import CAUSAL_ATTENTION, causal_attention
 from gpt2_chinese.training.blocks import blocks_output, can_be_written_out, matrix_type
 from gpt2_chinese.training.dropout import use_cpu_dropout
-from gpt2_chinese.training.fused import DTYPES, cross_entropy_in_place
+from gpt2_chinese.training.fused import DTYPES, SUM_ROWS, add_softmax, cross_entropy_in_place
 
 HEAD_ROWS = 512  # of logits at a time on a CPU, at most
-_LOGITS_BYTES = 32 << 20  # of them, unless `_SOFTMAX_ROWS` of them have more
-_SOFTMAX_ROWS = 64  # of them in float32 at a time, since those of all would take more memory than all else of the head
+_LOGITS_BYTES = 32 << 20  # of them, unless `SUM_ROWS` of them have more
 _HEAD_COLUMNS = 8192  # of the vocabulary, whose gradient is added up at a time
 
 
@@ -64,32 +63,21 @@ class HeadLoss(torch.autograd.Function):
         """
         dtype = matrix_type() if torch.is_autocast_enabled("cpu") else head.dtype
         assert taught or not share
-        is_fused = not taught and dtype in DTYPES
         weights = head.to(dtype)
         loss = torch.zeros((), dtype=torch.float32)
         hidden_gradient = torch.empty(hidden.shape, dtype=dtype)
         head_gradient = torch.zeros(head.shape, dtype=torch.float32)
-        minus_one = torch.full((_SOFTMAX_ROWS, 1), -1.0)
-        fitting = _LOGITS_BYTES // (len(head) * dtype.itemsize) // _SOFTMAX_ROWS * _SOFTMAX_ROWS
-        rows_at_once = min(HEAD_ROWS, max(_SOFTMAX_ROWS, fitting))
+        fitting = _LOGITS_BYTES // (len(head) * dtype.itemsize) // SUM_ROWS * SUM_ROWS
+        rows_at_once = min(HEAD_ROWS, max(SUM_ROWS, fitting))
         with torch.autocast("cpu", enabled=False):
             for first in range(0, len(hidden), rows_at_once):
-                rows = hidden[first : first + rows_at_once].to(dtype)
-                logits = rows @ weights.T
-                if is_fused:
-                    loss += cross_entropy_in_place(logits, targets[first : first + rows_at_once]).sum()
-                for begin in range(0, 0 if is_fused else len(rows), _SOFTMAX_ROWS):
-                    part = slice(first + begin, first + min(begin + _SOFTMAX_ROWS, len(rows)))
-                    own, target = logits[begin : begin + _SOFTMAX_ROWS], targets[part, None]
-                    probabilities = torch.softmax(own, 1, dtype=torch.float32)
-                    # The greatest logit and its probability say what the sum of all was; that of a target may be 0.
-                    greatest = own.amax(1, keepdim=True).float() - probabilities.amax(1, keepdim=True).log_()
-                    loss += (greatest - own.gather(1, target)).sum()
-                    if taught:
-                        probabilities -= _mean_distribution(taught, part, dtype).mul_(share)
-                    own.copy_(probabilities.scatter_add_(1, target, minus_one[: len(own)] * (1 - share)))
-                gradient = logits  # in its place
-                hidden_gradient[first : first + rows_at_once] = gradient @ weights
+                part = slice(first, first + rows_at_once)
+                rows = hidden[part].to(dtype)
+                logits = _logits(rows, weights)
+                distributions = _mean_distribution(taught, part, dtype) if taught else None
+                loss += cross_entropy_in_place(logits, targets[part], distributions, share).sum()
+                gradient = logits.to(dtype)
+                hidden_gradient[part] = gradient @ weights
                 if dtype == torch.float32:
                     head_gradient.addmm_(gradient.T, rows)
                     continue
@@ -137,13 +125,22 @@ class TiedLookup(torch.autograd.Function):
         return gradient, None, None
 
 
+def _logits(rows: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """[N, V], in a type that the compiled operations know."""
+    logits = rows @ head.T
+    return logits if logits.dtype in DTYPES else logits.float()
+
+
 def _mean_distribution(taught: Sequence[torch.Tensor], rows: slice, dtype: torch.dtype) -> torch.Tensor:
-    """The mean of the teachers' distributions over the vocabulary, float32 [rows, V]."""
-    distributions = [
-        torch.softmax(hidden[rows].to(dtype) @ head.to(dtype).T, 1, dtype=torch.float32)
-        for hidden, head in zip(taught[::2], taught[1::2], strict=True)
-    ]
-    return torch.stack(distributions).mean(0)
+    """The mean of the teachers' distributions over the vocabulary, [rows, V] of the type of `_logits`."""
+    pairs = list(zip(taught[::2], taught[1::2], strict=True))
+    mean: torch.Tensor | None = None
+    for hidden, head in pairs:
+        logits = _logits(hidden[rows].to(dtype), head.to(dtype))
+        mean = torch.zeros_like(logits) if mean is None else mean
+        add_softmax(logits, mean, 1 / len(pairs))
+    assert mean is not None
+    return mean
 
 
 class WindowLoss(nn.Module):
@@ -269,7 +266,11 @@ class WindowLoss(nn.Module):
             return loss
         taught = self._taught(input_ids, position_ids)
         with torch.no_grad():
-            distribution = _mean_distribution(taught, slice(None), taught[0].dtype)
+            distributions = [
+                torch.softmax(states @ head.to(states.dtype).T, 1, dtype=torch.float32)
+                for states, head in zip(taught[::2], taught[1::2], strict=True)
+            ]
+            distribution = torch.stack(distributions).mean(0)
         mixed = loss + self._teacher_share * (F.cross_entropy(logits, distribution, reduction="sum") - loss)
         return loss.detach() + mixed - mixed.detach()
 

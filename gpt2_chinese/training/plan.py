@@ -265,8 +265,8 @@ def teachers_for(tokens: int, epochs: float) -> int:
 def enough_epochs(config: GPT2Config) -> float:
     """How often a shape has to see a text to do better than the next smaller one in the same time.
 
-    Where the fitted curves of two shapes cross (`_CURVES`). For 6x384 3.7 epochs were far too few (docs/training.md); 10
-    are a guess.
+    Where the fitted curves of two shapes cross (`_CURVES`). For 6x384 3.7 epochs were far too few (docs/training.md);
+    10 are a guess.
     """
     return 2.5 if config.n_embd <= 256 else 10
 

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2_chinese.training import blocks, fused
 from gpt2_chinese.training.blocks import Dropout, blocks_output, can_be_written_out
-from gpt2_chinese.training.fused import Operation, cross_entropy_in_place, run
+from gpt2_chinese.training.fused import Operation, add_softmax, cross_entropy_in_place, run
 from gpt2_chinese.training.loss import WindowLoss, hidden_states, written_out_states
 
 MARKS = {"bos_token_id": 0, "eos_token_id": 0}
@@ -281,3 +281,27 @@ def test_other_types_than_the_compiled_ones_are_refused_and_left_to_pytorch():
 def test_numbers_that_do_not_lie_side_by_side_are_refused():
     with pytest.raises(AssertionError):
         cross_entropy_in_place(torch.zeros(40, 3).T, torch.tensor([1, 2, 3]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_distributions_are_wanted_in_their_share(dtype):
+    torch.manual_seed(0)
+    logits, others = (2 * torch.randn(70, 40)).to(dtype), [(2 * torch.randn(70, 40)).to(dtype) for _ in range(3)]
+    targets = torch.randint(40, (70,))
+    mean = torch.stack([other.double().softmax(1) for other in others]).mean(0)
+    wanted = logits.double().requires_grad_()
+    losses = F.cross_entropy(wanted, targets, reduction="none")
+    (0.4 * losses.sum() + 0.6 * F.cross_entropy(wanted, mean, reduction="sum")).backward()
+    distributions = torch.zeros_like(logits)
+    for other in others:
+        add_softmax(other, distributions, 1 / 3)
+    found = cross_entropy_in_place(logits, targets, distributions, 0.6)
+    torch.testing.assert_close(found.double(), losses.detach(), rtol=1e-5, atol=1e-5)
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(logits.double(), wanted.grad, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("target", [-1, 40])
+def test_a_target_outside_the_vocabulary_is_an_error(target):
+    with pytest.raises(IndexError, match="for 40 columns"):
+        cross_entropy_in_place(torch.zeros(3, 40), torch.tensor([1, target, 3]))
