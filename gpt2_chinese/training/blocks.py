@@ -433,8 +433,7 @@ class Blocks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.last is None:
-            raise RuntimeError("a second backward pass over the same blocks")
+        assert ctx.last is not None, "a second backward pass over the same blocks"
         shape: Shape = ctx.shape
         normal = outer[0].reshape(shape.rows, shape.width).to(shape.dtype).contiguous()
         before: list[Dropout | None] = [None, *(dropouts[2] for dropouts in shape.dropouts)]

@@ -264,7 +264,7 @@ def test_a_second_backward_pass_is_an_error():
     model = make_model()
     states = blocks_output(model, torch.randn(1, 5, 24, requires_grad=True), None)
     states.sum().backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="second backward"):
+    with pytest.raises(AssertionError, match="second backward"):
         states.sum().backward()
 
 
@@ -303,5 +303,5 @@ def test_distributions_are_wanted_in_their_share(dtype):
 
 @pytest.mark.parametrize("target", [-1, 40])
 def test_a_target_outside_the_vocabulary_is_an_error(target):
-    with pytest.raises(IndexError, match="for 40 columns"):
+    with pytest.raises(AssertionError):
         cross_entropy_in_place(torch.zeros(3, 40), torch.tensor([1, target, 3]))
