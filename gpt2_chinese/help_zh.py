@@ -237,8 +237,8 @@ FLAGS = {
     "auto is bf16 where the device multiplies faster in it, else fp32": (
         "auto 表示设备用 bf16 做乘法更快时为 bf16，否则 fp32"
     ),
-    "torch.compile; auto is on for GPUs: on a CPU it is slower than the code that is there already": (
-        "torch.compile；auto 表示在 GPU 上开启；在 CPU 上它比现有的代码慢"
+    "torch.compile; auto is on for GPUs: on a CPU it gains nothing over the code that is there already": (
+        "torch.compile；auto 表示在 GPU 上开启；在 CPU 上它不比现有的代码快"
     ),
     "recompute activations in the backward pass: less memory, a third more time": (
         "反向传播时重新计算激活值：内存更少，时间多三分之一"

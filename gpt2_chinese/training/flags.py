@@ -302,7 +302,7 @@ def _add_hardware(parser: argparse.ArgumentParser) -> None:
         "--compile",
         choices=["auto", "on", "off"],
         default="auto",
-        help="torch.compile; auto is on for GPUs: on a CPU it is slower than the code that is there already",
+        help="torch.compile; auto is on for GPUs: on a CPU it gains nothing over the code that is there already",
     )
     parser.add_argument(
         "--gradient_checkpointing",

@@ -35,7 +35,6 @@ class Operation(IntEnum):
 
     NORMALIZE = 0
     NORMALIZE_BACKWARD = auto()
-    DROP = auto()
     SUM_OF_ROWS = auto()
     GELU = auto()
     GELU_BACKWARD = auto()

@@ -19,7 +19,15 @@ from llvmlite import ir
 from numba import cfunc, njit, types
 from numba.extending import intrinsic
 
-from gpt2_chinese.decoding.decoder_kernel import _pointer_to, exp, float32_at, float_from_bits, int64_at, square_root
+from gpt2_chinese.decoding.decoder_kernel import (
+    _pointer_to,
+    exp,
+    float32_at,
+    float_from_bits,
+    gelu,
+    int64_at,
+    square_root,
+)
 from gpt2_chinese.training.fused import SUM_ROWS, TILE, Operation
 
 compiled = njit(error_model="numpy", fastmath={"contract"})
@@ -85,6 +93,17 @@ def kept(index, seed, threshold):
     return np.float32(1) if x >= np.uint32(threshold) else np.float32(0)
 
 
+@compiled
+def end_of_portion(portion, rows):
+    return min((portion + 1) * SUM_ROWS, rows)
+
+
+@compiled
+def clear(numbers, begin, count):
+    for index in range(begin, begin + count):
+        numbers[index] = np.float32(0)
+
+
 def _operations(at, load, store):
     """The operations on numbers of one type: `entry(operation, args, begin, end)`."""
 
@@ -143,10 +162,9 @@ def _operations(at, load, store):
         )
         for portion in range(begin, end):
             sums = portion * width
-            for column in range(width):
-                to_weight[sums + column] = np.float32(0)
-                to_bias[sums + column] = np.float32(0)
-            for row in range(portion * SUM_ROWS, min((portion + 1) * SUM_ROWS, rows)):
+            clear(to_weight, sums, width)
+            clear(to_bias, sums, width)
+            for row in range(portion * SUM_ROWS, end_of_portion(portion, rows)):
                 first = row * width
                 mean, inverse = means[row], inverses[row]
                 total, projected = np.float32(0), np.float32(0)
@@ -173,50 +191,35 @@ def _operations(at, load, store):
                             store(branch, first + column, result[first + column])
 
     @compiled
-    def drop(args, begin, end):
-        """The gradient of a branch from that of the stream, rows of `width`."""
-        stream, width, branch = float32_at(args[0]), args[1], at(args[2])
-        seed, threshold, scale = args[3], args[4], float32_at(args[5])[0]
-        if threshold:
-            for place in range(begin * width, end * width):
-                store(branch, place, stream[place] * (kept(place, seed, threshold) * scale))
-        else:
-            for place in range(begin * width, end * width):
-                store(branch, place, stream[place])
-
-    @compiled
     def sum_rows(args, begin, end):
         """Sums of the columns of each portion of rows."""
         numbers, width, sums, rows = at(args[0]), args[1], float32_at(args[2]), args[3]
         for portion in range(begin, end):
             own = portion * width
-            for column in range(width):
-                sums[own + column] = np.float32(0)
-            for row in range(portion * SUM_ROWS, min((portion + 1) * SUM_ROWS, rows)):
+            clear(sums, own, width)
+            for row in range(portion * SUM_ROWS, end_of_portion(portion, rows)):
                 first = row * width
                 for column in range(width):
                     sums[own + column] += load(numbers, first + column)
 
     @compiled
-    def gelu(args, begin, end):
+    def activate(args, begin, end):
+        """GELU of numbers and their bias."""
         inputs, width, bias, outputs = at(args[0]), args[1], float32_at(args[2]), at(args[3])
         for row in range(begin, end):
             first = row * width
             for column in range(width):
-                x = load(inputs, first + column) + bias[column]
-                twice = x * (np.float32(TWO_ROOTS) + np.float32(TWO_ROOTS * CUBIC) * x * x)
-                store(outputs, first + column, x / (np.float32(1) + exp(-twice)))
+                store(outputs, first + column, gelu(load(inputs, first + column) + bias[column]))
 
     @compiled
-    def gelu_backward(args, begin, end):
+    def activate_backward(args, begin, end):
         """The gradient in the place of `outer`, its sums over portions of rows, and the outputs once more."""
         inputs, width, bias, outer = at(args[0]), args[1], float32_at(args[2]), at(args[3])
         sums, rows, outputs = float32_at(args[4]), args[5], at(args[6])
         for portion in range(begin, end):
             own = portion * width
-            for column in range(width):
-                sums[own + column] = np.float32(0)
-            for row in range(portion * SUM_ROWS, min((portion + 1) * SUM_ROWS, rows)):
+            clear(sums, own, width)
+            for row in range(portion * SUM_ROWS, end_of_portion(portion, rows)):
                 first = row * width
                 for column in range(width):
                     x = load(inputs, first + column) + bias[column]
@@ -334,7 +337,7 @@ def _operations(at, load, store):
         of_taught = float32_at(args[7])[0]
         for portion in range(begin, end):
             exponentials = float32_at(room + 4 * columns * portion)
-            for row in range(portion * SUM_ROWS, min((portion + 1) * SUM_ROWS, rows)):
+            for row in range(portion * SUM_ROWS, end_of_portion(portion, rows)):
                 first = row * columns
                 greatest, poison = order_of(load(logits, first)), np.float32(0)
                 for column in range(columns):
@@ -367,7 +370,7 @@ def _operations(at, load, store):
         rows, factor = args[4], float32_at(args[5])[0]
         for portion in range(begin, end):
             exponentials = float32_at(room + 4 * columns * portion)
-            for row in range(portion * SUM_ROWS, min((portion + 1) * SUM_ROWS, rows)):
+            for row in range(portion * SUM_ROWS, end_of_portion(portion, rows)):
                 first = row * columns
                 greatest = order_of(load(logits, first))
                 for column in range(columns):
@@ -439,14 +442,12 @@ def _operations(at, load, store):
             normalize(args, begin, end)
         elif operation == NORMALIZE_BACKWARD:
             normalize_backward(args, begin, end)
-        elif operation == DROP:
-            drop(args, begin, end)
         elif operation == SUM_OF_ROWS:
             sum_rows(args, begin, end)
         elif operation == GELU:
-            gelu(args, begin, end)
+            activate(args, begin, end)
         elif operation == GELU_BACKWARD:
-            gelu_backward(args, begin, end)
+            activate_backward(args, begin, end)
         elif operation == SPLIT_HEADS:
             split_heads(args, begin, end)
         elif operation == JOIN_HEADS:
@@ -470,7 +471,6 @@ def _operations(at, load, store):
 (
     NORMALIZE,
     NORMALIZE_BACKWARD,
-    DROP,
     SUM_OF_ROWS,
     GELU,
     GELU_BACKWARD,

@@ -351,7 +351,7 @@ def _set_vocabulary_weights(model: GPT2LMHeadModel, embedding: nn.Parameter, hea
 
 
 def should_compile(choice: str, device: torch.device, *, recompute: bool = False) -> bool:
-    """Whether to compile; auto is on a GPU only, since what is compiled for a CPU is slower than blocks.py.
+    """Whether to compile; auto is on a GPU only, since on a CPU a minute of compiling gains nothing over blocks.py.
 
     Args:
         choice: auto, on or off.

@@ -56,7 +56,7 @@ TAUGHT_WIDTH = 256
 PUPIL_SHARE = 0.2  # of an update's time, that each teacher adds to it
 _PROBE_SECONDS = 1.0  # for a shape
 _TRIED_TOKENS = (50_000, 1_600_000)
-_TRIED_WIDTHS = (192, 256)
+_TRIED_WIDTHS = (128, 192, 256)
 
 _KINDS: dict[str, type] = {
     **dict.fromkeys(("model_config", "optimizer", "embedding_init", "schedule"), str),

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2_chinese.training import blocks, fused
-from gpt2_chinese.training.blocks import Dropout, blocks_output, can_be_written_out
+from gpt2_chinese.training.blocks import Branch, Dropout, Norm, Shape, blocks_output, can_be_written_out
 from gpt2_chinese.training.fused import Operation, add_softmax, cross_entropy_in_place, run
 from gpt2_chinese.training.loss import WindowLoss, hidden_states, written_out_states
 
@@ -105,11 +105,12 @@ def test_bf16_is_as_near_to_float32_as_transformers_is():
 
 
 def mask_of(dropout, rows, width):
-    """The scaled mask of a dropout over [rows, width], from the operation that applies it."""
-    mask = torch.empty(rows, width)
-    numbers = (*dropout, torch.tensor([dropout.scale]))
-    run(Operation.DROP, torch.float32, rows, mask.numel(), torch.ones(rows, width), width, mask, *numbers)
-    return mask
+    """The scaled mask of a dropout over [rows, width]: what it makes of a branch of ones."""
+    sizes = {"windows": 1, "length": rows, "heads": 1, "width": width, "dtype": torch.float32, "epsilon": 1e-5}
+    ones, zeros = torch.ones(width), torch.zeros(width)
+    branch = Branch(torch.ones(rows, width), zeros, dropout)
+    shape = Shape(**sizes, dropouts=(), first_keys=None)
+    return Norm(shape, torch.zeros(rows, width), branch, ones, zeros).stream
 
 
 def plain_states(model, embedded, dropouts):
