@@ -14,7 +14,7 @@ import json
 import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
@@ -32,7 +32,7 @@ from gpt2_chinese.text.preparation import (
     PieceReport,
     Tokenizing,
     batches,
-    measured_length,
+    measured_lengths,
     shared_segmenter,
     tokenize_batch,
 )
@@ -141,12 +141,12 @@ def piece_sizes(documents: int, num_pieces: int) -> list[int]:
 
 
 def tokenize_pieces(
-    documents: Iterator[str], sizes: list[int], done: set[int], tokenizing: Tokenizing, map_in_order: MapInOrder
+    documents: Iterator[str], sizes: list[int], done: set[int], map_in_order: MapInOrder
 ) -> Iterator[tuple[int, Iterator[tuple[bytes, PieceReport]]]]:
     """Give, for each piece that is not done, its number and the text and report of its batches in order."""
     numbers: deque[int] = deque()
 
-    def tasks() -> Iterator[tuple[Tokenizing, list[str]]]:
+    def batches_of_pieces() -> Iterator[list[str]]:
         for number, size in enumerate(sizes):
             own = islice(documents, size)
             if number in done:
@@ -154,9 +154,9 @@ def tokenize_pieces(
                 continue
             for batch in batches(own) if size else [[]]:
                 numbers.append(number)
-                yield tokenizing, batch
+                yield batch
 
-    numbered = ((numbers.popleft(), result) for result in map_in_order(tokenize_batch, tasks()))
+    numbered = ((numbers.popleft(), result) for result in map_in_order(tokenize_batch, batches_of_pieces()))
     for number, group in groupby(numbered, key=itemgetter(0)):
         yield number, map(itemgetter(1), group)
 
@@ -273,9 +273,24 @@ def check_sample(samples: Samples, tokenizing: Tokenizing, args: argparse.Namesp
     Raises:
         ValueError: twice as much of a sample is [UNK] as is allowed of all.
     """
-    _, report = tokenize_batch((replace(tokenizing, min_length=0), samples.documents))
+    _, report = tokenize_batch(replace(tokenizing, min_length=0), samples.documents)
     if report.unknown_tokens >= 2 * UNKNOWN_ERROR * report.inner_tokens and not (args.allow_unk or args.compat):
         check_unknown(report.unknown_tokens, report.inner_tokens, args.vocab_filename, allow=False)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What one reading of the corpus tells.
+
+    Attributes:
+        documents: how many.
+        held: all of them if they are few; a large corpus is read again.
+    """
+
+    documents: int
+    sha256: str
+    samples: Samples
+    held: list[str]
 
 
 def check_replaceable(folder: Path, key: dict[str, Any], *, overwrite: bool) -> None:
@@ -326,33 +341,13 @@ def main(argv: list[str] | None = None) -> None:
             f"warning: {args.vocab_filename} has no ## parts, so words outside it may become [UNK]; it comes from "
             "make-vocab.py --compat or from GPT2-Chinese: build one without --compat, or give --compat here too"
         )
-    total = long_enough = characters = 0
-    samples = Samples()
-    held: list[str] = []  # a small corpus is kept, a large one is read again
-    for block in read_train_json_blocks(args.raw_data_path):
-        lengths = [measured_length(document, compat=args.compat) for document in block]
-        total += len(block)
-        samples.add(block)
-        long_enough += sum(length > args.min_length for length in lengths)
-        characters += sum(lengths)
-        if characters <= HELD_CHARACTERS:
-            held += block
-        else:
-            held.clear()
-    if not total:
-        raise ValueError(f"--raw_data_path {args.raw_data_path}: there is no document in it; nothing was written")
-    if not long_enough:
-        raise ValueError(
-            f"none of the {total:,} documents in {args.raw_data_path} is longer than --min_length {args.min_length} "
-            "characters; give a smaller --min_length, or make longer documents with build_trainfile.py "
-            "--document paragraph or file; nothing was written"
-        )
+    corpus = read_corpus(args)
     key = {
         "format": MANIFEST_FORMAT,
         "tokenizer_rules": RULES_VERSION,
         "tokenizer": spec.settings(),
         "vocabulary": {"path": str(vocab_file), "sha256": sha256_of(vocab_file), "size": len(tokenizer)},
-        "corpus": {"path": str(args.raw_data_path), "sha256": sha256_of(args.raw_data_path), "documents": total},
+        "corpus": {"path": str(args.raw_data_path), "sha256": corpus.sha256, "documents": corpus.documents},
         "options": {"num_pieces": args.num_pieces, "min_length": args.min_length, "compat": args.compat},
     }
 
@@ -360,56 +355,109 @@ def main(argv: list[str] | None = None) -> None:
         if unchanged(folder, key):
             print(f"{folder / MANIFEST}: nothing to do; corpus, vocabulary and options are those of the pieces there")
             return
-
         check_replaceable(folder, key, overwrite=args.overwrite)
         tokenizing = Tokenizing(spec, args.min_length)
         if spec.kind == "word" and not args.compat:
             shared_segmenter()  # before the workers are forked, so that they share it
-        check_sample(samples, tokenizing, args)
+        check_sample(corpus.samples, tokenizing, args)
 
         # 2) Write piece after piece, but for those that an interrupted run has finished.
         progress = Progress(folder, key)
         if progress.finished:
             print(f"resuming an interrupted run: {len(progress.finished)} of {args.num_pieces} pieces are kept")
-        sizes = piece_sizes(total, args.num_pieces)
-        with (
-            open_workers(args.workers, args.scheduler) as map_in_order,
-            tqdm(
-                total=total, unit=" documents", unit_scale=True, desc="tokenizing", disable=progress_disabled(args)
-            ) as bar,
-        ):
-            bar.update(sum(sizes[number] for number in progress.finished))
-            documents = iter(held) if len(held) == total else read_train_json(args.raw_data_path)
-            done = set(progress.finished)
-            for number, parts in tokenize_pieces(documents, sizes, done, tokenizing, map_in_order):
-                progress.add(number, *write_piece(folder / f"tokenized_train_{number}.txt", parts))
-                bar.update(sizes[number])
-
-        # 3) The manifest, and away with pieces of an earlier run that are not in it.
-        report = PieceReport()
-        for number in range(args.num_pieces):
-            report.add(progress.finished[number][1])
-        allow = args.allow_unk or args.compat
-        warning = check_unknown(report.unknown_tokens, report.inner_tokens, args.vocab_filename, allow=allow)
-        write_json(
-            folder / MANIFEST,
-            {
-                **key,
-                "documents": report.documents,
-                "tokens": report.tokens,
-                "unknown_tokens": report.unknown_tokens,
-                "changes": report.changes(),
-                "pieces": [progress.finished[number][0] for number in range(args.num_pieces)],
-            },
-        )
-        kept = {f"tokenized_train_{number}.txt" for number in range(args.num_pieces)}
-        stale = [path for path in folder.glob("tokenized_train_*.txt") if path.name not in kept]
-        for path in stale:
-            path.unlink()
-        progress.end()
-    print_summary(report, total, args, len(stale))
+        write_pieces(corpus, progress, tokenizing, args)
+        warning, report, stale = finish(folder, key, progress, args)
+    print_summary(report, corpus.documents, args, stale)
     if warning:
         print(warning, file=sys.stderr)
+
+
+def read_corpus(args: argparse.Namespace) -> Corpus:
+    """Read the whole corpus once.
+
+    Raises:
+        ValueError: it is no train.json, or has no document that is long enough.
+    """
+    digest = hashlib.sha256()
+    documents = long_enough = characters = 0
+    samples = Samples()
+    held: list[str] = []
+    for block in read_train_json_blocks(args.raw_data_path, read=digest.update):
+        lengths = measured_lengths(block, compat=args.compat)
+        documents += len(block)
+        samples.add(block)
+        long_enough += sum(length > args.min_length for length in lengths)
+        characters += sum(lengths)
+        if characters <= HELD_CHARACTERS:
+            held += block
+        else:
+            held.clear()
+    if not documents:
+        raise ValueError(f"--raw_data_path {args.raw_data_path}: there is no document in it; nothing was written")
+    if not long_enough:
+        raise ValueError(
+            f"none of the {documents:,} documents in {args.raw_data_path} is longer than --min_length "
+            f"{args.min_length} characters; give a smaller --min_length, or make longer documents with "
+            "build_trainfile.py --document paragraph or file; nothing was written"
+        )
+    return Corpus(documents, digest.hexdigest(), samples, held)
+
+
+def write_pieces(corpus: Corpus, progress: Progress, tokenizing: Tokenizing, args: argparse.Namespace) -> None:
+    """Write the pieces that are not finished yet."""
+    sizes = piece_sizes(corpus.documents, args.num_pieces)
+    done = set(progress.finished)
+    documents = iter(corpus.held) if len(corpus.held) == corpus.documents else read_train_json(args.raw_data_path)
+    with (
+        open_workers(args.workers, args.scheduler, shared=tokenizing) as map_in_order,
+        tqdm(
+            total=corpus.documents,
+            unit=" documents",
+            unit_scale=True,
+            desc="tokenizing",
+            disable=progress_disabled(args),
+        ) as bar,
+    ):
+        bar.update(sum(sizes[number] for number in done))
+        for number, parts in tokenize_pieces(documents, sizes, done, map_in_order):
+            entry, report = write_piece(Path(args.tokenized_data_path) / f"tokenized_train_{number}.txt", parts)
+            progress.add(number, entry, report)
+            bar.update(sizes[number])
+
+
+def finish(
+    folder: Path, key: dict[str, Any], progress: Progress, args: argparse.Namespace
+) -> tuple[str | None, PieceReport, int]:
+    """Write the manifest, and remove the pieces of an earlier run that are not in it.
+
+    Returns:
+        A warning of many [UNK], the report of all pieces, and how many were removed.
+
+    Raises:
+        ValueError: there are so many [UNK] that the vocabulary is one of another text.
+    """
+    report = PieceReport()
+    for number in range(args.num_pieces):
+        report.add(progress.finished[number][1])
+    allow = args.allow_unk or args.compat
+    warning = check_unknown(report.unknown_tokens, report.inner_tokens, args.vocab_filename, allow=allow)
+    write_json(
+        folder / MANIFEST,
+        {
+            **key,
+            "documents": report.documents,
+            "tokens": report.tokens,
+            "unknown_tokens": report.unknown_tokens,
+            "changes": report.changes(),
+            "pieces": [progress.finished[number][0] for number in range(args.num_pieces)],
+        },
+    )
+    kept = {f"tokenized_train_{number}.txt" for number in range(args.num_pieces)}
+    stale = [path for path in folder.glob("tokenized_train_*.txt") if path.name not in kept]
+    for path in stale:
+        path.unlink()
+    progress.end()
+    return warning, report, len(stale)
 
 
 def print_summary(report: PieceReport, total: int, args: argparse.Namespace, stale: int) -> None:

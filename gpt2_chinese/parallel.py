@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,7 +65,7 @@ def safe_path() -> Iterator[None]:
 
 
 @contextmanager
-def open_workers(workers: int, scheduler: str | None = None) -> Iterator[MapInOrder]:
+def open_workers(workers: int, scheduler: str | None = None, shared: Any = None) -> Iterator[MapInOrder]:
     """Start workers and give a function like `map` whose results come in the order of the items.
 
     Items are taken from their iterable only as fast as results are, so that memory does not grow with their number.
@@ -73,6 +74,8 @@ def open_workers(workers: int, scheduler: str | None = None) -> Iterator[MapInOr
     Args:
         workers: processes on this machine; with 1 everything runs in this one.
         scheduler: the address of a Dask scheduler, used instead of processes of this machine.
+        shared: the first argument of every call, the item being the second one; it reaches a process of this machine
+            once, and a Dask cluster with every item. None: the item is the only argument.
 
     Raises:
         ValueError: the scheduler cannot be reached, or the package `distributed` is not installed.
@@ -82,21 +85,23 @@ def open_workers(workers: int, scheduler: str | None = None) -> Iterator[MapInOr
         with _dask_client(scheduler) as client:
             window = 2 * max(1, len(client.scheduler_info(n_workers=-1)["workers"])) + 2
             yield lambda function, items: _in_order(
-                lambda item: client.submit(function, item, pure=False), items, window
+                lambda item: client.submit(_with_shared(function, shared), item, pure=False), items, window
             )
     elif workers == 1:
-        yield lambda function, items: map(function, items)
+        yield lambda function, items: map(_with_shared(function, shared), items)
     else:
         # A forked worker has this process's compiled code and mapped models; where there is no fork it loads its own.
         can_fork = sys.platform == "linux" and hasattr(os, "fork")
         context = multiprocessing.get_context("fork" if can_fork else None)
-        arguments = (os.getpid(), os.getcwd())
+        arguments = (os.getpid(), os.getcwd(), shared)
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=arguments)
         try:
             if not can_fork:
                 with safe_folder():
                     pool.submit(os.getpid).result()  # starts all of them
-            yield lambda function, items: _in_order(lambda item: pool.submit(function, item), items, 2 * workers + 2)
+            yield lambda function, items: _in_order(
+                lambda item: pool.submit(_call, function, item), items, 2 * workers + 2
+            )
         except BrokenProcessPool:
             raise OSError(
                 "a worker process died (killed, or out of memory); try again, with fewer --workers if memory was short"
@@ -115,8 +120,21 @@ def _in_order(submit: Callable[[Any], Future[Any]], items: Iterable[Any], window
         yield waiting.popleft().result()
 
 
-def _begin_worker(parent: int, run_folder: str) -> None:
+_shared: Any = None  # in a worker process: the first argument of every call
+
+
+def _with_shared(function: Callable[..., Any], shared: Any) -> Callable[[Any], Any]:
+    return function if shared is None else partial(function, shared)
+
+
+def _call(function: Callable[..., Any], item: Any) -> Any:
+    return _with_shared(function, _shared)(item)
+
+
+def _begin_worker(parent: int, run_folder: str, shared: Any) -> None:
     """Go to the run's folder, drop the parent's locks, and end when it is gone: after kill -9 nobody else would."""
+    global _shared
+    _shared = shared
     os.chdir(run_folder)
     drop_inherited_locks()
 

@@ -32,6 +32,7 @@ from gpt2_chinese.text.word_table import (
     class_by_rules,
     run,
     spell_plain_words,
+    with_room,
 )
 from gpt2_chinese.text.word_tokenizer import (
     IDEOGRAPHS,
@@ -139,7 +140,7 @@ def _fold_counts(batches: Iterable[CountedWords], fold: Callable[[str, bool], li
 
 @dataclass(frozen=True)
 class Tokenizing:
-    """How documents become ids; equal ones share a worker's tables."""
+    """How documents become ids."""
 
     spec: TokenizerSpec
     min_length: int
@@ -233,16 +234,17 @@ def _case_and_accents(word: str, fold: Callable[[str], str]) -> tuple[int, int]:
     return case, sum(fold(low) != low for low in lowered)
 
 
-def measured_length(document: str, *, compat: bool) -> int:
-    """The length that --min_length speaks of: the reference measures a line break as " [SEP] "."""
-    return len(document) + document.count("\n") * (len(" [SEP] ") - 1) if compat else len(document)
+def measured_lengths(documents: Iterable[str], *, compat: bool) -> list[int]:
+    """The lengths that --min_length speaks of: the reference measures a line break as " [SEP] "."""
+    if not compat:
+        return list(map(len, documents))
+    return [len(document) + document.count("\n") * (len(" [SEP] ") - 1) for document in documents]
 
 
-def tokenize_batch(task: tuple[Tokenizing, list[str]]) -> tuple[bytes, PieceReport]:
+def tokenize_batch(tokenizing: Tokenizing, documents: list[str]) -> tuple[bytes, PieceReport]:
     """Give the ids of the documents that are long enough, each between its marks, as text; and the report."""
-    tokenizing, documents = task
-    compat = tokenizing.spec.compat
-    kept = [d for d in documents if measured_length(d, compat=compat) > tokenizing.min_length]
+    lengths = measured_lengths(documents, compat=tokenizing.spec.compat)
+    kept = [d for d, length in zip(documents, lengths, strict=True) if length > tokenizing.min_length]
     report = PieceReport(too_short=len(documents) - len(kept))
     if not kept:
         return b"", report
@@ -269,7 +271,7 @@ class _Decimal:
         decimal = [b"%d " % id_ for id_ in range(size)]
         assert len(decimal[-1]) <= ID_BYTES
         self._digits = np.frombuffer(b"".join(text.ljust(ID_BYTES) for text in decimal), np.uint8).reshape(-1, ID_BYTES)
-        self._lengths = np.fromiter(map(len, decimal), np.int64, len(decimal))
+        self._lengths = np.fromiter(map(len, decimal), np.uint8, len(decimal))
 
     def write(
         self,
@@ -322,12 +324,15 @@ class _TableFormatter:
 
     def _clear(self) -> None:
         self._generation = self._table.generation
-        # Of every word: where its ids begin and end, its parts, parts of several tokens, unknown tokens, letters of
-        # another case, characters with a mark less; and its unknown parts.
+        self._learnt = self._used_ids = 0
+        # Of every word learnt: where its ids begin and end. Of those that are not of ideographs alone: the parts, parts
+        # of several tokens, unknown tokens, letters of another case, characters with a mark less; and the unknown
+        # parts. The arrays have room for more words.
         self._starts: np.ndarray = np.zeros(0, dtype=np.int64)
         self._ends: np.ndarray = np.zeros(0, dtype=np.int64)
         self._ids: np.ndarray = np.zeros(0, dtype=np.int32)
         self._figures: np.ndarray = np.zeros((5, 0), dtype=np.int32)
+        self._others: np.ndarray = np.zeros(0, dtype=np.int64)  # the words that are not of ideographs alone
         self._unknown: dict[int, list[str]] = {}
 
     def _parts(self, word: str, touching: bool) -> list[str]:
@@ -354,35 +359,45 @@ class _TableFormatter:
 
     def _learn(self, words: WordStore) -> None:
         """Take in the words that have come since the last call."""
-        first = self._figures.shape[1]
+        first = self._learnt
         if words.count == first:
             return
         unknown = self._tokenizer.marks.unknown
         # 1) Nearly all words, in compiled code.
         spelled = spell_plain_words(self._vocabulary, self._longest, words, first)
-        starts, ends, ids = spelled.starts, spelled.ends, self._token_ids[spelled.ids].tolist()
-        figures = np.ones((5, words.count - first), dtype=np.int32)
-        figures[1] = ends - starts > 1
-        figures[2:] = 0
+        starts, ends = spelled.starts, spelled.ends
+        plain = self._token_ids[spelled.ids]
+        others: list[int] = []
+        figures = np.zeros((5, words.count - first), dtype=np.int32)  # of the others
         # 2) The others, as the tokenizer says.
-        for number in np.flatnonzero(ends < 0).tolist():
+        not_plain = np.flatnonzero(ends < 0)
+        self._others = np.concatenate((self._others, first + not_plain))
+        for number in not_plain.tolist():
             word, touching = words.read_one(first + number)
             parts = self._parts(word, touching)
-            starts[number] = len(ids)
+            begin = len(others)
             several = 0
             for part in parts:
                 part_ids = self._tokenizer.word_ids(part)
-                ids += part_ids
+                others += part_ids
                 several += len(part_ids) > 1
                 if unknown is not None and unknown in part_ids:
                     self._unknown.setdefault(first + number, []).append(part)
-            ends[number] = len(ids)
-            figures[:3, number] = len(parts), several, ids[starts[number] :].count(unknown)
+            starts[number], ends[number] = len(plain) + begin, len(plain) + len(others)
+            figures[:3, number] = len(parts), several, others[begin:].count(unknown)
             figures[3:, number] = _case_and_accents(word, self._fold)
-        self._starts = np.concatenate((self._starts, starts + len(self._ids)))
-        self._ends = np.concatenate((self._ends, ends + len(self._ids)))
-        self._ids = np.concatenate((self._ids, np.asarray(ids, dtype=np.int32)))
-        self._figures = np.concatenate((self._figures, figures), axis=1)
+        # 3) Behind the words that are known.
+        used = self._used_ids
+        self._used_ids += len(plain) + len(others)
+        self._learnt = words.count
+        self._ids = with_room(self._ids, self._used_ids)
+        self._ids[used : used + len(plain)] = plain
+        self._ids[used + len(plain) : self._used_ids] = others
+        self._starts, self._ends = (with_room(array, words.count) for array in (self._starts, self._ends))
+        self._starts[first : words.count] = starts + used
+        self._ends[first : words.count] = ends + used
+        self._figures = with_room(self._figures, words.count)
+        self._figures[:, first : words.count] = figures
 
     def format(self, documents: list[str], report: PieceReport) -> bytes:
         if self._spec.compat and any(_is_special(document) for document in documents):
@@ -397,13 +412,19 @@ class _TableFormatter:
             self._clear()
         self._learn(self._table.words)
 
-        # Words have numbers from 0 on, and what stands between them the two below.
-        counts = np.bincount(sequence - LINE_BREAK_WORD, minlength=self._figures.shape[1] - LINE_BREAK_WORD)
-        line_breaks, document_ends = counts[:-LINE_BREAK_WORD].tolist()
-        counts = counts[-LINE_BREAK_WORD:]
-        present = np.flatnonzero(counts)  # a batch has few of the words that are known
-        figures = self._figures[:, present] @ counts[present]
+        present, counts = self._table.occurrences(sequence)
+        times = counts[present]
+        total = int(times.sum())
+        line_breaks = len(sequence) - total - len(documents)
+        ids_of = self._ends[present] - self._starts[present]
+        # Of plain words, nearly all, the number of ids says everything.
+        others = self._others[counts[self._others] > 0]
+        figures = self._figures[:, others] @ counts[others]
         words, spelled, unknown, case, accents = map(int, figures)
+        words += total - int(counts[others].sum())
+        spelled += int(times[ids_of > 1].sum()) - int(
+            counts[others[self._ends[others] - self._starts[others] > 1]].sum()
+        )
         report.words += words
         report.spelled_words += spelled
         report.unknown_tokens += unknown
@@ -417,8 +438,7 @@ class _TableFormatter:
                 for part in parts:
                     report.unknown_words[part] += int(counts[number])
 
-        count = int(counts[present] @ (self._ends[present] - self._starts[present]))
-        count += line_breaks + 2 * document_ends
+        count = int(times @ ids_of) + line_breaks + 2 * len(documents)
         return self._decimal.write(
             sequence,
             self._starts,

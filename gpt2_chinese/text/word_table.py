@@ -37,7 +37,7 @@ ARRAYS = {
     COUNT: "i4 i8 i4",
     COPY_WORDS: "i4 i8 u4 u4",
     SPELL: "u4 i8 i4 u8 i8 u4 i4 i8 i8",
-    FORMAT: "i4 i8 i8 i4 u1 i8 u1",
+    FORMAT: "i4 i8 i8 i4 u1 u1 u1",
 }
 MAX_TABLES, MAX_VALUES = 11, 5
 
@@ -79,7 +79,7 @@ class WordStore:
     def __init__(self) -> None:
         self.count = 0
         self.slots = np.full(1 << 16, -1, dtype=np.int32)
-        self.hashes = np.zeros(1 << 15, dtype=np.uint64)
+        self.keys = np.zeros(1 << 15, dtype=np.uint64)
         self.starts: np.ndarray = np.zeros((1 << 15) + 1, dtype=np.int64)
         self.touching = np.zeros(1 << 15, dtype=np.uint8)
         self.arena = np.zeros(1 << 18, dtype=np.uint32)
@@ -98,8 +98,8 @@ class WordStore:
         """Make room where the compiled code has found none."""
         if 4 * self.count > len(self.slots):
             self.slots = np.full(2 * len(self.slots), -1, dtype=np.int32)
-            run(FILL_SLOTS, [self.count], self.slots, self.hashes)
-        self.hashes = _doubled(self.hashes)
+            run(FILL_SLOTS, [self.count], self.slots, self.keys)
+        self.keys = _doubled(self.keys)
         self.touching = _doubled(self.touching)
         self.starts = np.concatenate((self.starts, np.zeros(len(self.starts) - 1, dtype=np.int64)))
         self.arena = _doubled(self.arena)
@@ -119,7 +119,7 @@ class WordStore:
         while True:
             done, filled, document, touches, self.count = run(
                 NUMBER, [done, filled, document, touches, self.count], text, ends, document_ends, touching, classes,
-                self.slots, self.hashes, self.starts, self.touching, self.arena, sequence,
+                self.slots, self.keys, self.starts, self.touching, self.arena, sequence,
             )  # fmt: skip
             if done == len(ends):
                 return sequence[:filled]
@@ -160,7 +160,7 @@ def spell_plain_words(vocabulary: WordStore, longest: int, words: WordStore, fir
     ids: np.ndarray = np.empty(words.starts[words.count] - words.starts[first], dtype=np.int32)
     starts, ends = np.empty(count, dtype=np.int64), np.empty(count, dtype=np.int64)
     filled = run(
-        SPELL, [first, words.count, longest], words.arena, words.starts, vocabulary.slots, vocabulary.hashes,
+        SPELL, [first, words.count, longest], words.arena, words.starts, vocabulary.slots, vocabulary.keys,
         vocabulary.starts, vocabulary.arena, ids, starts, ends,
     )[0]  # fmt: skip
     return SpelledWords(ids[:filled], starts, ends)
@@ -298,13 +298,21 @@ class WordTable:
     def count(self, sequence: np.ndarray) -> CountedWords:
         """Count the words of a sequence that `number` has just given."""
         words = self.words
-        counts = np.zeros(words.count, dtype=np.int64)
-        order: np.ndarray = np.empty(words.count, dtype=np.int32)
-        order = order[: run(COUNT, [], sequence, counts, order)[0]]
+        order, counts = self.occurrences(sequence)
         ends = np.cumsum(words.starts[order + 1] - words.starts[order])
         text = np.empty(ends[-1] if len(ends) else 0, dtype=np.uint32)
         run(COPY_WORDS, [], order, words.starts, words.arena, text)
         return CountedWords(text, ends, words.touching[order], counts[order])
+
+    def occurrences(self, sequence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Count the word numbers of a sequence.
+
+        Returns:
+            The numbers that stand there, int32, as they first come; and how often each number of the table does, int64.
+        """
+        counts = np.zeros(self.words.count, dtype=np.int64)
+        order: np.ndarray = np.empty(self.words.count, dtype=np.int32)
+        return order[: run(COUNT, [], sequence, counts, order)[0]], counts
 
     def _classify(self, code_points: np.ndarray) -> None:
         """Learn what the characters of a text are."""
@@ -315,6 +323,16 @@ class WordTable:
 
 def _doubled(array: np.ndarray) -> np.ndarray:
     return np.concatenate((array, np.zeros_like(array)))
+
+
+def with_room(array: np.ndarray, size: int) -> np.ndarray:
+    """The array if its last axis is at least so long, or one that is twice as long or more and begins with it."""
+    length = array.shape[-1]
+    if length >= size:
+        return array
+    larger = np.zeros((*array.shape[:-1], max(size, 2 * length)), dtype=array.dtype)
+    larger[..., :length] = array
+    return larger
 
 
 @lru_cache(maxsize=1)

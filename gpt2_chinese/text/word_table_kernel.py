@@ -37,7 +37,39 @@ SPACE_CODE = np.uint32(32)
 FIRST_IDEOGRAPH = np.uint32(0x4E00)
 LAST_IDEOGRAPH = np.uint32(0x9FFF)
 
+# What stands for a word in the table, 64 bits. One of at most three characters is its code points plus one, 21 bits
+# each, which tells it from all others; a longer one is a hash, told from those by bits that no code point has.
+CODE_BITS = np.uint64(21)
+SHORT = 3
+LONG = np.uint64(3) << np.uint64(61)
+TOUCHES = np.uint64(1) << np.uint64(63)
+FNV_OFFSET = np.uint64(14695981039346656037)
+FNV_PRIME = np.uint64(1099511628211)
+GOLDEN_RATIO = np.uint64(0x9E3779B97F4A7C15)
+
 compiled = njit(error_model="numpy")
+
+
+@compiled
+def key_of(text, start, end, touching):
+    """What stands for the word text[start:end]; two long words may have the same."""
+    if end - start <= SHORT:
+        key = np.uint64(0)
+        for index in range(start, end):
+            key = (key << CODE_BITS) | (np.uint64(text[index]) + np.uint64(1))
+    else:
+        key = FNV_OFFSET
+        for index in range(start, end):
+            key = (key ^ np.uint64(text[index])) * FNV_PRIME
+        key = (key & ~TOUCHES) | LONG
+    return key | TOUCHES if touching else key
+
+
+@compiled
+def hash_of(key):
+    """Where the search for a word begins, all bits of its key mixed into the low ones."""
+    value = key * GOLDEN_RATIO
+    return value ^ (value >> np.uint64(32))
 
 
 @compiled
@@ -141,7 +173,7 @@ def number_words(
     given_touching,
     classes,
     slots,
-    hashes,
+    keys,
     starts,
     touching_of,
     arena,
@@ -179,23 +211,19 @@ def number_words(
                 start = end
                 done += 1
                 continue
-        if count + 1 >= len(hashes) or 2 * (count + 1) > len(slots) or starts[count] + end - start > len(arena):
+        if count + 1 >= len(keys) or 2 * (count + 1) > len(slots) or starts[count] + end - start > len(arena):
             break
         if len(given_touching):
             touching = given_touching[done] != 0
 
-        # FNV-1a over the code points, with a last mix so that the low bits depend on all of them.
-        value = np.uint64(14695981039346656037) ^ np.uint64(touching)
-        for index in range(start, end):
-            value = (value ^ np.uint64(text[index])) * np.uint64(1099511628211)
-        value ^= value >> np.uint64(29)
-        slot = value & mask
+        key = key_of(text, start, end, touching)
+        slot = hash_of(key) & mask
         while True:
             number = slots[slot]
             if number < 0:
                 number = count
                 slots[slot] = number
-                hashes[number] = value
+                keys[number] = key
                 touching_of[number] = touching
                 offset = starts[number]
                 for index in range(start, end):
@@ -203,7 +231,9 @@ def number_words(
                 starts[number + 1] = offset + end - start
                 count += 1
                 break
-            if hashes[number] == value and (touching_of[number] != 0) == touching:
+            if keys[number] == key:
+                if end - start <= SHORT:
+                    break
                 offset = starts[number]
                 if starts[number + 1] - offset == end - start:
                     same = True
@@ -232,11 +262,11 @@ def number_words(
 
 
 @compiled
-def fill_slots(slots, hashes, count):
+def fill_slots(slots, keys, count):
     """Put the words that a table has into its new, larger slots."""
     mask = np.uint64(len(slots) - 1)
     for number in range(count):
-        slot = hashes[number] & mask
+        slot = hash_of(keys[number]) & mask
         while slots[slot] >= 0:
             slot = (slot + np.uint64(1)) & mask
         slots[slot] = number
@@ -271,26 +301,24 @@ def find_word(
     start,
     end,
     slots,
-    hashes,
+    keys,
     starts,
     arena,
 ):
     """The number of the word text[start:end] in a store of words that touch nothing, or -1."""
-    value = np.uint64(14695981039346656037)
-    for index in range(start, end):
-        value = (value ^ np.uint64(text[index])) * np.uint64(1099511628211)
-    value ^= value >> np.uint64(29)
+    key = key_of(text, start, end, False)
     mask = np.uint64(len(slots) - 1)
-    slot = value & mask
+    slot = hash_of(key) & mask
     while slots[slot] >= 0:
         number = slots[slot]
-        offset = starts[number]
-        if hashes[number] == value and starts[number + 1] - offset == end - start:
-            same = True
-            for index in range(start, end):
-                if arena[offset + index - start] != text[index]:
-                    same = False
-                    break
+        if keys[number] == key:
+            offset = starts[number]
+            same = starts[number + 1] - offset == end - start
+            if same and end - start > SHORT:
+                for index in range(start, end):
+                    if arena[offset + index - start] != text[index]:
+                        same = False
+                        break
             if same:
                 return int(number)
         slot = (slot + np.uint64(1)) & mask
@@ -305,7 +333,7 @@ def spell_ideographs(
     count,
     longest,
     slots,
-    hashes,
+    keys,
     starts,
     arena,
     ids,
@@ -318,7 +346,7 @@ def spell_ideographs(
     character that the vocabulary has not, `id_ends` is set to -1.
 
     Args:
-        slots, hashes, starts, arena: the vocabulary's `WordStore`, where a number is an id.
+        slots, keys, starts, arena: the vocabulary's `WordStore`, where a number is an id.
         ids: as long as the words together.
 
     Returns:
@@ -343,7 +371,7 @@ def spell_ideographs(
             stop = end if position == begin else min(end, position + longest)
             id_ = -1
             while stop > position:
-                id_ = find_word(text, position, stop, slots, hashes, starts, arena)
+                id_ = find_word(text, position, stop, slots, keys, starts, arena)
                 if id_ >= 0:
                     break
                 stop -= 1
@@ -402,9 +430,10 @@ def format_ids(
                     length = append_id(line_break_id, decimal, decimal_lengths, output, length)
                     inner += 1
                 continue
-            for place in range(id_starts[number], id_ends[number]):
+            first, last = id_starts[number], id_ends[number]
+            for place in range(first, last):
                 length = append_id(ids[place], decimal, decimal_lengths, output, length)
-            inner += id_ends[number] - id_starts[number]
+            inner += last - first
         begin = index + 1
         if inner == 0 and not keep_empty:
             length = document_start
@@ -425,7 +454,7 @@ def append_id(id_, decimal, lengths, output, length):
     e, f, g, h = decimal[place + 4], decimal[place + 5], decimal[place + 6], decimal[place + 7]
     output[length], output[length + 1], output[length + 2], output[length + 3] = a, b, c, d
     output[length + 4], output[length + 5], output[length + 6], output[length + 7] = e, f, g, h
-    return length + lengths[id_]
+    return length + np.int64(lengths[id_])
 
 
 def run_addresses(operation, values, tables):
@@ -468,7 +497,7 @@ def run_addresses(operation, values, tables):
     elif operation == FORMAT:
         values[0], values[1], values[2], values[3] = format_ids(
             table(tables, 0, np.int32), table(tables, 1, np.int64), table(tables, 2, np.int64),
-            table(tables, 3, np.int32), table(tables, 4, np.uint8), table(tables, 5, np.int64), values[0], values[1],
+            table(tables, 3, np.int32), table(tables, 4, np.uint8), table(tables, 5, np.uint8), values[0], values[1],
             values[2], values[3] != 0, table(tables, 6, np.uint8),
         )  # fmt: skip
 

@@ -24,7 +24,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import groupby
 from typing import Protocol, cast
 
@@ -450,10 +450,13 @@ class WordTokenizer:
         if self.marks.unknown is None and not all(token in self._id_of for token in BYTE_TOKENS):
             raise ValueError("has neither [UNK] nor the 256 bytes, so some characters have no id; add a line [UNK]")
         self._unknown = [] if self.marks.unknown is None else [self.marks.unknown]
-        self._longest_from = longest_from(self.vocabulary)
         self._segmenter = segmenter
         self._splitter: WordSplitter | None = None
         self._word_ids: dict[str, list[int]] = {}
+
+    @cached_property
+    def _longest_from(self) -> dict[str, int]:
+        return longest_from(self.vocabulary)
 
     def __len__(self) -> int:
         return len(self.vocabulary)

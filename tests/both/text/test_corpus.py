@@ -320,4 +320,7 @@ def test_train_json_progress_adds_up_to_the_file(tmp_path):
     path.write_text(json.dumps(["好" * 1000] * 2000, ensure_ascii=False), encoding="utf-8")
     steps: list[int] = []
     assert sum(1 for _ in read_train_json(path, progress=steps.append)) == 2000
+    parts: list[bytes] = []
+    assert sum(map(len, read_train_json_blocks(path, read=parts.append))) == 2000
+    assert b"".join(parts) == path.read_bytes()
     assert sum(steps) == path.stat().st_size

@@ -66,7 +66,7 @@ def test_batches_have_the_ids_of_the_tokenizer_and_the_words_that_are_counted(ke
     spec = spec_of(kept)
     tokenizer = spec.build(segmenter=shared_segmenter())
     marks = tokenizer.marks
-    text, _ = tokenize_batch((Tokenizing(spec, -1), texts))
+    text, _ = tokenize_batch(Tokenizing(spec, -1), texts)
     expected = [[marks.begin, *tokenizer.encode(document), marks.end] for document in texts]
     assert [int(id_) for id_ in text.split()] == [id_ for ids in expected if len(ids) > 2 for id_ in ids]
     words = [word for document in texts for word in tokenizer.words(document) if word != "\n"]
@@ -114,7 +114,7 @@ def test_characters_keep_spaces_if_the_vocabulary_has_their_token(case):
     assert (
         tokenizer.decode(tokenizer.encode(text)) == tokenizer.normalize(text) == f"明月几时有 把酒问青天\n今夕 {hello}"
     )
-    ids, _ = tokenize_batch((Tokenizing(kept, 0), [text]))
+    ids, _ = tokenize_batch(Tokenizing(kept, 0), [text])
     assert [int(id_) for id_ in ids.split()][1:-1] == tokenizer.encode(text)
     without = TokenizerSpec("char", CHARACTERS).build()
     assert without.decode(without.encode(text)) == "明月几时有把酒问青天\n今夕hello"

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 
+import numpy as np
 import pytest
 from book_order import CLS_ID, MASK_ID
 from hypothesis import example, given, settings
@@ -96,7 +97,7 @@ def test_the_table_grows_and_forgets(monkeypatch):
 def test_formatted_ids_are_those_of_the_tokenizer(documents, min_length, rules):
     tokenizer = WordTokenizer(VOCABULARY, segmenter=shared_segmenter(), rules=rules)
     spec = TokenizerSpec("word", VOCABULARY, rules=rules)
-    text, report = tokenize_batch((Tokenizing(spec, min_length), documents))
+    text, report = tokenize_batch(Tokenizing(spec, min_length), documents)
     kept = [ids for d in documents if len(d) > min_length and (ids := tokenizer.encode(d))]
     expected = [id_ for ids in kept for id_ in (MASK_ID, *ids, CLS_ID)]
     assert text.decode() == "".join(f"{id_} " for id_ in expected)
@@ -118,7 +119,7 @@ def test_formatted_ids_of_characters_are_those_of_the_tokenizer(documents, compa
     marks = {"begin": "[CLS]", "end": "[SEP]", "line_break": None} if bert else {}
     tokenizer = CharTokenizer(CHARACTERS, compat=compat, lowercase=not bert, **marks)
     spec = TokenizerSpec("char", CHARACTERS, compat=compat, lowercase=not bert, **marks)
-    text, report = tokenize_batch((Tokenizing(spec, 0), documents))
+    text, report = tokenize_batch(Tokenizing(spec, 0), documents)
     kept = [ids for d in documents if d and ((ids := tokenizer.encode(d)) or compat)]
     expected = [id_ for ids in kept for id_ in (tokenizer.marks.begin, *ids, tokenizer.marks.end)]
     assert text.decode() == "".join(f"{id_} " for id_ in expected)
@@ -158,7 +159,7 @@ SPACED_TEXT = st.text(st.sampled_from("中大的。，abCD12é ßΣ한가ア𠮷
 @example(documents=["中 a b", " a  b ", "a\nb "])
 def test_what_is_changed_is_counted_by_kind(documents):
     tokenizer = WordTokenizer(VOCABULARY)
-    _, report = tokenize_batch((Tokenizing(TokenizerSpec("word", VOCABULARY), 0), documents))
+    _, report = tokenize_batch(Tokenizing(TokenizerSpec("word", VOCABULARY), 0), documents)
     kept = [document for document in documents if document]
     assert report.white_space == sum(d.count(" ") - tokenizer.normalize(d).count(" ") for d in kept)
     assert report.dropped_characters == sum(d.count("\x00") + d.count("\x07") for d in kept)
@@ -173,33 +174,55 @@ def test_what_is_changed_is_counted_by_kind(documents):
 def test_white_space_of_other_kinds_counts_as_changed_where_it_becomes_a_space():
     tokenizing = Tokenizing(TokenizerSpec("word", VOCABULARY), 0)
     for text, changed in (("a\tb", 1), ("a \tb", 1), ("a\u3000b", 1), ("a b", 0), ("中\tb", 1), ("a \u00a0 b", 2)):
-        assert tokenize_batch((tokenizing, [text]))[1].white_space == changed, repr(text)
+        assert tokenize_batch(tokenizing, [text])[1].white_space == changed, repr(text)
 
 
 def test_examples_of_changes_depend_on_the_documents_alone():
     tokenizing = Tokenizing(TokenizerSpec("word", VOCABULARY), 0)
     documents = ["Abc 中 DEF ghI", "Jkl Abc"]
-    expected = tokenize_batch((tokenizing, documents))[1].changes()
-    tokenize_batch((tokenizing, ["Zzz 中文 Yyy"] * 3))
-    assert tokenize_batch((tokenizing, documents))[1].changes() == expected
+    expected = tokenize_batch(tokenizing, documents)[1].changes()
+    tokenize_batch(tokenizing, ["Zzz 中文 Yyy"] * 3)
+    assert tokenize_batch(tokenizing, documents)[1].changes() == expected
     assert expected["case"] == {"count": 7, "examples": ["Abc → abc", "DEF → def", "ghI → ghi"]}
 
 
 def test_bert_counts_the_accents_that_it_drops():
-    _, report = tokenize_batch((Tokenizing(TokenizerSpec("char", CHARACTERS), 0), ["Café 中 Ünï\x00"]))
+    _, report = tokenize_batch(Tokenizing(TokenizerSpec("char", CHARACTERS), 0), ["Café 中 Ünï\x00"])
     changes = report.changes()
     assert [changes[kind]["count"] for kind in ("case", "accents", "white_space", "control")] == [2, 3, 2, 1]
     assert changes["accents"]["examples"] == ["Café → cafe", "Ünï → uni"]
-    _, report = tokenize_batch((Tokenizing(TokenizerSpec("char", CHARACTERS, lowercase=False), 0), ["Café"]))
+    _, report = tokenize_batch(Tokenizing(TokenizerSpec("char", CHARACTERS, lowercase=False), 0), ["Café"])
     assert (report.case, report.accents) == (0, 0)
 
 
 def test_a_table_that_forgot_its_words_gives_no_stale_ids(monkeypatch):
     tokenizing = Tokenizing(TokenizerSpec("word", VOCABULARY), 0)
-    expected = [tokenize_batch((tokenizing, [text]))[0] for text in ("中国a", "大的12", "的中大")]
+    expected = [tokenize_batch(tokenizing, [text])[0] for text in ("中国a", "大的12", "的中大")]
     monkeypatch.setattr(word_table, "MAX_WORDS", 1)
     for _ in range(3):
-        assert [tokenize_batch((tokenizing, [text]))[0] for text in ("中国a", "大的12", "的中大")] == expected
+        assert [tokenize_batch(tokenizing, [text])[0] for text in ("中国a", "大的12", "的中大")] == expected
+
+
+def test_words_that_a_hash_could_confuse_have_numbers_of_their_own():
+    words = [
+        "\0",
+        "\0\0",
+        "\0\0\0",
+        "\0\0\0\0",
+        "\U0010ffff" * 3,
+        "\U0010ffff" * 4,
+        "一",
+        "一一",
+        "一一一",
+        "一二",
+        "二一",
+    ]
+    store = word_table.WordStore.of(words)
+    assert [store.read_one(number)[0] for number in range(store.count)] == words
+    text = np.frombuffer("".join(words).encode("utf-32-le"), np.uint32)
+    ends = np.cumsum(list(map(len, words)))
+    touching = np.ones(len(words), dtype=np.uint8)
+    assert store.number(text, ends, word_table.NO_CLASSES, touching=touching).tolist() == [*range(11, 22)]
 
 
 def test_batches_keep_every_document_in_order(monkeypatch):
@@ -223,6 +246,20 @@ def die(number: int) -> int:
 def test_results_come_in_the_order_of_the_items(workers):
     with open_workers(workers) as map_in_order:
         assert list(map_in_order(square, range(20))) == [number * number for number in range(20)]
+
+
+def add_up(shared: list[int], number: int) -> int:
+    shared.append(number)
+    return len(shared)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_is_shared_reaches_a_worker_once(workers):
+    with open_workers(workers, shared=[0]) as map_in_order:
+        lengths = list(map_in_order(add_up, range(20)))
+    # A worker that got it again with an item would have a new list of one number.
+    assert max(lengths) >= 20 / workers + 1
+    assert len(set(lengths)) >= 20 / workers
 
 
 def test_items_are_taken_only_as_results_are():
