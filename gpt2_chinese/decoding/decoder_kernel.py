@@ -12,7 +12,8 @@ a product is one sum in one register, in ascending order of the inputs.
 
 With INT8 weights a product is one of integers: the inputs of a row are quantized to 256 steps between their minimum
 and maximum (`quantize_row`), and 8-bit integers are multiplied and added up in 32 bits, exactly, by the instruction
-that the CPU has for it. All else is float32.
+that the CPU has for it. With BF16_PAIRS weights the inputs are rounded to bf16, and an instruction multiplies two pairs
+and adds both products to a sum in float32. All else is float32.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="call-arg"
@@ -30,12 +31,14 @@ from numba.np.unsafe.ndarray import to_fixed_tuple
 
 from gpt2_chinese.decoding.compiled_decoder import (
     BF16,
+    BF16_PAIRS,
     COUNTER_BYTES,
     DOT_PRODUCT,
     FP32,
     INT8,
     LANES,
     MAX_BLOCK_ROWS,
+    MULTIPLIES_PAIRS,
     PANEL_COLUMNS,
     RELU,
     Layer,
@@ -45,10 +48,27 @@ from gpt2_chinese.decoding.compiled_decoder import (
     StepArgs,
 )
 
+
+class BFloat(ir.types.Type):
+    """LLVM's type of bf16, which llvmlite has no class for."""
+
+    def _to_string(self):
+        return "bfloat"
+
+    def __eq__(self, other):
+        return isinstance(other, BFloat)
+
+    def __hash__(self):
+        return hash(BFloat)
+
+
+BFLOAT = BFloat()
 FLOAT, INT64, INT32, INT16, BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(8)
 VECTOR, WORDS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT32, LANES)
+PAIRS = ir.VectorType(BFLOAT, 2 * LANES)
 SHORTS, BYTES = ir.VectorType(INT16, 2 * LANES), ir.VectorType(BYTE, 4 * LANES)
 GROUP = 4  # inputs of an INT8 product that are multiplied at once: 4 bytes beside each other
+PAIR = 2  # the same of BF16_PAIRS, in 4 bytes too
 MAX_CODE = 255  # of a quantized input
 PREFETCH_BYTES = 4096  # ahead in the weights: the CPU's own prefetcher stops at the end of a page
 CACHE_LINE = 64
@@ -369,6 +389,61 @@ multiply_int8 = make_multiply_int8(DOT_PRODUCT)
 
 
 @intrinsic
+def multiply_pairs(_, rows, weights, inputs, pairs, tile, near, far):
+    """A block of rows times one panel, in BF16_PAIRS; arguments as of `multiply`.
+
+    The panel is bf16 [pairs, PANEL_COLUMNS, PAIR], `inputs` bf16 [pairs, rows, PAIR].
+    """
+
+    def generate(context, builder, signature, arguments):
+        rows, weights, inputs, pairs, tile, near, far = arguments
+        # https://www.intel.com/content/www/us/en/docs/intrinsics-guide/, _mm512_dpbf16_ps.
+        name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * LANES}"
+
+        def case(count):
+            def accumulate(weights, inputs, sums):
+                dot = _intrinsic(builder, name, VECTOR, VECTOR, PAIRS, PAIRS)
+                halves = [builder.bitcast(_load(builder, weights, WORDS, 4 * LANES * half), PAIRS) for half in range(2)]
+                new = []
+                for row in range(count):
+                    value = builder.bitcast(_broadcast(builder, _load(builder, inputs, INT32, 4 * row)), PAIRS)
+                    new += [builder.call(dot, [sums[2 * row + half], value, halves[half]]) for half in range(2)]
+                return new
+
+            zeros = [_constant(VECTOR, 0.0)] * (2 * count)
+            panel = weights, pairs, near, far
+            _store(builder, _panel_loop(builder, count, panel, inputs, 4 * PANEL_COLUMNS, zeros, accumulate), tile)
+
+        if MULTIPLIES_PAIRS:
+            _switch_on_count(builder, rows, MAX_BLOCK_ROWS, case)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 7), generate
+
+
+@intrinsic
+def round_to_pairs(_, numbers, vectors, pairs, stride):
+    """Round so many vectors of float32 to bf16; a pair is stored at `pairs`, the next one `stride` bytes further."""
+
+    def generate(context, builder, signature, arguments):
+        numbers, vectors, pairs, stride = arguments
+
+        def body(numbers, pairs):
+            value = builder.fptrunc(_load(builder, numbers, VECTOR), ir.VectorType(BFLOAT, LANES))
+            value = builder.bitcast(value, ir.VectorType(INT32, LANES // PAIR))
+            for number in range(LANES // PAIR):
+                builder.store(builder.extract_element(value, INT32(number)), _pointer(builder, pairs, INT32), align=4)
+                pairs = builder.add(pairs, stride)
+            return [builder.add(numbers, INT64(4 * LANES)), pairs]
+
+        if MULTIPLIES_PAIRS:
+            _loop(builder, "round", vectors, [numbers, pairs], body)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate
+
+
+@intrinsic
 def min_max(_, numbers, vectors, target):
     """Store the minimum and the maximum of 0 and so many vectors of float32 at `target`."""
 
@@ -530,9 +605,15 @@ def row_offset_and_stride(row, rows, width):
 
 
 @compiled
+def converts_inputs(model):
+    """Whether the inputs of a product are quantized or rounded, row by row."""
+    return model.precision == INT8 or model.precision == BF16_PAIRS
+
+
+@compiled
 def input_offset_and_stride(model, row, rows, width):
-    """The same for float inputs. For INT8 they are [rows, width], since they are quantized row by row."""
-    if model.precision == INT8:
+    """The same for float inputs. Where they are converted row by row, they are [rows, width]."""
+    if converts_inputs(model):
         return row * round_up(width), 1
     return row_offset_and_stride(row, rows, width)
 
@@ -551,7 +632,7 @@ def layer_at(address):
 
 @compiled
 def round_up(width):
-    """The next multiple of LANES: the inputs of a row with the zeros that fill its last vector, for INT8."""
+    """The next multiple of LANES: the inputs of a row that is converted, with the zeros that fill its last vector."""
     return (width + LANES - 1) // LANES * LANES
 
 
@@ -560,6 +641,8 @@ def panel_bytes(precision, width):
     """Of a panel of weights for so many inputs."""
     if precision == INT8:
         return round_up(width) * PANEL_COLUMNS
+    if precision == BF16_PAIRS:
+        return 2 * round_up(width) * PANEL_COLUMNS
     return width * PANEL_COLUMNS * (4 if precision == FP32 else 2)
 
 
@@ -591,6 +674,12 @@ def embed(model, args, row):
         for index in range(width):
             bits = (pairs[index * LANES] << shift) & np.uint32(0xFFFF0000)
             hidden[index] = float_from_bits(np.int32(bits)) + position[index]
+    elif model.precision == BF16_PAIRS:
+        words = uint32_at(wte.weights + panel * panel_bytes(BF16_PAIRS, width) + 4 * column)
+        for index in range(width):
+            shift = np.uint32(0 if index % PAIR else 16)
+            bits = (words[index // PAIR * PANEL_COLUMNS] << shift) & np.uint32(0xFFFF0000)
+            hidden[index] = float_from_bits(np.int32(bits)) + position[index]
     else:
         codes = int8_at(wte.weights + panel * panel_bytes(INT8, width) + column * GROUP)
         scale = float32_at(wte.scales)[token]
@@ -618,8 +707,19 @@ def layer_norm(model, args, source, row, rows, parameters):
     inputs = float32_at(args.inputs + 4 * offset)
     for index in range(width):
         inputs[index * stride] = (hidden[index] - mean) * inverse * weights[index] + biases[index]
+    if converts_inputs(model):
+        convert_row(model, args, args.inputs, row, rows, width)
+
+
+@compiled
+def convert_row(model, args, source, row, rows, width):
+    """Convert a row of float32 [rows, width] to what the next product multiplies."""
     if model.precision == INT8:
-        quantize_row(args, args.inputs, row, rows, width)
+        quantize_row(args, source, row, rows, width)
+    else:
+        offset, stride = row_offset_and_stride(row, rows, round_up(width) // PAIR)
+        vectors = round_up(width) // LANES
+        round_to_pairs(source + 4 * row * round_up(width), vectors, args.codes + 4 * offset, 4 * stride)
 
 
 @compiled
@@ -652,7 +752,7 @@ def multiply_panel(model, args, layer, linear, panel, rows, inputs, tile, destin
     """
     size_of_panel = panel_bytes(model.precision, linear.in_features)
     weights = linear.weights + panel * size_of_panel
-    groups = round_up(linear.in_features) // GROUP
+    groups = round_up(linear.in_features) // (GROUP if model.precision == INT8 else PAIR)  # where they are converted
     columns = min(PANEL_COLUMNS, linear.out_features - panel * PANEL_COLUMNS)
     results = carray(float32_at(tile), MAX_BLOCK_ROWS * PANEL_COLUMNS)
     for block in range(num_blocks(rows)):
@@ -668,6 +768,8 @@ def multiply_panel(model, args, layer, linear, panel, rows, inputs, tile, destin
             multiply_bf16(size, weights, address, linear.in_features, tile, near, far)
         elif model.precision == FP32:
             multiply_fp32(size, weights, address, linear.in_features, tile, near, far)
+        elif model.precision == BF16_PAIRS:
+            multiply_pairs(size, weights, args.codes + 4 * begin * groups, groups, tile, near, far)
         else:
             codes = args.codes + begin * groups * GROUP
             quantizations = args.quantizations + QUANTIZATION_BYTES * begin
@@ -837,13 +939,13 @@ def attention_phase(model, args, phase, layer, rows, scratch):
 
 
 @compiled
-def quantize_phase(model, args, phase, source, rows, width):
-    """Quantize inputs of which no work item computes a whole row; nothing to do but for INT8."""
-    if model.precision != INT8:
+def convert_phase(model, args, phase, source, rows, width):
+    """Convert inputs of which no work item computes a whole row, if they are converted."""
+    if not converts_inputs(model):
         return phase
     row = take_work_item(args, phase)
     while row < rows:
-        quantize_row(args, source, row, rows, width)
+        convert_row(model, args, source, row, rows, width)
         finish_work_item(args, phase)
         row = take_work_item(args, phase)
     return wait_for_phase(args, phase, rows)
@@ -869,13 +971,13 @@ def forward(model, args, thread):
         phase = matmul_phase(model, args, phase, index, linear, rows, inputs, scratch, TO_QKV)
         phase = attention_phase(model, args, phase, index, rows, scratch)
         linear = linear_at(layer.attn_c_proj)
-        phase = quantize_phase(model, args, phase, inputs, rows, linear.in_features)
+        phase = convert_phase(model, args, phase, inputs, rows, linear.in_features)
         phase = matmul_phase(model, args, phase, index, linear, rows, inputs, scratch, TO_HIDDEN)
         phase = layer_norm_phase(model, args, phase, rows, layer.ln_2, False)
         linear = linear_at(layer.c_fc)
         phase = matmul_phase(model, args, phase, index, linear, rows, inputs, scratch, TO_MLP_INPUTS)
         linear = linear_at(layer.mlp_c_proj)
-        phase = quantize_phase(model, args, phase, args.mlp_inputs, rows, linear.in_features)
+        phase = convert_phase(model, args, phase, args.mlp_inputs, rows, linear.in_features)
         phase = matmul_phase(model, args, phase, index, linear, rows, args.mlp_inputs, scratch, TO_HIDDEN)
     rows = args.num_logit_rows
     if rows > 0:

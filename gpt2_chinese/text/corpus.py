@@ -524,7 +524,7 @@ def _json_strings(file: _Utf8, path: Path) -> Iterator[list[str]]:
             end = _string_end(buffer, position + 1)
             while end < 0:
                 # A document longer than the buffer: double it, so that the whole costs linear time.
-                more = file.read(max(_BLOCK, 4 * len(buffer)))
+                more = file.read(max(_BLOCK, 4 * (len(buffer) - position)))
                 if not more:
                     raise fail("the file ends inside a string")
                 discarded += position

@@ -384,7 +384,7 @@ class _TableFormatter:
                 if unknown is not None and unknown in part_ids:
                     self._unknown.setdefault(first + number, []).append(part)
             starts[number], ends[number] = len(plain) + begin, len(plain) + len(others)
-            figures[:3, number] = len(parts), several, others[begin:].count(unknown)
+            figures[:3, number] = len(parts), several, others[begin:].count(-1 if unknown is None else unknown)
             figures[3:, number] = _case_and_accents(word, self._fold)
         # 3) Behind the words that are known.
         used = self._used_ids

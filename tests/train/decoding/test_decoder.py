@@ -30,10 +30,13 @@ from gpt2_chinese import compiled
 from gpt2_chinese.decoding import batch_sampler, compiled_decoder, decoder_kernel, sampling
 from gpt2_chinese.decoding import engine as engine_module
 from gpt2_chinese.decoding.compiled_decoder import (
+    BF16,
     DOT_PRODUCTS,
     LANES,
     MAX_BLOCK_ROWS,
+    MULTIPLIES_PAIRS,
     PANEL_COLUMNS,
+    PRECISION_CODES,
     CompiledDecoder,
     make_cpu_decoder,
 )
@@ -93,7 +96,8 @@ SHAPES: list[dict] = [
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_any_shape_has_the_logits_of_transformers_with_the_same_weights(shape, precision):
+def test_any_shape_has_the_logits_of_transformers_with_the_same_weights(shape, precision, monkeypatch):
+    monkeypatch.setitem(PRECISION_CODES, "bf16", BF16)
     model = random_model(**shape)
     decoder = CompiledDecoder(model, max_num_seqs=3, precision=precision)
     source = random.Random(5)
@@ -102,7 +106,7 @@ def test_any_shape_has_the_logits_of_transformers_with_the_same_weights(shape, p
     assert largest_difference(round_weights(model, precision), decoder, texts) < 1e-4
 
 
-# INT8: the inputs of the products are quantized too.
+# INT8 and, on some CPUs, BF16: the inputs of the products are quantized or rounded too.
 
 
 def quantize_inputs(inputs: torch.Tensor) -> torch.Tensor:
@@ -113,25 +117,33 @@ def quantize_inputs(inputs: torch.Tensor) -> torch.Tensor:
     return scale * ((inputs / scale + (zero_point + 0.5)).floor().clamp(0, 255) - zero_point)
 
 
-def with_quantized_inputs(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
-    """Round the weights to 8 bits and quantize the inputs of the products: INT8's arithmetic in floats."""
-    for name, module in round_weights(model, "int8").named_modules():
+def round_inputs(inputs: torch.Tensor) -> torch.Tensor:
+    return inputs.bfloat16().float()
+
+
+def with_converted_inputs(model: GPT2LMHeadModel, precision: str) -> GPT2LMHeadModel:
+    """Round the weights to 8 or 16 bits, and convert the inputs of the products: the decoder's arithmetic in floats."""
+    convert = {"int8": quantize_inputs, "bf16": round_inputs}[precision]
+    for name, module in round_weights(model, precision).named_modules():
         if name.endswith(("c_attn", "c_proj", "c_fc", "lm_head")):
-            module.register_forward_pre_hook(lambda _, arguments: (quantize_inputs(arguments[0]),))
+            module.register_forward_pre_hook(lambda _, arguments: (convert(arguments[0]),))
     return model
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_int8_of_any_shape_has_the_logits_of_transformers_with_quantized_inputs(shape):
+@pytest.mark.parametrize("precision", ["int8", "bf16"])
+def test_any_shape_has_the_logits_of_transformers_with_converted_inputs(shape, precision):
+    if precision == "bf16" and not MULTIPLIES_PAIRS:
+        pytest.skip("this CPU rounds no inputs")
     model = random_model(**shape)
-    decoder = CompiledDecoder(model, max_num_seqs=3, precision="int8")
+    decoder = CompiledDecoder(model, max_num_seqs=3, precision=precision)
     vocab_size = model.config.vocab_size
     tokens = torch.arange(min(vocab_size, 100))[:, None]
     logits = torch.stack([decoder.prefill(ids).logits for ids in tokens.tolist()])
     with torch.inference_mode():
         exact = model(tokens).logits[:, 0]
-        difference = (logits - with_quantized_inputs(model)(tokens).logits[:, 0]).abs().amax(dim=1)
-    # An input halfway between two codes may be rounded to either; most tokens have no such input.
+        difference = (logits - with_converted_inputs(model, precision)(tokens).logits[:, 0]).abs().amax(dim=1)
+    # An input halfway between two codes or two numbers of bf16 may be rounded to either; most tokens have none.
     assert float((difference < 1e-4).float().mean()) > 0.8
     rounding = (logits - exact).abs().amax(dim=1)
     assert float(difference.max()) < float(rounding.max())
@@ -198,8 +210,11 @@ llvm.get_host_cpu_name = lambda: "haswell"
 import test_decoder as tests
 from gpt2_chinese.decoding import compiled_decoder
 assert compiled_decoder.DOT_PRODUCT == "vpmaddwd" and compiled_decoder.LANES == 8
-tests.test_int8_of_any_shape_has_the_logits_of_transformers_with_quantized_inputs({})
-tests.test_logits_are_the_same_to_the_bit_alone_in_any_batch_and_with_any_number_of_threads("int8")
+assert not compiled_decoder.MULTIPLIES_PAIRS
+tests.test_any_shape_has_the_logits_of_transformers_with_converted_inputs({}, "int8")
+import pytest
+with pytest.MonkeyPatch.context() as patch:
+    tests.test_logits_are_the_same_to_the_bit_alone_in_any_batch_and_with_any_number_of_threads("int8", patch)
 """
     if not llvm.get_host_cpu_features().get("avx2"):
         pytest.skip("this CPU has no AVX2")
@@ -224,7 +239,7 @@ def test_cached_code_of_another_cpu_is_not_used(monkeypatch):
     assert compiled.cache_file_name(compiled_decoder.KERNEL_MODULE, compiled_decoder.KERNEL_SOURCES) != name
 
 
-def test_reference_checkpoint_gives_the_reference_logits(reference):
+def test_reference_checkpoint_gives_the_reference_logits(reference, monkeypatch):
     ids = json.loads((reference / "logits_input_ids.json").read_text(encoding="utf-8"))
     expected = np.load(reference / "logits.npy")
     model, _ = load_model(reference / "checkpoint", vocab_file=reference / "vocab_user.txt")
@@ -236,12 +251,16 @@ def test_reference_checkpoint_gives_the_reference_logits(reference):
     for position in range(20, 40):
         logits = decoder.step([ids[0][position], ids[1][position]], [position, position]).numpy()
         assert np.abs(logits - expected[:, position]).max() < 1e-4
+    pairs = CompiledDecoder(model, max_num_seqs=1, precision="bf16").prefill(ids[0][:20]).logits.numpy()
+    assert np.abs(pairs - expected[0, 19]).max() < 0.02 * np.abs(expected[0, 19]).max()
+    monkeypatch.setitem(PRECISION_CODES, "bf16", BF16)
     rounded = CompiledDecoder(model, max_num_seqs=1, precision="bf16")
     assert largest_difference(round_weights(model, "bf16"), rounded, [ids[0]]) < 1e-4
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
-def test_logits_are_the_same_to_the_bit_alone_in_any_batch_and_with_any_number_of_threads(precision):
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16 with floats", "int8"])
+def test_logits_are_the_same_to_the_bit_alone_in_any_batch_and_with_any_number_of_threads(precision, monkeypatch):
+    monkeypatch.setitem(PRECISION_CODES, "bf16 with floats", BF16)
     slots = 33
     single = CompiledDecoder(random_model(), max_num_seqs=slots, precision=precision, threads=1)
     batched = CompiledDecoder(random_model(), max_num_seqs=slots, precision=precision, threads=3)
