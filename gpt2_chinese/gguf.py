@@ -23,7 +23,7 @@ from gpt2_chinese.model_folder import load_weights
 from gpt2_chinese.text.tokenizers import HasDefinition, Tokenizer
 from gpt2_chinese.text.word_tokenizer import BYTE_TOKENS, PART_PREFIX
 
-TYPES = ("f32", "f16", "bf16")
+TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}  # and llama.cpp's number of a file of them
 _WORD_BEGIN = "\u2581"  # before what begins a word, in llama.cpp's WordPiece
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
 
@@ -150,11 +150,14 @@ def write_gguf(folder: str | Path, output: str | Path, *, vocab_file: str | None
     writer.add_feed_forward_length(config.n_inner or 4 * config.n_embd)
     writer.add_head_count(config.n_head)
     writer.add_layer_norm_eps(config.layer_norm_epsilon)
-    writer.add_file_type({"f32": 0, "f16": 1, "bf16": 32}[type_])
+    writer.add_file_type(TYPES[type_])
     add_tokenizer(writer, tokenizer)
     for name, tensor in tensors_of(model):
         data = np.ascontiguousarray(tensor.detach().float().cpu().numpy())
-        kind = gguf.GGMLQuantizationType[type_.upper() if data.ndim == 2 and "position" not in name else "F32"]
+        kind = gguf.GGMLQuantizationType[type_.upper()]
+        # Rows of other lengths than whole blocks cannot be quantized.
+        if data.ndim < 2 or "position" in name or data.shape[1] % gguf.GGML_QUANT_SIZES[kind][0]:
+            kind = gguf.GGMLQuantizationType.F32
         writer.add_tensor(name, gguf.quants.quantize(data, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

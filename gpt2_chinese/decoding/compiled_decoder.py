@@ -1,10 +1,11 @@
 """GPT-2 decoding on a CPU, by compiled code over packed weights, limited by the memory bandwidth.
 
 A decode step reads every weight once, whatever the size of the batch, so its time is the size of the weights over the
-memory bandwidth. The weights are kept in 32, 16 or 8 bits (`precision`). The arithmetic is float32, but for two kinds of
-products, which take far less time for large batches, where the arithmetic is the limit: the inputs of those with 8-bit
-weights are quantized to 8 bits too, row by row; and where the CPU multiplies bf16 fast, the inputs of those with 16-bit
-weights are rounded to bf16. The code is in decoder_kernel.py; compiled.py caches its machine code.
+memory bandwidth. The weights are kept in 32, 16 or 8 bits (`precision`), keys and values in 32 or 16. The arithmetic is
+float32, but for two kinds of products, which take far less time for large batches, where the arithmetic is the limit:
+the inputs of those with 8-bit weights are quantized to 8 bits too, row by row; and where the CPU multiplies bf16 fast,
+the inputs of those with 16-bit weights are rounded to bf16. The code is in decoder_kernel.py; compiled.py caches its
+machine code.
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ class ModelArgs(NamedTuple):
     ln_f: int
     lm_head: int
     constants: int  # float32: the epsilon of the layer norms, then the attention scale of each layer
-    key_cache: int  # float32 [n_layer, num_slots, n_head, n_ctx, head_stride]
+    key_cache: int  # [n_layer, num_slots, n_head, n_ctx, head_stride], float32 for FP32 and otherwise bf16
     value_cache: int  # the same
 
 
@@ -204,7 +205,7 @@ class CompiledDecoder:
             max_num_seqs: batch slots.
             precision: of the weights: fp32, bf16 (rounded; the inputs of the products too where `MULTIPLIES_PAIRS`) or
                 int8 (with a scale for each output; the inputs of the products are quantized to 8 bits too, each row by
-                itself).
+                itself). Keys and values are bf16 but for fp32.
             threads: as many as PyTorch uses if None.
             prefix_cache_bytes: for the keys and values of former prompts; 0 reuses nothing.
 
@@ -246,7 +247,8 @@ class CompiledDecoder:
         """Keys and values of all layers and slots, and of one more slot for prompts that are prefilled on their own."""
         head_stride = round_up(config.n_embd // config.n_head)
         shape = (config.n_layer, self.max_num_seqs + 1, config.n_head, self.n_ctx, head_stride)
-        self.key_cache, self.value_cache = lazy_zeros(shape), lazy_zeros(shape)
+        dtype = np.float32 if self.precision == "fp32" else np.uint16  # bf16, which NumPy has not
+        self.key_cache, self.value_cache = lazy_zeros(shape, dtype), lazy_zeros(shape, dtype)
 
     def _pack_model(self, config: Any, body: Any, lm_head: Tensor) -> np.ndarray:
         """Pack all weights; return the ModelArgs as an array."""
@@ -585,15 +587,15 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
     return np.ascontiguousarray(tensor.detach().float().numpy())
 
 
-def lazy_zeros(shape: Sequence[int]) -> np.ndarray:
-    """Float32 zeros that use memory, in small pages, only where they are written.
+def lazy_zeros(shape: Sequence[int], dtype: type) -> np.ndarray:
+    """Zeros that use memory, in small pages, only where they are written.
 
     NumPy would ask for huge pages, with which a short sequence uses as much memory as the longest one.
     """
-    memory = mmap.mmap(-1, 4 * math.prod(shape))
+    memory = mmap.mmap(-1, np.dtype(dtype).itemsize * math.prod(shape))
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, dtype=np.float32).reshape(shape)
+    return np.frombuffer(memory, dtype=dtype).reshape(shape)
 
 
 def round_up(count: int) -> int:

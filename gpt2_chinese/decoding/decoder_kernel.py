@@ -129,8 +129,8 @@ def _pointer_to(kind):
     return pointer
 
 
-float32_at, uint32_at, int8_at, int64_at, float64_at = map(
-    _pointer_to, (types.float32, types.uint32, types.int8, types.int64, types.float64)
+float32_at, uint32_at, uint16_at, int8_at, int64_at, float64_at = map(
+    _pointer_to, (types.float32, types.uint32, types.uint16, types.int8, types.int64, types.float64)
 )
 
 
@@ -504,60 +504,82 @@ def quantize_vectors(_, numbers, vectors, inverse_scale, zero_point, codes, stri
     return types.void(*arguments), generate
 
 
-@intrinsic
-def add_scores(_, vectors, query, keys, stride, length, scores):
-    """Add to each of the float32 scores [length] the dot product of a query and a key, both of so many vectors.
+def _load_cached(builder, precision, address, number):
+    """A vector of keys or values of the KV cache, as float32."""
+    if precision == FP32:
+        return _load(builder, address, VECTOR, 4 * LANES * number)
+    half = _load(builder, address, ir.VectorType(INT16, LANES), 2 * LANES * number, align=2)
+    return builder.bitcast(builder.shl(builder.zext(half, WORDS), _constant(WORDS, 16)), VECTOR)
 
-    `stride` is the distance of the keys in bytes, the others are addresses.
+
+def _make_add_scores(precision):
+    """`add_scores(vectors, query, keys, stride, length, scores)`: add to each of the float32 scores [length] the dot
+    product of a query and a key, both of so many vectors.
+
+    `stride` is the distance of the keys in bytes, the others are addresses; keys are float32 if `precision` is FP32,
+    bf16 otherwise.
     """
 
-    def generate(context, builder, signature, arguments):
-        vectors, query, keys, stride, length, scores = arguments
-        multiply_add = _intrinsic(builder, f"llvm.fmuladd.v{LANES}f32", VECTOR, VECTOR, VECTOR, VECTOR)
-        reduce = _intrinsic(builder, f"llvm.vector.reduce.fadd.v{LANES}f32", FLOAT, FLOAT, VECTOR)
+    @intrinsic
+    def add_scores(_, vectors, query, keys, stride, length, scores):
+        def generate(context, builder, signature, arguments):
+            vectors, query, keys, stride, length, scores = arguments
+            multiply_add = _intrinsic(builder, f"llvm.fmuladd.v{LANES}f32", VECTOR, VECTOR, VECTOR, VECTOR)
+            reduce = _intrinsic(builder, f"llvm.vector.reduce.fadd.v{LANES}f32", FLOAT, FLOAT, VECTOR)
 
-        def case(count):
-            parts = [_load(builder, query, VECTOR, 4 * LANES * i) for i in range(count)]
+            def case(count):
+                parts = [_load(builder, query, VECTOR, 4 * LANES * i) for i in range(count)]
 
-            def body(keys, scores):
-                total = _constant(VECTOR, 0.0)
-                for i, part in enumerate(parts):
-                    total = builder.call(multiply_add, [part, _load(builder, keys, VECTOR, 4 * LANES * i), total])
-                score = builder.call(reduce, [_load(builder, scores, FLOAT), total], fastmath=("reassoc",))
-                builder.store(score, _pointer(builder, scores, FLOAT), align=4)
-                return [builder.add(keys, stride), builder.add(scores, INT64(4))]
+                def body(keys, scores):
+                    total = _constant(VECTOR, 0.0)
+                    for i, part in enumerate(parts):
+                        total = builder.call(multiply_add, [part, _load_cached(builder, precision, keys, i), total])
+                    score = builder.call(reduce, [_load(builder, scores, FLOAT), total], fastmath=("reassoc",))
+                    builder.store(score, _pointer(builder, scores, FLOAT), align=4)
+                    return [builder.add(keys, stride), builder.add(scores, INT64(4))]
 
-            _loop(builder, f"scores{count}", length, [keys, scores], body)
+                _loop(builder, f"scores{count}", length, [keys, scores], body)
 
-        _switch_on_count(builder, vectors, MAX_VECTORS, case)
-        return context.get_dummy_value()
+            _switch_on_count(builder, vectors, MAX_VECTORS, case)
+            return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 6), generate
+        return types.void(*[types.int64] * 6), generate
+
+    return add_scores
 
 
-@intrinsic
-def weighted_sum(_, vectors, weights, values, stride, length, target):
-    """The sum of values, of so many vectors each, times their float32 weights [length]; addresses but for `stride`."""
+def _make_weighted_sum(precision):
+    """`weighted_sum(vectors, weights, values, stride, length, target)`: the sum of values, of so many vectors each,
+    times their float32 weights [length]; addresses but for `stride`.
+    """
 
-    def generate(context, builder, signature, arguments):
-        vectors, weights, values, stride, length, target = arguments
-        multiply_add = _intrinsic(builder, f"llvm.fmuladd.v{LANES}f32", VECTOR, VECTOR, VECTOR, VECTOR)
+    @intrinsic
+    def weighted_sum(_, vectors, weights, values, stride, length, target):
+        def generate(context, builder, signature, arguments):
+            vectors, weights, values, stride, length, target = arguments
+            multiply_add = _intrinsic(builder, f"llvm.fmuladd.v{LANES}f32", VECTOR, VECTOR, VECTOR, VECTOR)
 
-        def case(count):
-            def body(weights, values, *sums):
-                weight = _broadcast(builder, _load(builder, weights, FLOAT))
-                loaded = [_load(builder, values, VECTOR, 4 * LANES * i) for i in range(count)]
-                new = [builder.call(multiply_add, [weight, loaded[i], sums[i]]) for i in range(count)]
-                return [builder.add(weights, INT64(4)), builder.add(values, stride), *new]
+            def case(count):
+                def body(weights, values, *sums):
+                    weight = _broadcast(builder, _load(builder, weights, FLOAT))
+                    loaded = [_load_cached(builder, precision, values, i) for i in range(count)]
+                    new = [builder.call(multiply_add, [weight, loaded[i], sums[i]]) for i in range(count)]
+                    return [builder.add(weights, INT64(4)), builder.add(values, stride), *new]
 
-            zeros = [_constant(VECTOR, 0.0)] * count
-            sums = _loop(builder, f"weighted{count}", length, [weights, values, *zeros], body)[2:]
-            _store(builder, sums, target)
+                zeros = [_constant(VECTOR, 0.0)] * count
+                sums = _loop(builder, f"weighted{count}", length, [weights, values, *zeros], body)[2:]
+                _store(builder, sums, target)
 
-        _switch_on_count(builder, vectors, MAX_VECTORS, case)
-        return context.get_dummy_value()
+            _switch_on_count(builder, vectors, MAX_VECTORS, case)
+            return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 6), generate
+        return types.void(*[types.int64] * 6), generate
+
+    return weighted_sum
+
+
+add_scores_fp32, add_scores_bf16 = map(_make_add_scores, (FP32, BF16))
+weighted_sum_fp32, weighted_sum_bf16 = map(_make_weighted_sum, (FP32, BF16))
 
 
 # Functions of numbers, and where things are in memory.
@@ -647,8 +669,14 @@ def panel_bytes(precision, width):
 
 
 @compiled
+def cached_bytes(model):
+    """Of a number in the KV cache."""
+    return 4 if model.precision == FP32 else 2
+
+
+@compiled
 def kv_offset(model, layer, slot, head, position):
-    """Where the key or value of a position begins in the KV cache, in floats."""
+    """Where the key or value of a position begins in the KV cache, in numbers."""
     return (((layer * model.num_slots + slot) * model.n_head + head) * model.n_ctx + position) * model.head_stride
 
 
@@ -783,15 +811,19 @@ def multiply_panel(model, args, layer, linear, panel, rows, inputs, tile, destin
                     results[row * PANEL_COLUMNS + column] += bias[column]
         if destination == TO_MLP_INPUTS:
             apply_activation(model, results, size)
-            for row in range(size):
-                offset, stride = input_offset_and_stride(model, begin + row, rows, linear.out_features)
-                target = float32_at(args.mlp_inputs + 4 * (offset + panel * PANEL_COLUMNS * stride))
-                for column in range(columns):
-                    target[column * stride] = results[row * PANEL_COLUMNS + column]
+            if converts_inputs(model):
+                width = round_up(linear.out_features)
+                for row in range(size):
+                    address = args.mlp_inputs + 4 * ((begin + row) * width + panel * PANEL_COLUMNS)
+                    copy_floats(address, tile + 4 * row * PANEL_COLUMNS, columns)
+            else:
+                for row in range(size):
+                    offset, stride = input_offset_and_stride(model, begin + row, rows, linear.out_features)
+                    target = float32_at(args.mlp_inputs + 4 * (offset + panel * PANEL_COLUMNS * stride))
+                    for column in range(columns):
+                        target[column * stride] = results[row * PANEL_COLUMNS + column]
         elif destination == TO_QKV:
-            for row in range(size):
-                source = tile + 4 * row * PANEL_COLUMNS
-                store_qkv(model, args, layer, begin + row, panel * PANEL_COLUMNS, columns, source)
+            store_qkv(model, args, layer, begin, size, panel * PANEL_COLUMNS, columns, tile)
         elif destination == TO_HIDDEN:
             for row in range(size):
                 hidden = float32_at(args.hidden + 4 * ((begin + row) * linear.out_features + panel * PANEL_COLUMNS))
@@ -815,46 +847,81 @@ def apply_activation(model, results, rows):
 
 
 @compiled
-def store_qkv(model, args, layer, row, first, columns, source):
-    """Store columns of a row's queries, keys and values: in `queries`, or at the row's position in the KV cache."""
+def store_qkv(model, args, layer, begin, rows, first, columns, tile):
+    """Store columns of rows' queries, keys and values: in `queries`, or at the row's position in the KV cache."""
     width, size = model.n_embd, model.head_size
-    slot, position = int64_at(args.slots)[row], int64_at(args.positions)[row]
+    slots, positions = int64_at(args.slots), int64_at(args.positions)
     column = 0
     while column < columns:
         part, place = (first + column) // width, (first + column) % width
         head, offset = place // size, place % size
         count = min(columns - column, size - offset)
-        if part == 0:
-            target = args.queries + 4 * ((row * model.n_head + head) * model.head_stride + offset)
-        else:
-            cache = model.key_cache if part == 1 else model.value_cache
-            target = cache + 4 * (kv_offset(model, layer, slot, head, position) + offset)
-        targets, sources = float32_at(target), float32_at(source + 4 * column)
+        cache = model.key_cache if part == 1 else model.value_cache
+        for row in range(rows):
+            source = tile + 4 * (row * PANEL_COLUMNS + column)
+            at = kv_offset(model, layer, slots[begin + row], head, positions[begin + row]) + offset
+            if part == 0:
+                target = args.queries + 4 * (((begin + row) * model.n_head + head) * model.head_stride + offset)
+                copy_floats(target, source, count)
+            elif model.precision == FP32:
+                copy_floats(cache + 4 * at, source, count)
+            else:
+                round_floats(cache + 2 * at, source, count)
+        column += count
+
+
+@compiled
+def copy_floats(target, source, count):
+    """Copy so many float32 from one address to another; a whole panel's, nearly always, in registers."""
+    targets, sources = float32_at(target), float32_at(source)
+    if count == PANEL_COLUMNS:
+        for index in range(PANEL_COLUMNS):
+            targets[index] = sources[index]
+    else:
         for index in range(count):
             targets[index] = sources[index]
-        column += count
+
+
+@compiled
+def round_floats(target, source, count):
+    """Round so many float32 to bf16, to the nearest, or of two to the even one."""
+    targets, sources = uint16_at(target), uint32_at(source)
+    for index in range(count):
+        bits = sources[index]
+        targets[index] = np.uint16(
+            (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        )
 
 
 @compiled
 def attend(model, args, layer, row, head, rows, scratch):
     """Attention of one head of a row over the positions up to its own, stored in the inputs of the next product."""
     slot, length = int64_at(args.slots)[row], int64_at(args.positions)[row] + 1
-    stride = 4 * model.head_stride
-    query = args.queries + stride * (row * model.n_head + head)
-    begin = 4 * kv_offset(model, layer, slot, head, np.int64(0))
+    size = cached_bytes(model)
+    stride = size * model.head_stride
+    query = args.queries + 4 * model.head_stride * (row * model.n_head + head)
+    begin = size * kv_offset(model, layer, slot, head, np.int64(0))
     scores = carray(float32_at(scratch), length)
     for index in range(length):
         scores[index] = np.float32(0)
     for first in range(0, model.head_stride, MAX_VECTORS * LANES):
         vectors = min(MAX_VECTORS, (model.head_stride - first) // LANES)
-        add_scores(vectors, query + 4 * first, model.key_cache + begin + 4 * first, stride, length, scratch)
+        keys = model.key_cache + begin + size * first
+        if model.precision == FP32:
+            add_scores_fp32(vectors, query + 4 * first, keys, stride, length, scratch)
+        else:
+            add_scores_bf16(vectors, query + 4 * first, keys, stride, length, scratch)
     inverse_sum = softmax(scores, length, float32_at(model.constants)[1 + layer])
     offset, apart = input_offset_and_stride(model, row, rows, model.n_embd)
     inputs = float32_at(args.inputs + 4 * (offset + head * model.head_size * apart))
     mixed = scratch + 4 * model.n_ctx
     for first in range(0, model.head_stride, MAX_VECTORS * LANES):
         vectors = min(MAX_VECTORS, (model.head_stride - first) // LANES)
-        weighted_sum(vectors, scratch, model.value_cache + begin + 4 * first, stride, length, mixed + 4 * first)
+        values = model.value_cache + begin + size * first
+        if model.precision == FP32:
+            weighted_sum_fp32(vectors, scratch, values, stride, length, mixed + 4 * first)
+        else:
+            weighted_sum_bf16(vectors, scratch, values, stride, length, mixed + 4 * first)
     results = float32_at(mixed)
     for index in range(model.head_size):
         inputs[index * apart] = results[index] * inverse_sum
@@ -913,14 +980,17 @@ def layer_norm_phase(model, args, phase, rows, parameters, is_final):
 
 @compiled
 def matmul_phase(model, args, phase, layer, linear, rows, inputs, scratch, destination):
-    """A work item is a few consecutive panels, since memory is fastest when it is read in order."""
+    """A work item is a few consecutive panels, since memory is fastest when it is read in order.
+
+    Each thread can have as many as any other, but for one panel.
+    """
     panels = (linear.out_features + PANEL_COLUMNS - 1) // PANEL_COLUMNS
-    size = min(max(panels // (4 * args.threads), 1), MAX_PANELS)
-    items = (panels + size - 1) // size
+    items = max(4, (panels + MAX_PANELS * args.threads - 1) // (MAX_PANELS * args.threads)) * args.threads
+    items = min(items, panels)
     item = take_work_item(args, phase)
     while item < items:
-        last = min((item + 1) * size, panels) - 1
-        for panel in range(item * size, last + 1):
+        last = (item + 1) * panels // items - 1
+        for panel in range(item * panels // items, last + 1):
             multiply_panel(model, args, layer, linear, panel, rows, inputs, scratch, destination, panel == last)
         finish_work_item(args, phase)
         item = take_work_item(args, phase)

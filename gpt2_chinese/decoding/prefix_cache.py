@@ -9,9 +9,11 @@ tokens. Contexts that begin alike share blocks. Where memory is needed, the bloc
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -54,18 +56,18 @@ class _Block:
 class BlockTree:
     """The keys and values of contexts, in at most `max_bytes`.
 
-    They come from a slot of the KV cache and go to one. Its keys and its values are float32
+    They come from a slot of the KV cache and go to one. Its keys and its values are
     [n_layer, n_head, n_ctx, head_stride].
 
     Attributes:
         capacity_bytes: of all blocks; 0 if `max_bytes` has no room for one.
     """
 
-    def __init__(self, n_layer: int, n_head: int, head_stride: int, max_bytes: int) -> None:
-        self._block_bytes = 2 * 4 * n_layer * n_head * BLOCK_TOKENS * head_stride
+    def __init__(self, n_layer: int, n_head: int, head_stride: int, max_bytes: int, dtype: Any = np.float32) -> None:
+        shape = (n_layer, n_head, BLOCK_TOKENS, head_stride)
+        self._block_bytes = 2 * np.dtype(dtype).itemsize * math.prod(shape)
         num_blocks = max_bytes // self._block_bytes
-        shape = (num_blocks, n_layer, n_head, BLOCK_TOKENS, head_stride)
-        self._keys, self._values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        self._keys, self._values = (np.zeros((num_blocks, *shape), dtype) for _ in range(2))
         self._free = list(range(num_blocks))
         self._root = _Block(-1, None, [])
         # The least recently used block first. A path is entered from its end: children come before their parent.
@@ -167,7 +169,7 @@ class PrefixCache:
     copy, and a completion that was accepted is known. The decoder reports everything that it writes to its KV cache.
 
     Args:
-        key_cache, value_cache: float32 [n_layer, slots, n_head, n_ctx, head_stride].
+        key_cache, value_cache: [n_layer, slots, n_head, n_ctx, head_stride], of any type.
         max_bytes: of the BlockTree; it gets no more than the KV cache itself may take.
         min_tokens: a shorter context is neither looked for nor kept: to compute it takes no longer.
 
@@ -180,7 +182,8 @@ class PrefixCache:
         self._min_tokens = min_tokens
         self._caches = key_cache, value_cache
         n_layer, num_slots, n_head, _, head_stride = key_cache.shape
-        self._tree = BlockTree(n_layer, n_head, head_stride, min(max_bytes, key_cache.nbytes + value_cache.nbytes))
+        max_bytes = min(max_bytes, key_cache.nbytes + value_cache.nbytes)
+        self._tree = BlockTree(n_layer, n_head, head_stride, max_bytes, key_cache.dtype)
         self._slots: list[list[int]] = [[] for _ in range(num_slots)]  # the tokens of each
         self.hits = 0
         self.reused_tokens = 0

@@ -76,8 +76,8 @@ def test_greedy_ids_are_those_of_the_model_folder(tmp_path, layout):
                 assert llama.post("/tokenize", {"content": text})["tokens"] == tokenizer.encode(text)
 
 
-@pytest.mark.parametrize("type_", ["f16", "bf16"])
-def test_matrices_in_half_precision_take_half_the_room(tmp_path, type_):
+@pytest.mark.parametrize("type_", ["f16", "bf16", "q8_0"])
+def test_matrices_in_fewer_bits_take_less_room(tmp_path, type_):
     folder = write_layout(tmp_path / "uer", "uer")
     for name in ("f32", type_):
         export.main([str(folder), str(tmp_path / name), "--type", name])

@@ -49,8 +49,19 @@ WAIT = 60
 GREEDY = SamplingParams(temperature=0)
 
 
+def round_keys_and_values(_: torch.nn.Module, __: tuple, output: torch.Tensor) -> torch.Tensor:
+    queries, others = output.tensor_split([output.shape[-1] // 3], dim=-1)
+    return torch.cat([queries, others.bfloat16().float()], dim=-1)
+
+
 def round_weights(model: GPT2LMHeadModel, precision: str) -> GPT2LMHeadModel:
-    """Round the weights of a model as the decoder does; biases, layer norms and positions are not rounded."""
+    """Round the weights of a model, and its keys and values, as the decoder does.
+
+    Biases, layer norms and positions are not rounded.
+    """
+    if precision != "fp32":
+        for block in model.transformer.h:
+            block.attn.c_attn.register_forward_hook(round_keys_and_values)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() < 2 or "wpe" in name or precision == "fp32":

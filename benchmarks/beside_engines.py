@@ -1,13 +1,14 @@
-"""Decoding beside OpenVINO GenAI on a CPU, the strongest peer there, in turns.
+"""Decoding beside OpenVINO GenAI and llama.cpp on a CPU, in turns.
 
     python3 -m venv openvino
     openvino/bin/pip install torch==2.13.0
     openvino/bin/pip install --no-deps -r benchmarks/requirements-openvino.txt
-    .venv-train/bin/python benchmarks/beside_openvino.py --openvino_python openvino/bin/python
+    .venv-train/bin/python benchmarks/beside_engines.py --openvino_python openvino/bin/python
 
 GPT-2 small with a vocabulary of 50,005 and random weights, a prompt of 8 tokens, top-k 30, as in generation.py. Each
-contender is a process of its own; only one at a time has work. OpenVINO's continuous batching has no prefix cache here,
-since all prompts are the same; its model is exported by optimum-intel, whole and with weights of 8 bits.
+contender is a process of its own; only one at a time has work. None has a prefix cache, since all prompts are the same.
+OpenVINO's model is exported by optimum-intel, whole and with weights of 8 bits; llama.cpp's files are written by
+gpt2_chinese/gguf.py, and its server (xllamacpp, of requirements-dev.txt) takes the samples of a request as requests.
 """
 
 from __future__ import annotations
@@ -30,7 +31,13 @@ sys.path.insert(0, str(ROOT))
 WORK = {"5 x 50": (1, 5, 50), "1 x 20": (1, 1, 20), "32 x 50": (32, 1, 50), "128 x 50": (128, 1, 50)}
 """Requests, samples of each, tokens of each sample."""
 OURS = ("bf16", "int8", "fp32")
-THEIRS = ("bf16", "int8", "f32")
+OPENVINO = ("bf16", "int8", "f32")
+LLAMA = ("bf16", "q8_0", "f32")
+RIVALS = {
+    "bf16": ("OpenVINO, bf16", "OpenVINO, f32", "llama.cpp, bf16", "llama.cpp, f32"),
+    "int8": ("OpenVINO, int8", "llama.cpp, q8_0"),
+}
+"""Of ours in a precision, the fastest counts."""
 MAX_SEQUENCES = 128
 PROMPT = [2, *range(1000, 1007)]  # begins with [MASK], as generation.py's
 TOP_K = 30
@@ -39,14 +46,12 @@ Decode = Callable[[int, int, int], Any]
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--openvino_python", help="the Python of the environment with OpenVINO")
+    parser.add_argument("--openvino_python", help="the Python of an environment with OpenVINO, else it is left out")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one to warm up (%(default)s)")
     parser.add_argument("--work", default=",".join(WORK), help="(default: %(default)s)")
     parser.add_argument("--contend", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     parser.add_argument("--export", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if not (args.openvino_python or args.contend or args.export):
-        parser.error("--openvino_python names the Python of the environment with OpenVINO")
     return args
 
 
@@ -61,7 +66,39 @@ def export(folder: Path) -> None:
         model.save_pretrained(folder / name)
 
 
-def their_decoder(name: str, folder: Path) -> Decode:
+def write_gguf(folder: Path) -> None:
+    """With our Python: llama.cpp's forms of the model in `folder`/model."""
+    from benchmarks.generation import VOCABULARY
+    from gpt2_chinese import gguf
+
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join(VOCABULARY) + "\n", encoding="utf-8")
+    for name in LLAMA:
+        gguf.write_gguf(folder / "model", folder / f"{name}.gguf", vocab_file=str(vocabulary), type_=name)
+
+
+def llama_decoder(name: str, folder: Path) -> Decode:
+    from concurrent.futures import ThreadPoolExecutor
+
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(folder / f"{name}.gguf")
+    params.n_parallel, params.n_ctx = MAX_SEQUENCES, 64 * MAX_SEQUENCES
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads()
+    server = xllamacpp.Server(params)
+    clients = ThreadPoolExecutor(MAX_SEQUENCES)
+
+    def decode(requests: int, samples: int, tokens: int) -> None:
+        request = {"prompt": PROMPT, "max_tokens": tokens, "ignore_eos": True, "cache_prompt": False}
+        request |= {"temperature": 1.0, "top_k": TOP_K, "top_p": 1.0, "min_p": 0.0}
+        results = [clients.submit(server.handle_completions, request) for _ in range(requests * samples)]
+        assert [one.result()["usage"]["completion_tokens"] for one in results] == [tokens] * len(results)
+
+    return decode
+
+
+def openvino_decoder(name: str, folder: Path) -> Decode:
     import numpy as np
     import openvino
     import openvino_genai as genai
@@ -111,7 +148,10 @@ def contend(kind: str, folder: Path) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     whose, name = kind.split(",")
-    decode = our_decoder(name) if whose == "ours" else their_decoder(name, folder)
+    if whose == "ours":
+        decode = our_decoder(name)
+    else:
+        decode = {"OpenVINO": openvino_decoder, "llama.cpp": llama_decoder}[whose](name, folder)
     for line in sys.stdin:
         began = time.perf_counter()
         decode(*map(int, line.split()))
@@ -140,7 +180,11 @@ def main() -> None:
         folder = Path(name)
         random_model = importlib.import_module("benchmarks.generation").random_model
         random_model(12).save_pretrained(folder / "model")
-        subprocess.run([args.openvino_python, __file__, "--export", str(folder)], check=True, stdout=2)
+        write_gguf(folder)
+        contenders = [("ours", sys.executable, OURS), ("llama.cpp", sys.executable, LLAMA)]
+        if args.openvino_python:
+            subprocess.run([args.openvino_python, __file__, "--export", str(folder)], check=True, stdout=2)
+            contenders.append(("OpenVINO", args.openvino_python, OPENVINO))
         processes = {
             f"{whose}, {kind}": subprocess.Popen(
                 [python, __file__, "--contend", f"{whose},{kind}", str(folder)],
@@ -148,7 +192,7 @@ def main() -> None:
                 stdout=subprocess.PIPE,
                 text=True,
             )
-            for whose, python, kinds in (("ours", sys.executable, OURS), ("OpenVINO", args.openvino_python, THEIRS))
+            for whose, python, kinds in contenders
             for kind in kinds
         }
         try:
@@ -170,10 +214,11 @@ def compare(processes: dict[str, subprocess.Popen[str]], work: str, rounds: int)
     print(f"{work}, {threads()} threads, {rounds} rounds in turns")
     for name, taken in seconds.items():
         print(f"  {name:16} {statistics.median(taken):7.3f} s ({min(taken):.3f} to {max(taken):.3f})")
-    for kind, others in (("bf16", ("bf16", "f32")), ("int8", ("int8",))):
-        best = min((seconds[f"OpenVINO, {other}"] for other in others), key=statistics.median)
-        times = statistics.median(theirs / mine for mine, theirs in zip(seconds[f"ours, {kind}"], best, strict=True))
-        print(f"  ours in {kind} is {times:.2f} times as fast as the faster of OpenVINO's {' and '.join(others)}")
+    for kind, rivals in RIVALS.items():
+        fastest = min((name for name in rivals if name in seconds), key=lambda name: statistics.median(seconds[name]))
+        pairs = zip(seconds[f"ours, {kind}"], seconds[fastest], strict=True)
+        times = statistics.median(theirs / mine for mine, theirs in pairs)
+        print(f"  ours in {kind} is {times:.2f} times as fast as {fastest}, the fastest of the others")
     sys.stdout.flush()
 
 
