@@ -48,6 +48,27 @@ ids = [encoding.ids for encoding in tokenizer.encode_batch(documents, add_specia
 print("RESULT", time.perf_counter() - begin)
 """
 
+SEGMENTER_ALONE = """
+import os, sys, time
+import numpy as np
+from gpt2_chinese.text.corpus import read_train_json
+from gpt2_chinese.text.preparation import batches
+from gpt2_chinese.text.segmenter import Segmenter
+segmenter = Segmenter()
+texts = ["\\n".join(batch) for batch in batches(read_train_json(sys.argv[1]))]
+arrays = [np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32) for text in texts]
+for array in arrays[: len(arrays) // 2]:
+    segmenter.segment(array)
+begin = time.perf_counter()
+child = os.fork()
+for array in arrays[child == 0 :: 2]:
+    segmenter.segment(array)
+if child == 0:
+    os._exit(0)
+os.waitpid(child, 0)
+print("RESULT", time.perf_counter() - begin)
+"""
+
 
 def stage(name: str, *flags: str | Path) -> float:
     """Run a stage as a whole process; give its wall-clock seconds."""
@@ -114,6 +135,9 @@ def speed(args: argparse.Namespace, folder: Path) -> None:
     if words:
         last_cut, last_both = words_baseline()
         rate_of = {"make-vocab.py": (first_both + last_both) / 2, "make-tokenized.py": (first_cut + last_cut) / 2}
+        command = [sys.executable, "-c", SEGMENTER_ALONE, str(corpus)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+        print(f"the segmenter alone in two processes, warm: {float(done.stdout.split('RESULT')[1]):.2f} s")
         print(f"one process, thulac.cut: {first_cut:.3f} and {last_cut:.3f} MB/s; "
               f"with fit_on_texts: {first_both:.3f} and {last_both:.3f} MB/s")  # fmt: skip
     else:

@@ -772,11 +772,11 @@ def quantize_row(args, source, row, rows, width):
 
 
 @compiled
-def multiply_panel(model, args, layer, linear, panel, rows, inputs, tile, destination, is_last):
+def multiply_panel(model, args, layer, linear, panel, rows, inputs, tile, destination, ahead):
     """Multiply all rows with one panel of a matrix, and store the results at their destination.
 
-    Unless it `is_last`, the next panel is prefetched meanwhile: its beginning after the end of this one, or all of it
-    during the second block of rows, if there is one.
+    The panel that lies so many panels `ahead`, if any, is prefetched meanwhile: its beginning after the end of this
+    one, or all of it during the second block of rows, if there is one.
     """
     size_of_panel = panel_bytes(model.precision, linear.in_features)
     weights = linear.weights + panel * size_of_panel
@@ -788,8 +788,8 @@ def multiply_panel(model, args, layer, linear, panel, rows, inputs, tile, destin
         size = block_begin(block + 1, rows) - begin
         address = inputs + 4 * begin * linear.in_features
         near, far = min(PREFETCH_BYTES, size_of_panel), weights
-        if not is_last:
-            far = weights + size_of_panel
+        if ahead:
+            far = weights + ahead * size_of_panel
             if block == 1:
                 near = size_of_panel
         if model.precision == BF16:
@@ -982,16 +982,26 @@ def layer_norm_phase(model, args, phase, rows, parameters, is_final):
 def matmul_phase(model, args, phase, layer, linear, rows, inputs, scratch, destination):
     """A work item is a few consecutive panels, since memory is fastest when it is read in order.
 
-    Each thread can have as many as any other, but for one panel.
+    With more rows than a block has the arithmetic takes longer than the memory. Then the last panels are items of their
+    own, so that no thread waits long for another one.
     """
     panels = (linear.out_features + PANEL_COLUMNS - 1) // PANEL_COLUMNS
-    items = max(4, (panels + MAX_PANELS * args.threads - 1) // (MAX_PANELS * args.threads)) * args.threads
-    items = min(items, panels)
+    size = min(max(panels // (4 * args.threads), 1), MAX_PANELS)
+    last_ones = min(size * args.threads, panels) if rows > MAX_BLOCK_ROWS else 0
+    large = (panels - last_ones + size - 1) // size
+    first_of_last = min(large * size, panels)
+    items = large + panels - first_of_last
     item = take_work_item(args, phase)
     while item < items:
-        last = (item + 1) * panels // items - 1
-        for panel in range(item * panels // items, last + 1):
-            multiply_panel(model, args, layer, linear, panel, rows, inputs, scratch, destination, panel == last)
+        if item < large:
+            end = min((item + 1) * size, first_of_last)
+            for panel in range(item * size, end):
+                ahead = 1 if panel + 1 < end else 0
+                multiply_panel(model, args, layer, linear, panel, rows, inputs, scratch, destination, ahead)
+        else:
+            panel = first_of_last + item - large
+            ahead = args.threads if panel + args.threads < panels else 0  # most likely this thread's next one
+            multiply_panel(model, args, layer, linear, panel, rows, inputs, scratch, destination, ahead)
         finish_work_item(args, phase)
         item = take_work_item(args, phase)
     return wait_for_phase(args, phase, items)

@@ -76,12 +76,13 @@ def test_greedy_ids_are_those_of_the_model_folder(tmp_path, layout):
                 assert llama.post("/tokenize", {"content": text})["tokens"] == tokenizer.encode(text)
 
 
-@pytest.mark.parametrize("type_", ["f16", "bf16", "q8_0"])
-def test_matrices_in_fewer_bits_take_less_room(tmp_path, type_):
+# Rows of 48 are no whole blocks of q8_0, those of 192 are.
+@pytest.mark.parametrize(("type_", "share"), [("f16", 0.7), ("bf16", 0.7), ("q8_0", 0.85)])
+def test_matrices_in_fewer_bits_take_less_room(tmp_path, type_, share):
     folder = write_layout(tmp_path / "uer", "uer")
     for name in ("f32", type_):
         export.main([str(folder), str(tmp_path / name), "--type", name])
-    assert (tmp_path / type_).stat().st_size < 0.7 * (tmp_path / "f32").stat().st_size
+    assert (tmp_path / type_).stat().st_size < share * (tmp_path / "f32").stat().st_size
     fields = {"prompt": [101, 105], "n_predict": 3, "temperature": 0, "return_tokens": True}
     assert LlamaServer(tmp_path / type_).post("/completion", fields)["tokens"]
 
