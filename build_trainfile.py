@@ -23,6 +23,7 @@ from gpt2_chinese.artifacts import atomic_write
 from gpt2_chinese.command_line import (
     add_output_flags,
     check_stdout,
+    localized,
     print_settings,
     progress_disabled,
     run_script,
@@ -149,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     with (
         open_duplicates(args, total) as duplicates,
         train_json_writer(args.output_path) as write,
-        tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=progress_disabled(args)) as bar,
+        tqdm(total=total, unit="B", unit_scale=True, desc=localized("reading"), disable=progress_disabled(args)) as bar,
     ):
 
         def say(message: str) -> None:

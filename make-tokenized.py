@@ -23,7 +23,15 @@ from typing import Any
 from tqdm import tqdm
 
 from gpt2_chinese.artifacts import atomic_write, exclusive_lock, has_shape, sha256_of, write_json
-from gpt2_chinese.command_line import add_output_flags, print_settings, progress_disabled, remark, run_script, set_quiet
+from gpt2_chinese.command_line import (
+    add_output_flags,
+    localized,
+    print_settings,
+    progress_disabled,
+    remark,
+    run_script,
+    set_quiet,
+)
 from gpt2_chinese.help_formatter import HelpFormatter
 from gpt2_chinese.parallel import MapInOrder, default_workers, open_workers
 from gpt2_chinese.text.corpus import read_train_json, read_train_json_blocks
@@ -412,9 +420,9 @@ def write_pieces(corpus: Corpus, progress: Progress, tokenizing: Tokenizing, arg
         open_workers(args.workers, args.scheduler, shared=tokenizing) as map_in_order,
         tqdm(
             total=corpus.documents,
-            unit=" documents",
+            unit=localized(" documents"),
             unit_scale=True,
-            desc="tokenizing",
+            desc=localized("tokenizing"),
             disable=progress_disabled(args),
         ) as bar,
     ):

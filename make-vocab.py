@@ -28,6 +28,7 @@ from tqdm import tqdm
 from gpt2_chinese.artifacts import atomic_write, read_json, sha256_of, write_json, write_lines
 from gpt2_chinese.command_line import (
     add_output_flags,
+    localized,
     print_settings,
     progress_disabled,
     project_file,
@@ -66,6 +67,7 @@ from gpt2_chinese.text.vocabulary_manifest import manifest_of, read_vocabulary_m
 from gpt2_chinese.text.word_tokenizer import KEEP_CASE, KEEP_SPACES, RULES_VERSION, SPACE_TOKEN
 
 DESCRIPTIONS = {"word": "words", "char": "characters and runs of letters or digits", "bpe": "byte-level BPE"}
+COUNTING = {"word": "counting words", "char": "counting characters"}
 DEFAULT_FILES = {"word": "vocab/vocab_user.txt", "char": "vocab/vocab_user.txt", "bpe": "vocab/tokenizer.json"}
 END_OF_TEXT = "<|endoftext|>"
 AUTO = "auto"  # --vocab_size
@@ -213,7 +215,11 @@ def count_candidates(args: argparse.Namespace, size: int) -> Candidates:
     with (
         open_workers(args.workers, args.scheduler) as map_in_order,
         tqdm(
-            total=size, unit="B", unit_scale=True, desc=f"counting {args.tokenizer}s", disable=progress_disabled(args)
+            total=size,
+            unit="B",
+            unit_scale=True,
+            desc=localized(COUNTING[args.tokenizer]),
+            disable=progress_disabled(args),
         ) as bar,
     ):
         documents = batches(read_train_json(args.raw_data_path, progress=bar.update))
@@ -299,7 +305,7 @@ def make_bpe_vocabulary(args: argparse.Namespace, size: int, config: dict[str, i
     )
     sample: list[str] = []
     characters = 0
-    with tqdm(total=size, unit="B", unit_scale=True, desc="reading", disable=progress_disabled(args)) as bar:
+    with tqdm(total=size, unit="B", unit_scale=True, desc=localized("reading"), disable=progress_disabled(args)) as bar:
 
         def documents() -> Iterator[str]:
             nonlocal characters

@@ -1926,4 +1926,15 @@ TABLE: tuple[tuple[str, str], ...] = (
         "{} is not from 0 to {}",
         "{0} 不在 0 到 {1} 之间",
     ),
+    # progress bars
+    ("reading", "读取"),
+    ("counting words", "统计词"),
+    ("counting characters", "统计字"),
+    ("tokenizing", "分词"),
+    ("measuring", "测量"),
+    ("reading pieces", "读取分片"),
+    (" documents", " 篇"),
+    (" batches", " 批"),
+    (" pieces", " 片"),
+    (" updates", " 次更新"),
 )

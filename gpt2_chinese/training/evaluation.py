@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import GPT2LMHeadModel
 
-from gpt2_chinese.command_line import is_quiet
+from gpt2_chinese.command_line import is_quiet, localized
 from gpt2_chinese.decoding.sampling import sample_tokens, uniform_random
 from gpt2_chinese.decoding.whole_characters import CharacterMasks
 from gpt2_chinese.text.pieces import document_begins
@@ -214,7 +214,13 @@ def sum_of_losses(
         interval = 0.1 if sys.stderr.isatty() else 10  # in a log file every refresh is a line
         hidden_bar = rank > 0 or is_quiet()
         for begin in tqdm(
-            starts, desc="measuring", unit="batch", leave=False, delay=5, mininterval=interval, disable=hidden_bar
+            starts,
+            desc=localized("measuring"),
+            unit=localized(" batches"),
+            leave=False,
+            delay=5,
+            mininterval=interval,
+            disable=hidden_bar,
         ):
             windows = documents.windows[begin : begin + batch_size]
             input_ids, targets = documents.batch(windows)

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GPT2LMHeadModel
 
-from gpt2_chinese.command_line import is_quiet, text_stream
+from gpt2_chinese.command_line import is_quiet, localized, text_stream
 from gpt2_chinese.model_folder import BEST_MODEL, read_config
 from gpt2_chinese.training.estimates import memory_estimate, peak_flops, will_overfit
 from gpt2_chinese.training.flags import PRETRAINED_LR
@@ -147,7 +147,7 @@ class Reporter:
         self._bar = tqdm(
             total=run.total_steps,
             initial=state.step,
-            unit=" updates",
+            unit=localized(" updates"),
             disable=not rank.is_main or is_quiet(),
             dynamic_ncols=True,
             mininterval=10 if in_log_file else 0.1,

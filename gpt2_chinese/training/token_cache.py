@@ -23,6 +23,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from gpt2_chinese.artifacts import MAX_LARGE, atomic_write, exclusive_lock, read_json, write_json
+from gpt2_chinese.command_line import localized
 from gpt2_chinese.text.pieces import HOW_TO_FIX, MANIFEST, piece_numbers, read_piece
 from gpt2_chinese.text.vocabulary import Marks
 from gpt2_chinese.training.hold_out import HoldOut, split
@@ -202,7 +203,7 @@ def _cache_tokens(cache: Path, paths: list[Path], vocab_size: int, marks: Marks,
     stamps = [_file_key(path) for path in paths]
     digests, piece_lengths, begins = [], [], 0
     with atomic_write(cache / ".tokens.bin", "wb") as file:
-        for path in tqdm(paths, desc="reading pieces", unit="piece", leave=False, delay=1):
+        for path in tqdm(paths, desc=localized("reading pieces"), unit=localized(" pieces"), leave=False, delay=1):
             digest = hashlib.sha256()
             length = 0
             for ids in read_piece(path, vocab_size, digest):
