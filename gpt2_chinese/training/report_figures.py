@@ -14,6 +14,7 @@ import numpy as np
 
 from gpt2_chinese.artifacts import has_shape, read_json
 from gpt2_chinese.best_model import BEST_MODEL, FINAL_MODEL
+from gpt2_chinese.decoding.compiled_decoder import is_decoder_cached
 from gpt2_chinese.decoding.completion import SamplingParams
 from gpt2_chinese.decoding.engine import Engine
 from gpt2_chinese.model_folder import CONFIG, MANIFEST, load_weights, read_config
@@ -335,11 +336,15 @@ def complete_beginnings(
 ) -> list[tuple[str, str]]:
     """Complete beginnings in turn, as often as it takes to have `count`; without any, documents from their beginning.
 
+    Where the compiled decoder has not been compiled on this machine yet, PyTorch's decodes: to compile takes most of a
+    minute, which a run of some minutes has not got.
+
     Returns:
         The context and the completion behind it, of each; the beginnings in their order, again and again.
     """
     model, tokenizer = load_weights(folder, device=device)
     prompts = [beginning.ids for beginning in beginnings] or [[tokenizer.marks.begin]]
+    precision = precision if is_decoder_cached() else None
     with Engine(model, tokenizer, max_num_seqs=_MAX_SEQUENCES, precision=precision) as engine:
         requests = []
         for number, ids in enumerate(prompts):

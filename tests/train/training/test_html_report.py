@@ -17,9 +17,11 @@ from small_run import N_CTX, run, write_documents, write_shape
 from tiny_model import tiny_tokenizer
 
 from gpt2_chinese.artifacts import read_json
+from gpt2_chinese.decoding import compiled_decoder
 from gpt2_chinese.text.pieces import read_manifest, text_of_tokens
 from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS
 from gpt2_chinese.text.word_tokenizer import WordTokenizer
+from gpt2_chinese.training import report_figures
 from gpt2_chinese.training.copy_meter import copied_from, distinct_n, repetition
 from gpt2_chinese.training.corpus_text import CorpusText
 from gpt2_chinese.training.hold_out import HoldOut
@@ -220,6 +222,16 @@ def test_copying_repetition_and_variety_are_those_of_the_completions(reported):
     assert quality["unprompted"]["copied_characters"] == sum(copied_from(training, written).copied)
     assert quality["unprompted"]["repeated_4_grams"] == repetition(written)
     assert quality["searched_characters"] == sum(len(text) for _, text in training)
+
+
+def test_a_report_does_not_wait_for_a_decoder_that_has_to_be_compiled(reported, monkeypatch):
+    def compile_now() -> None:
+        raise AssertionError("the decoder was compiled")
+
+    monkeypatch.setattr(report_figures, "is_decoder_cached", lambda: False)
+    monkeypatch.setattr(compiled_decoder, "load_decoder_kernel", compile_now)
+    options = {"length": 8, "device": "cpu", "precision": "auto", "seed": 1, "count": 3}
+    assert len(complete_beginnings(Path("model/best_model"), [], **options)) == 3
 
 
 def test_beginnings_are_at_most_a_third_of_a_document_and_no_two_are_alike():
