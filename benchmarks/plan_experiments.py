@@ -5,8 +5,8 @@
 
 Every shape is trained on every corpus for every time, with the plan's other settings and without teachers, and measured
 on the tune tenth of quality.py, which must not be what a model is judged by. The results are added to
-plan_experiments.json, one line for a run; the picture is drawn from all of that file. A run counts for its machine: it
-is the epochs that a fit uses.
+plan_experiments.jsonl, one line for a run; the picture is drawn from all of that file, a line for each machine and
+number of its cores, with the mean of the seeds.
 
 The fit is bits per character = floor + gap * epochs ** -1.13, of plan.py, for each corpus and shape with three runs or
 more of at least one epoch.
@@ -31,7 +31,7 @@ from benchmarks import quality  # noqa: E402
 from benchmarks.yardstick import as_arrays  # noqa: E402
 from gpt2_chinese.training.ngram import ngram_bits  # noqa: E402
 
-RESULTS = Path(__file__).with_name("plan_experiments.json")
+RESULTS = Path(__file__).with_name("plan_experiments.jsonl")
 PICTURE = ROOT / "docs" / "plan.png"
 EXPONENT = -1.13
 SHAPES = ("2x128", "3x192", "4x256")
@@ -124,10 +124,16 @@ def draw(results: list[dict[str, Any]]) -> None:
     corpora = groups(results)
     figure, panels = pyplot.subplots(1, len(corpora), figsize=(4.5 * len(corpora), 3.4), squeeze=False)
     for panel, (corpus, shapes) in zip(panels[0], corpora.items(), strict=True):
+        machines = sorted({(row["machine"], row["cores"]) for rows in shapes.values() for row in rows})
         for shape, rows in shapes.items():
-            of_minutes = sorted(rows, key=lambda row: row["minutes"])
-            times = [row["minutes"] for row in of_minutes]
-            panel.plot(times, [row["bits_per_character"] for row in of_minutes], marker="o", label=shape)
+            for machine, cores in machines:
+                bits = defaultdict(list)
+                for row in rows:
+                    if (row["machine"], row["cores"]) == (machine, cores):
+                        bits[row["minutes"]].append(row["bits_per_character"])
+                times = sorted(bits)
+                name = f"{shape}, {machine}, {cores}" if len(machines) > 1 else shape
+                panel.plot(times, [np.mean(bits[time]) for time in times], marker="o", label=name)
         counted = next(iter(shapes.values()))[0]["ngram"]
         panel.axhline(counted, linestyle="--", color="gray", label="n-gram of characters")
         panel.set(title=corpus, xlabel="minutes", ylabel="bits per character", xscale="log")

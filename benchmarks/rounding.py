@@ -62,6 +62,8 @@ def compare(name: str, model: Any, windows: list[list[int]], *, targets: Tensor 
 def main() -> None:
     args = parse_args()
     model, tokenizer = load_model(args.model)
+    if args.tokens > model.config.n_positions:
+        raise SystemExit(f"--tokens {args.tokens}: the model has {model.config.n_positions} positions")
     ids: list[int] = []
     for document in args.text.read_text(encoding="utf-8").splitlines():
         if document.strip():

@@ -1936,5 +1936,5 @@ TABLE: tuple[tuple[str, str], ...] = (
     (" documents", " 篇"),
     (" batches", " 批"),
     (" pieces", " 片"),
-    (" updates", " 次更新"),
+    (" updates", " 步"),
 )

@@ -384,6 +384,7 @@ class CompiledDecoder:
 
     def prompt_logits(self, ids: Sequence[int]) -> Iterator[Tensor]:
         """The logits after every token of a prompt, in chunks [tokens, V]; the slots do not change."""
+        assert len(ids) <= self.n_ctx
         for start in range(0, len(ids), PREFILL_CHUNK):
             part = ids[start : start + PREFILL_CHUNK]
             rows = range(len(part))

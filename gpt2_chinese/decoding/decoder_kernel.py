@@ -13,7 +13,8 @@ a product is one sum in one register, in ascending order of the inputs.
 With INT8 weights a product is one of integers: the inputs of a row are quantized to 256 steps between their minimum
 and maximum (`quantize_row`), and 8-bit integers are multiplied and added up in 32 bits, exactly, by the instruction
 that the CPU has for it. With BF16_PAIRS weights the inputs are rounded to bf16, and an instruction multiplies two pairs
-and adds both products to a sum in float32. All else is float32.
+and adds both products to a sum in float32. Keys and values are kept in bf16, but for FP32 weights. All other arithmetic
+is float32.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="call-arg"
@@ -550,7 +551,7 @@ def _make_add_scores(precision):
 
 def _make_weighted_sum(precision):
     """`weighted_sum(vectors, weights, values, stride, length, target)`: the sum of values, of so many vectors each,
-    times their float32 weights [length]; addresses but for `stride`.
+    times their float32 weights [length]; addresses but for `stride`. Values are as the keys of `add_scores`.
     """
 
     @intrinsic

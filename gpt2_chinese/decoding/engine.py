@@ -174,7 +174,8 @@ class Engine(CompletionBackend):
     Args:
         model: a GPT2LMHeadModel, on the device that decodes.
         tokenizer: with as many tokens as the model, or fewer: ids from the end of its vocabulary on are never sampled.
-        max_num_seqs: slots of the batch. The KV cache of GPT-2 small takes up to 75 MB a slot in float32.
+        max_num_seqs: slots of the batch. The KV cache of GPT-2 small takes up to 75 MB a slot in float32 and
+            half of that otherwise.
         max_waiting: sequences that may wait in the queue.
         precision: on a CPU the precision of the compiled decoder's weights, fp32, bf16 ("auto") or int8, which also
             quantizes the inputs of the products; None decodes with PyTorch in the model's dtype. On a GPU fp32 or bf16;

@@ -523,7 +523,8 @@ def _json_strings(file: _Utf8, path: Path) -> Iterator[list[str]]:
             refused = buffer
             end = _string_end(buffer, position + 1)
             while end < 0:
-                # A document longer than the buffer: double it, so that the whole costs linear time.
+                # A document longer than the buffer. A character has at most four bytes, so that this doubles the buffer
+                # at least, and the whole costs linear time.
                 more = file.read(max(_BLOCK, 4 * (len(buffer) - position)))
                 if not more:
                     raise fail("the file ends inside a string")

@@ -430,9 +430,9 @@ class _TableFormatter:
         report.unknown_tokens += unknown
         report.case += case
         report.accents += accents
-        for kind, total, figure in (("case", case, self._figures[3]), ("accents", accents, self._figures[4])):
-            if total:
-                report.add_examples(kind, self._folded_examples(sequence, figure))
+        for kind, changed, of_words in (("case", case, self._figures[3]), ("accents", accents, self._figures[4])):
+            if changed:
+                report.add_examples(kind, self._folded_examples(sequence, of_words))
         for number, parts in self._unknown.items():
             if counts[number]:
                 for part in parts:

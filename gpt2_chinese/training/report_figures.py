@@ -99,7 +99,7 @@ def gather_figures(
         plan: what was planned, a value for each name, and the reasons as text under "reason"; None takes the run's
             plan.json, if there is one.
         device: that decodes.
-        precision: of decoding, see `Engine`.
+        precision: of decoding, see `Engine`; on a CPU only where the compiled decoder is there already.
         seed: of the completions and of the choice of documents.
 
     Raises:
@@ -344,7 +344,8 @@ def complete_beginnings(
     """
     model, tokenizer = load_weights(folder, device=device)
     prompts = [beginning.ids for beginning in beginnings] or [[tokenizer.marks.begin]]
-    precision = precision if is_decoder_cached() else None
+    if device == "cpu" and not is_decoder_cached():
+        precision = None
     with Engine(model, tokenizer, max_num_seqs=_MAX_SEQUENCES, precision=precision) as engine:
         requests = []
         for number, ids in enumerate(prompts):

@@ -17,7 +17,7 @@ from small_run import N_CTX, run, write_documents, write_shape
 from tiny_model import tiny_tokenizer
 
 from gpt2_chinese.artifacts import read_json
-from gpt2_chinese.decoding import compiled_decoder
+from gpt2_chinese.decoding import engine
 from gpt2_chinese.text.pieces import read_manifest, text_of_tokens
 from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS
 from gpt2_chinese.text.word_tokenizer import WordTokenizer
@@ -225,13 +225,16 @@ def test_copying_repetition_and_variety_are_those_of_the_completions(reported):
 
 
 def test_a_report_does_not_wait_for_a_decoder_that_has_to_be_compiled(reported, monkeypatch):
-    def compile_now() -> None:
-        raise AssertionError("the decoder was compiled")
+    def make_compiled(*arguments: object) -> None:
+        raise AssertionError("the compiled decoder was made")
 
+    monkeypatch.setattr(engine, "make_cpu_decoder", make_compiled)
     monkeypatch.setattr(report_figures, "is_decoder_cached", lambda: False)
-    monkeypatch.setattr(compiled_decoder, "load_decoder_kernel", compile_now)
     options = {"length": 8, "device": "cpu", "precision": "auto", "seed": 1, "count": 3}
     assert len(complete_beginnings(Path("model/best_model"), [], **options)) == 3
+    monkeypatch.setattr(report_figures, "is_decoder_cached", lambda: True)
+    with pytest.raises(AssertionError, match="the compiled decoder was made"):
+        complete_beginnings(Path("model/best_model"), [], **options)
 
 
 def test_beginnings_are_at_most_a_third_of_a_document_and_no_two_are_alike():
