@@ -1,7 +1,7 @@
 """Bits per character of unseen documents for several settings of train.py, beside what counting characters can do.
 
     .venv-train/bin/python benchmarks/quality.py medical_qa.txt --trial "--minutes 2" --seeds 1 2 3
-    .venv-train/bin/python benchmarks/quality.py songci.txt --trials hand_picked.txt --held_out tune
+    .venv-train/bin/python benchmarks/quality.py songci.txt --trials benchmarks/hand_picked.txt
 
 The files are TXT, a document a line, and are one corpus together. By a hash of its text a document belongs to a tenth
 that is measured on at the end (`--held_out test`), to another tenth for choosing settings (`--held_out tune`), or to

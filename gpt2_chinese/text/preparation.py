@@ -146,7 +146,7 @@ class Tokenizing:
     min_length: int
 
     def __reduce__(self) -> tuple[Callable[[bytes, int], Tokenizing], tuple[bytes, int]]:
-        # Every task has it: a vocabulary is pickled once, and unpickled once by each worker.
+        # Every task of a Dask cluster has it: a vocabulary is pickled once, and unpickled once by each worker.
         return _tokenizing_of, (_pickled(self.spec), self.min_length)
 
 
