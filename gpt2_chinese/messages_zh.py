@@ -1051,6 +1051,10 @@ TABLE: tuple[tuple[str, str], ...] = (
         "--teacher {0} 有 {1} 个位置，而这次训练的窗口是 {2}（n_ctx）：请换窗口更小的 --model_config，或换教师模型",
     ),
     (
+        "--teacher_share {} and --ngram_share {} are parts of one whole and more than 1 together: lower one of them",
+        "--teacher_share {0} 和 --ngram_share {1} 是同一个整体的两部分，合计超过 1：请调低其中一个",
+    ),
+    (
         "--plan needs --minutes, the time to plan for",
         "--plan 需要 --minutes，即要规划的时间",
     ),

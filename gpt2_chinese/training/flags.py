@@ -272,6 +272,12 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         help="of the teachers in what is learnt; the rest is the text's",
     )
     parser.add_argument(
+        "--ngram_share",
+        type=_share,
+        default=0.0,
+        help="of a trigram of the tokens in what is learnt, for small texts (0: none); with teachers beside theirs",
+    )
+    parser.add_argument(
         "--max_bad_updates",
         type=_positive,
         default=3,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum, auto
 from functools import cache
@@ -44,6 +44,7 @@ class Operation(IntEnum):
     SOFTMAX_BACKWARD = auto()
     CROSS_ENTROPY = auto()
     ADD_SOFTMAX = auto()
+    WRITE_NGRAMS = auto()
     MOMENTUM = auto()
     ADD_STEPS = auto()
 
@@ -123,3 +124,22 @@ def add_softmax(logits: Tensor, distributions: Tensor, factor: float) -> None:
     room = torch.empty(portions, columns)
     arguments = (logits, columns, distributions, room, rows, torch.tensor([factor]))
     run(Operation.ADD_SOFTMAX, logits.dtype, portions, logits.numel(), *arguments)
+
+
+def write_ngrams(
+    distributions: Tensor, weight: float, unigram: Tensor, rows: Sequence[Tensor], levels: Sequence[Tensor]
+) -> None:
+    """Fill distributions [N, V] with those of an n-gram, times a weight.
+
+    Args:
+        unigram: float32 [V].
+        rows: for each of N: the pair's context, the triple's or -1, the only token that may follow or -1 (int64); what
+            is left to the unigram, and to the pairs (float32).
+        levels: of the pairs and then of the triples: where each context's n-grams begin, their last tokens (int64), and
+            their shares (float32).
+    """
+    count, columns = distributions.shape
+    portions = -(-count // SUM_ROWS)
+    room = torch.empty(portions, columns)
+    first = (distributions, columns, room, count, unigram, torch.tensor([weight]))
+    run(Operation.WRITE_NGRAMS, distributions.dtype, portions, distributions.numel(), *first, *rows, *levels)

@@ -104,6 +104,14 @@ def clear(numbers, begin, count):
         numbers[index] = np.float32(0)
 
 
+@compiled
+def add_context(shares, weight, context, offsets, tokens, of_tokens):
+    """Add what follows a context, whose n-grams lie one after the other."""
+    offsets, tokens, of_tokens = int64_at(offsets), int64_at(tokens), float32_at(of_tokens)
+    for place in range(offsets[context], offsets[context + 1]):
+        shares[tokens[place]] += weight * of_tokens[place]
+
+
 def _operations(at, load, store):
     """The operations on numbers of one type: `entry(operation, args, begin, end)`."""
 
@@ -386,6 +394,28 @@ def _operations(at, load, store):
                     store(distributions, place, load(distributions, place) + exponentials[column] * share)
 
     @compiled
+    def write_ngrams(args, begin, end):
+        """The distributions of an n-gram: what contexts leave to the unigram, and what pairs and triples add."""
+        distributions, columns, room, rows = at(args[0]), args[1], args[2], args[3]
+        unigram, weight = float32_at(args[4]), float32_at(args[5])[0]
+        pair_of, triple_of, certain = int64_at(args[6]), int64_at(args[7]), int64_at(args[8])
+        left, left_by_triples = float32_at(args[9]), float32_at(args[10])
+        for portion in range(begin, end):
+            shares = float32_at(room + 4 * columns * portion)
+            for row in range(portion * SUM_ROWS, end_of_portion(portion, rows)):
+                share = weight * left[row]
+                for column in range(columns):
+                    shares[column] = share * unigram[column]
+                if certain[row] >= 0:
+                    shares[certain[row]] += weight
+                else:
+                    add_context(shares, weight * left_by_triples[row], pair_of[row], args[11], args[12], args[13])
+                    if triple_of[row] >= 0:
+                        add_context(shares, weight, triple_of[row], args[14], args[15], args[16])
+                for column in range(columns):
+                    store(distributions, row * columns + column, shares[column])
+
+    @compiled
     def update_momentum(args, begin, end):
         """Muon's momentum and the decay of its weights, tiles of rows; and Nesterov's direction, lying on its side."""
         gradients, momentum, weights = float32_at(args[0]), float32_at(args[1]), float32_at(args[2])
@@ -460,6 +490,8 @@ def _operations(at, load, store):
             cross_entropy(args, begin, end)
         elif operation == ADD_SOFTMAX:
             add_softmax(args, begin, end)
+        elif operation == WRITE_NGRAMS:
+            write_ngrams(args, begin, end)
         elif operation == MOMENTUM:
             update_momentum(args, begin, end)
         else:
@@ -480,6 +512,7 @@ def _operations(at, load, store):
     SOFTMAX_BACKWARD,
     CROSS_ENTROPY,
     ADD_SOFTMAX,
+    WRITE_NGRAMS,
     MOMENTUM,
     ADD_STEPS,
 ) = map(int, Operation)

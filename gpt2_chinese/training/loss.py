@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,7 @@ from gpt2_chinese.training.attention import CAUSAL_ATTENTION, causal_attention
 from gpt2_chinese.training.blocks import blocks_output, can_be_written_out, matrix_type
 from gpt2_chinese.training.dropout import use_cpu_dropout
 from gpt2_chinese.training.fused import DTYPES, SUM_ROWS, add_softmax, cross_entropy_in_place
+from gpt2_chinese.training.ngram_teacher import NgramTeacher, Predictions
 
 HEAD_ROWS = 512  # of logits at a time on a CPU, at most
 _LOGITS_BYTES = 32 << 20  # of them, unless `SUM_ROWS` of them have more
@@ -38,8 +39,9 @@ class HeadLoss(torch.autograd.Function):
     The gradient is made in the forward pass, from some rows of logits at a time: softmax less the one-hot target, times
     the head, and times the hidden states. The logits as a whole, most of the memory of a large vocabulary, never exist.
 
-    With teachers the gradient is that of `(1 - share) * (loss of the text) + share * (cross-entropy with the mean of
-    the teachers' distributions)` (Hinton et al. 2015, at temperature 1); the value stays the loss of the text.
+    With teachers the gradient is that of `(1 - share) * (loss of the text) + share * (cross-entropy with the teachers'
+    distribution)` (Hinton et al. 2015, at temperature 1); the value stays the loss of the text. That distribution is
+    the mean of several models', or an n-gram's, or a mean of these two.
     """
 
     @staticmethod
@@ -50,6 +52,7 @@ class HeadLoss(torch.autograd.Function):
         targets: torch.Tensor,
         share: float = 0.0,
         of_head: list[torch.Tensor] | None = None,
+        counted: Counted | None = None,
         *taught: torch.Tensor,
     ) -> torch.Tensor:
         """Sum of the losses, in nats, of hidden states [N, n_embd] under a head [V, n_embd] for targets [N].
@@ -59,10 +62,11 @@ class HeadLoss(torch.autograd.Function):
         Args:
             share: of the teachers in the gradient; 0 without teachers.
             of_head: gets the head's gradient in the backward pass, instead of the head: for `TiedLookup`.
+            counted: what an n-gram expects in the N rows, and its part of `share`.
             taught: the hidden states [N, its n_embd] and the head [V, its n_embd] of each teacher, one after the other.
         """
         dtype = matrix_type() if torch.is_autocast_enabled("cpu") else head.dtype
-        assert taught or not share
+        assert taught or counted or not share
         weights = head.to(dtype)
         loss = torch.zeros((), dtype=torch.float32)
         hidden_gradient = torch.empty(hidden.shape, dtype=dtype)
@@ -74,7 +78,7 @@ class HeadLoss(torch.autograd.Function):
                 part = slice(first, first + rows_at_once)
                 rows = hidden[part].to(dtype)
                 logits = _logits(rows, weights)
-                distributions = _mean_distribution(taught, part, dtype) if taught else None
+                distributions = _mean_distribution(taught, counted, part, dtype) if taught or counted else None
                 loss += cross_entropy_in_place(logits, targets[part], distributions, share).sum()
                 gradient = logits.to(dtype)
                 hidden_gradient[part] = gradient @ weights
@@ -86,7 +90,7 @@ class HeadLoss(torch.autograd.Function):
                     head_gradient[columns] += gradient[:, columns].T @ rows
         ctx.save_for_backward(hidden_gradient, head_gradient)
         ctx.dtypes = hidden.dtype, head.dtype
-        ctx.of_head, ctx.others = of_head, 3 + len(taught)
+        ctx.of_head, ctx.others = of_head, 4 + len(taught)
         return loss
 
     @staticmethod
@@ -131,14 +135,27 @@ def _logits(rows: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype in DTYPES else logits.float()
 
 
-def _mean_distribution(taught: Sequence[torch.Tensor], rows: slice, dtype: torch.dtype) -> torch.Tensor:
-    """The mean of the teachers' distributions over the vocabulary, [rows, V] of the type of `_logits`."""
+class Counted(NamedTuple):
+    """What an n-gram expects, and its part of what is learnt from teachers, from 0 to 1; the rest is the models'."""
+
+    predictions: Predictions
+    part: float
+
+
+def _mean_distribution(
+    taught: Sequence[torch.Tensor], counted: Counted | None, rows: slice, dtype: torch.dtype
+) -> torch.Tensor:
+    """The teachers' distribution over the vocabulary, [rows, V] of the type of `_logits`."""
     pairs = list(zip(taught[::2], taught[1::2], strict=True))
     mean: torch.Tensor | None = None
+    of_models = 1.0
+    if counted is not None:
+        mean = counted.predictions.dense(rows, counted.part, dtype if dtype in DTYPES else torch.float32)
+        of_models -= counted.part
     for hidden, head in pairs:
         logits = _logits(hidden[rows].to(dtype), head.to(dtype))
         mean = torch.zeros_like(logits) if mean is None else mean
-        add_softmax(logits, mean, 1 / len(pairs))
+        add_softmax(logits, mean, of_models / len(pairs))
     assert mean is not None
     return mean
 
@@ -153,6 +170,8 @@ class WindowLoss(nn.Module):
         recompute: compute activations and logits again in the backward pass instead of keeping them.
         teachers: models of the same vocabulary whose mean distribution is learnt too, on the device.
         teacher_share: of the teachers in the gradient, from 0 to 1 (see `HeadLoss`).
+        ngram: that is learnt from too, on the device.
+        ngram_share: of the n-gram in the gradient; with `teacher_share` 1 at most.
     """
 
     def __init__(
@@ -163,6 +182,8 @@ class WindowLoss(nn.Module):
         recompute: bool = False,
         teachers: Sequence[GPT2LMHeadModel] = (),
         teacher_share: float = 0.0,
+        ngram: NgramTeacher | None = None,
+        ngram_share: float = 0.0,
     ) -> None:
         super().__init__()
         # Registered without a mask function, so transformers passes no mask, compiled or not.
@@ -183,6 +204,9 @@ class WindowLoss(nn.Module):
         self._compiled_shape: tuple[int, ...] = ()
         self._teachers = tuple(teachers)  # in a tuple they are no parameters of this module
         self._teacher_share = teacher_share if teachers else 0.0
+        self._ngram = ngram if ngram_share else None
+        self._ngram_share = ngram_share if ngram else 0.0
+        assert self._teacher_share + self._ngram_share <= 1
         for teacher in teachers:
             teacher.set_attn_implementation(CAUSAL_ATTENTION)
 
@@ -225,7 +249,14 @@ class WindowLoss(nn.Module):
         hidden = hidden[:, :-1]
         taught = self._taught(input_ids, position_ids)
         targets = input_ids[:, 1:].flatten()
-        return HeadLoss.apply(hidden.flatten(0, 1), head, targets, self._teacher_share, of_head, *taught)
+        share, counted = self._teacher_share + self._ngram_share, self._counted(input_ids)
+        return HeadLoss.apply(hidden.flatten(0, 1), head, targets, share, of_head, counted, *taught)
+
+    def _counted(self, input_ids: torch.Tensor) -> Counted | None:
+        if self._ngram is None:
+            return None
+        part = self._ngram_share / (self._ngram_share + self._teacher_share)
+        return Counted(self._ngram.predictions(input_ids), part)
 
     @torch.no_grad()
     def _taught(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> list[torch.Tensor]:
@@ -262,17 +293,21 @@ class WindowLoss(nn.Module):
         # Sliced before the head: the logits are most of the memory.
         logits = self.model.lm_head(hidden[:, :-1])[..., : self._rows].float().flatten(0, 1)
         loss = F.cross_entropy(logits, input_ids[:, 1:].flatten(), reduction="sum")
-        if not self._teachers:
-            return loss
-        taught = self._taught(input_ids, position_ids)
+        mixed = loss
         with torch.no_grad():
+            taught = self._taught(input_ids, position_ids)
             distributions = [
                 torch.softmax(states @ head.to(states.dtype).T, 1, dtype=torch.float32)
                 for states, head in zip(taught[::2], taught[1::2], strict=True)
             ]
-            distribution = torch.stack(distributions).mean(0)
-        mixed = loss + self._teacher_share * (F.cross_entropy(logits, distribution, reduction="sum") - loss)
-        return loss.detach() + mixed - mixed.detach()
+            counted = self._counted(input_ids)
+        if distributions:
+            mean = torch.stack(distributions).mean(0)
+            mixed = mixed + self._teacher_share * (F.cross_entropy(logits, mean, reduction="sum") - loss)
+        if counted is not None:
+            expected = counted.predictions.dense(slice(None), 1.0, torch.float32)
+            mixed = mixed + self._ngram_share * (F.cross_entropy(logits, expected, reduction="sum") - loss)
+        return loss.detach() + mixed - mixed.detach() if distributions or counted is not None else loss
 
 
 def hidden_states(

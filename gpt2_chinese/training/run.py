@@ -65,6 +65,7 @@ _RESUMED_FLAGS = (
     "seed",
     "teacher",
     "teacher_share",
+    "ngram_share",
     "val_fraction",
     "val_bytes",
     "shift_windows",
@@ -333,6 +334,11 @@ def prepare(
         raise ValueError(
             f"--embedding_init {args.embedding_init} is for new models, and --pretrained_model {args.pretrained_model} "
             "has an embedding; leave one of them out"
+        )
+    if args.teacher and args.teacher_share + args.ngram_share > 1:
+        raise ValueError(
+            f"--teacher_share {args.teacher_share:g} and --ngram_share {args.ngram_share:g} are parts of one whole and "
+            "more than 1 together: lower one of them"
         )
     source = Path(args.pretrained_model or project_file(args.model_config))
     config_file = find_config(source) if args.pretrained_model else source

@@ -20,6 +20,7 @@ from gpt2_chinese.training.allocator import keep_freed_memory
 from gpt2_chinese.training.embedding_init import init_embedding_from_cooccurrence
 from gpt2_chinese.training.estimates import flops_per_token
 from gpt2_chinese.training.loss import WindowLoss, compiler_problem, pad_vocabulary, should_compile
+from gpt2_chinese.training.ngram_teacher import NgramTeacher
 from gpt2_chinese.training.optimizers import make_optimizer
 from gpt2_chinese.training.ranks import Rank
 from gpt2_chinese.training.run import Run
@@ -65,6 +66,16 @@ def read_teachers(args: argparse.Namespace, vocab_file: Path, n_ctx: int) -> lis
     return teachers
 
 
+def _count_ngrams(run: Run, device: torch.device) -> NgramTeacher:
+    return NgramTeacher(
+        run.corpus.tokens,
+        run.document_starts,
+        vocab_size=len(run.tokenizer),
+        marks=run.tokenizer.marks,
+        device=device,
+    )
+
+
 def build(run: Run, rank: Rank, model: GPT2LMHeadModel, *, is_new: bool) -> Trainable:
     """Move a model to its device and prepare it for training; `is_new` for one that no checkpoint will replace."""
     args, device = run.args, rank.device
@@ -87,6 +98,8 @@ def build(run: Run, rank: Rank, model: GPT2LMHeadModel, *, is_new: bool) -> Trai
         recompute=args.gradient_checkpointing,
         teachers=[teacher.to(device) for teacher in teachers],  # type: ignore[arg-type]
         teacher_share=args.teacher_share,
+        ngram=_count_ngrams(run, device) if args.ngram_share else None,
+        ngram_share=args.ngram_share,
     )
     micro_batch = math.ceil(args.batch_size / rank.world_size)
     flops = flops_per_token(run.config, parameters)

@@ -178,6 +178,27 @@ def test_with_a_document_mask_positions_begin_anew_at_each_document(train, monke
         assert_same_weights(weights(), weights("without/final_model"))
 
 
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    return sum(float((one[name] - other[name]).square().sum()) for name in one) ** 0.5
+
+
+def test_an_ngram_is_learnt_from_exactly_in_resume_and_on_two_ranks(train, monkeypatch):
+    flags = [*OVERFITTING, "--ngram_share", "0.4"]
+    assert run(train, *flags, epochs=2, output_dir="whole") == 0
+    assert run(train, *OVERFITTING, epochs=2, output_dir="alone") == 0
+    student = weights("whole/final_model")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_update", stops_after(9, train.train_update))
+        assert run(train, *flags, epochs=2) == 143
+    with pytest.raises(ValueError, match="--ngram_share"):
+        run(train, *OVERFITTING, "--resume", epochs=2)
+    assert run(train, *flags, "--resume", epochs=2) == 0
+    assert_same_weights(student, weights())
+    assert run(train, *flags, epochs=2, output_dir="two", device="cpu,cpu") == 0
+    rounding, taught = (distance(weights(f"{name}/final_model"), student) for name in ("two", "alone"))
+    assert 0 < 10 * rounding < taught
+
+
 def test_a_teacher_is_learnt_from_exactly_in_resume_too(train, monkeypatch):
     assert run(train, *OVERFITTING, epochs=2, output_dir="teacher") == 0
     flags = [*OVERFITTING, "--teacher", "teacher/final_model,teacher/best_model", "--teacher_share", "0.7"]
@@ -194,6 +215,8 @@ def test_a_teacher_is_learnt_from_exactly_in_resume_too(train, monkeypatch):
         ValueError, match=r"--teacher model/best_model is part of the run that --overwrite would delete"
     ):
         run(train, *OVERFITTING, "--overwrite", teacher="model/best_model")
+    with pytest.raises(ValueError, match="--teacher_share 0.6 and --ngram_share 0.5 .* lower one of them"):
+        run(train, *OVERFITTING, "--ngram_share", "0.5", teacher="teacher/final_model", output_dir="too_much")
     write_shape(n_ctx=32, n_positions=32)
     with pytest.raises(ValueError, match="--teacher teacher/final_model knows 8 positions, and a window .* has 32"):
         run(train, *OVERFITTING, output_dir="longer", teacher="teacher/final_model")

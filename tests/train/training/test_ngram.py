@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import tracemalloc
-from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
 from book_order import CLS_ID, MASK_ID, SEP_ID, UNK_ID
 from hypothesis import given
 from hypothesis import strategies as st
+from kneser_ney import END, BruteForce
 from layouts import END_OF_TEXT, bpe_definition, vocabulary_of
 from tiny_model import Characters, tiny_tokenizer
 
@@ -19,65 +19,11 @@ from gpt2_chinese.training import corpus_text, ngram
 from gpt2_chinese.training.corpus_text import CorpusText, as_code_points
 from gpt2_chinese.training.ngram import discounts, measure_yardstick, ngram_bits
 
-BEGIN, END = "<begin>", "<end>"
 Documents = st.lists(st.text("abc\n", min_size=0, max_size=12), min_size=1, max_size=8)
 
 
 def arrays(documents: list[str]) -> tuple[np.ndarray, np.ndarray]:
     return as_code_points("".join(documents)), np.array([len(one) for one in documents], np.int64)
-
-
-class BruteForce:
-    """Modified Kneser-Ney, one probability after the other, from counts of tuples in dictionaries."""
-
-    def __init__(self, documents: list[str], order: int) -> None:
-        self.counts: dict[int, Counter] = {}
-        raw = {n: Counter() for n in range(1, order + 1)}
-        before = {n: defaultdict(set) for n in range(1, order + 1)}
-        for text in documents:
-            symbols = [BEGIN, *text, END]
-            for n in range(1, order + 1):
-                for start in range(len(symbols) - n + 1):
-                    gram = tuple(symbols[start : start + n])
-                    raw[n][gram] += 1
-                    if start:
-                        before[n][gram].add(symbols[start - 1])
-        for n in range(1, order + 1):
-            self.counts[n] = Counter()
-            for gram, count in raw[n].items():
-                if gram != (BEGIN,):
-                    self.counts[n][gram] = count if n == order or gram[0] == BEGIN else len(before[n][gram])
-        self.discounts = {n: self._discounts(list(self.counts[n].values())) for n in self.counts}
-
-    @staticmethod
-    def _discounts(counts: list[int]) -> list[float]:
-        n = [0, *(sum(count == wanted for count in counts) for wanted in (1, 2, 3, 4))]
-        if min(n[1:4]) > 0:
-            y = n[1] / (n[1] + 2 * n[2])
-            found = [0.0, *(k - (k + 1) * y * n[k + 1] / n[k] for k in (1, 2, 3))]
-            if all(0 < found[k] < k for k in (1, 2, 3)):
-                return found
-        return [0.0, 0.5, 1.0, 1.5]
-
-    def probability(self, context: tuple[str, ...], symbol: str) -> float:
-        n = len(context) + 1
-        lower = self.probability(context[1:], symbol) if context else 1 / (0x110000 + 1)
-        seen = {gram: count for gram, count in self.counts[n].items() if gram[:-1] == context}
-        if not seen:
-            return lower
-        discounted = {gram: self.discounts[n][min(3, count)] for gram, count in seen.items()}
-        gram = (*context, symbol)
-        own = seen[gram] - discounted[gram] if gram in seen else 0.0
-        return (own + sum(discounted.values()) * lower) / sum(seen.values())
-
-    def bits(self, documents: list[str], order: int) -> float:
-        total = 0.0
-        for text in documents:
-            symbols = [BEGIN, *text, END]
-            for place in range(1, len(symbols)):
-                context = tuple(symbols[max(0, place - order + 1) : place])
-                total -= math.log2(self.probability(context, symbols[place]))
-        return total
 
 
 @given(Documents, Documents, st.integers(1, 5))
