@@ -9,6 +9,8 @@ The rules come from experiments, which docs/training.md lists. In short:
 - With several epochs, windows at other places in each help; dropout and weight decay too, as far as a model memorises.
 - Tokens that attend to their own document only help, the more the shorter documents are.
 - Where there is time for three times as many epochs as a model can use, two of them are its teachers.
+- A small text is learnt from a trigram too. Its teachers are small, short and strongly regularized: what they expect of
+  the text that they were trained on must not be what they have memorised.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +37,7 @@ from gpt2_chinese.precision import Precision, choose_devices, choose_precision
 from gpt2_chinese.text.pieces import HOW_TO_FIX, MANIFEST, read_manifest
 from gpt2_chinese.training.allocator import keep_freed_memory
 from gpt2_chinese.training.estimates import flops_per_token
+from gpt2_chinese.training.hold_out import MAX_BYTES
 from gpt2_chinese.training.loss import WindowLoss
 from gpt2_chinese.training.optimizers import make_optimizer
 
@@ -42,8 +46,9 @@ TEACHERS = "teachers"  # their folder in --output_dir
 SHAPES = ("2x128", "3x192", "4x256", "6x384", "8x512", "12x768")  # of config/plan/, the smallest first
 ENOUGH_TOKENS = 20  # for each parameter of the layers; Hoffmann et al. 2022, for text that is not repeated
 SMALL = 200_000  # tokens of a text that wants stronger regularization; between the two that were tried
-BATCH_SIZE, SMALL_BATCH_SIZE = 16, 4  # windows of an update
-MAX_PARAMETERS = 24  # of the layers, for each token of the text
+VERY_SMALL = 40_000
+BATCH_SIZE, SMALL_BATCH_SIZE, VERY_SMALL_BATCH_SIZE = 16, 8, 4  # windows of an update
+MAX_PARAMETERS = 30  # of the layers, for each token of the text
 LITTLE, MUCH = 8.0, 20.0  # epochs times parameters for a token: below, dropout only slows down; above, it wants more
 WARMUP_STEPS = 30
 MEASURED_UPDATES = 30  # after them the number of updates is decided, from how long they took,
@@ -53,7 +58,14 @@ SPARED = 0.015  # of the time, for saving and for what other programs take
 MAX_TEACHERS = 4
 TEACHING_GAIN = 0.07  # bits per character
 TAUGHT_WIDTH = 256
+TAUGHT_EPOCHS = 17  # in the time, from which on two teachers and their pupil are better than one model
 PUPIL_SHARE = 0.2  # of an update's time, that each teacher adds to it
+SMALL_TEACHER_EPOCHS = 6  # of a small text, by teachers of the smallest shape
+SMALL_TEACHERS_TIME = 0.45  # of the run, at most
+TEACHER_OVERHEAD = 3.0  # seconds, for a teacher's beginning, measurements and saving
+SMALL_SHARES = {"teacher_share": 0.42, "ngram_share": 0.28}  # in what a model of a small text learns
+LONE_NGRAM_SHARE = 0.4  # without teachers
+SMALL_VAL_BYTES = (8_000, MAX_BYTES)  # held out of a small text, some 2,000 tokens: more is missed in training
 _PROBE_SECONDS = 1.0  # for a shape
 _TRIED_TOKENS = (50_000, 1_600_000)
 _TRIED_WIDTHS = (128, 192, 256)
@@ -62,6 +74,8 @@ _KINDS: dict[str, type] = {
     **dict.fromkeys(("model_config", "optimizer", "embedding_init", "schedule"), str),
     **dict.fromkeys(("epochs", "batch_size", "stride", "warmup_steps", "patience", "log_step", "max_steps"), int),
     **dict.fromkeys(("lr", "muon_lr", "dropout", "weight_decay", "muon_weight_decay"), float),
+    **dict.fromkeys(("teacher_share", "ngram_share"), float),
+    "val_bytes": list,
     **dict.fromkeys(("shift_windows", "document_mask", "report"), bool),
 }  # of the flags that a plan has
 
@@ -89,6 +103,7 @@ class Plan:
         seconds: of the run without its teachers, from its first update to the deadline.
         teachers: models that are trained before, for the last one to learn from.
         teacher_seconds: of each.
+        teacher_flags: theirs that are others than the last model's.
         is_settled: the number of updates was decided before the run was interrupted; not written.
     """
 
@@ -98,6 +113,7 @@ class Plan:
     seconds: float = 0.0
     teachers: int = 0
     teacher_seconds: float = 0.0
+    teacher_flags: dict[str, Any] = field(default_factory=dict)
     is_settled: bool = False
 
     def apply(self, args: argparse.Namespace) -> None:
@@ -119,6 +135,8 @@ class Plan:
             if args.resume != "none":
                 own.resume = "auto" if args.resume else None
             own.max_steps = self.flags.get("max_steps", args.max_steps)
+            for flag, value in self.teacher_flags.items():
+                setattr(own, flag, value)
             seconds = self.teacher_seconds
             plan = replace(self, teachers=0, seconds=seconds, deadline=time.time() + seconds, is_settled=False)
             yield own, plan
@@ -143,8 +161,8 @@ class Plan:
             raise ValueError(f"{what} ({error}); {mend}") from error
         numbers = (plan.deadline, plan.seconds, plan.teacher_seconds)
         if (
-            not isinstance(plan.flags, dict)
-            or any(type(value) is not _KINDS.get(name) for name, value in plan.flags.items())
+            not all(isinstance(flags, dict) for flags in (plan.flags, plan.teacher_flags))
+            or not all(_is_of_kind(*flag) for flag in [*plan.flags.items(), *plan.teacher_flags.items()])
             or not isinstance(plan.reasons, list)
             or not all(isinstance(reason, str) for reason in plan.reasons)
             or any(type(number) not in (int, float) or not math.isfinite(number) for number in numbers)
@@ -153,6 +171,12 @@ class Plan:
         ):
             raise ValueError(f"{what}; {mend}")
         return plan
+
+
+def _is_of_kind(name: str, value: Any) -> bool:
+    if type(value) is not _KINDS.get(name):
+        return False
+    return not isinstance(value, list) or [type(one) for one in value] == [int, int]
 
 
 def make_plan(
@@ -176,34 +200,48 @@ def make_plan(
     if speed_of is None:
         say("measuring how fast this machine trains")
         speed_of = Probe(args, args.batch_size if "batch_size" in given else batch_size(facts.tokens))
+    speed_of = cache(speed_of)
     shapes = [args.model_config] if "model_config" in given else [_path_of(shape) for shape in SHAPES]
-    shape, speed, is_taught = choose_shape(facts, shapes, speed_of, may_be_taught="teacher" not in given)
-    epochs = facts.seconds * (1 - SPARED) * speed / facts.tokens
-    teachers = teachers_for(facts.tokens, epochs) if is_taught else 0
-    parts = teachers + 1 + PUPIL_SHARE * teachers  # of the time, each of which a teacher has
-    flags, reasons = _settings(facts, shape, epochs / parts, is_taught=teachers > 0)
+    may_be_taught, is_small = "teacher" not in given, facts.tokens < SMALL
+    shape, speed, is_taught = choose_shape(facts, shapes, speed_of, may_be_taught=may_be_taught and not is_small)
+    epochs = facts.seconds * (1 - SPARED) * speed / facts.tokens  # in all of the time
+    if is_small:
+        teachers = small_teachers(facts, shapes[0], speed_of) if may_be_taught else Teachers()
+    else:
+        teachers = large_teachers(facts, shape, epochs) if is_taught else Teachers()
+    left = 1 - teachers.number * teachers.seconds / facts.seconds
+    epochs_left = epochs * left / (1 + PUPIL_SHARE * teachers.number)
+    flags, reasons = _settings(facts, shape, epochs_left, is_taught=teachers.number > 0)
     # A GPU's fastest attention takes no mask; what it costs there has not been measured.
     flags["document_mask"] = choose_devices(args.device)[0][0].type == "cpu"
     flags = {name: value for name, value in flags.items() if name not in given}
+    teacher_flags = {name: value for name, value in teachers.flags.items() if name not in given}
     windows = flags.get("batch_size", args.batch_size) * args.gradient_accumulation
-    epochs_at_most = min(epochs / parts, flags.get("epochs", args.epochs))
+    epochs_at_most = min(epochs_left, flags.get("epochs", args.epochs))
     if "max_steps" not in given:
-        flags["max_steps"] = max(
-            1, math.ceil(epochs_at_most * facts.tokens / (windows * (read_config(shape).n_ctx - 1)))
-        )
+        flags["max_steps"] = _updates(epochs_at_most, facts, windows, shape)
+        if "epochs" in teacher_flags:
+            teacher_flags["max_steps"] = _updates(teacher_flags["epochs"], facts, windows, shapes[0])
     why = [
         f"{facts.tokens:,} tokens in {facts.documents:,} documents, vocabulary {facts.vocab_size:,}, "
         f"{facts.seconds / 60:.1f} minutes left",
         f"{Path(shape).stem}: {speed:,.0f} tokens/s here, {epochs:.1f} epochs in the time",
-        *_teaching(teachers, epochs / parts),
+        *_teaching(teachers, shape, epochs_left),
         *reasons,
-        *_expectation(facts, shape, epochs_at_most, teachers),
+        *_expectation(facts, shape, epochs_at_most, teachers.number),
         *_untried(facts, shape, args),
     ]
     reserved = REPORT_SECONDS if flags.get("report", args.report) else 0
-    of_a_teacher = max(0.0, deadline - time.time() - reserved) / parts if teachers else 0.0
-    seconds = deadline - time.time() - teachers * of_a_teacher
-    return Plan(flags, why, deadline, seconds, teachers, of_a_teacher)
+    # What planning has taken, and the report will, is missing for all of them alike.
+    rest = max(0.0, deadline - time.time() - reserved) / facts.seconds
+    of_a_teacher = teachers.seconds * rest
+    seconds = deadline - time.time() - teachers.number * of_a_teacher
+    return Plan(flags, why, deadline, seconds, teachers.number, of_a_teacher, teacher_flags)
+
+
+def _updates(epochs: float, facts: Facts, windows: int, shape: str) -> int:
+    """Of so many windows each."""
+    return max(1, math.ceil(epochs * facts.tokens / (windows * (read_config(shape).n_ctx - 1))))
 
 
 def _path_of(shape: str) -> str:
@@ -237,7 +275,7 @@ def choose_shape(
             break
         speed = speed_of(shape, facts.vocab_size)
         seen = facts.seconds * speed
-        if may_be_taught and seen * (1 - SPARED) >= taught_epochs(facts.tokens) * facts.tokens:
+        if may_be_taught and seen * (1 - SPARED) >= TAUGHT_EPOCHS * facts.tokens:
             taught = Choice(shape, speed, is_taught=True)
         enough = seen >= min(enough_epochs(config) * facts.tokens, ENOUGH_TOKENS * parameters)
         if chosen is None or enough:
@@ -250,16 +288,42 @@ def choose_shape(
     return chosen
 
 
-def taught_epochs(tokens: int) -> int:
-    """The epochs in the time from which on two teachers and their pupil are better than one model."""
-    return 10 if tokens < SMALL else 17
+class Teachers(NamedTuple):
+    """How many there are, the seconds of each, and their flags that are others than the last model's."""
+
+    number: int = 0
+    seconds: float = 0.0
+    flags: dict[str, Any] = {}
 
 
-def teachers_for(tokens: int, epochs: float) -> int:
-    """How many teachers there are, where the time is enough for so many epochs of one model."""
-    wanted = 5 if tokens < SMALL else 8  # of every model, before there are more than two of them
+def large_teachers(facts: Facts, shape: str, epochs: float) -> Teachers:
+    """Teachers of the last model's shape, where the time is enough for so many epochs of one model."""
+    number = teachers_for(epochs)
+    return Teachers(number, facts.seconds / (number + 1 + PUPIL_SHARE * number))
+
+
+def teachers_for(epochs: float) -> int:
+    wanted = 8  # of every model, before there are more than two of them
     affordable = (epochs / wanted - 1) / (1 + PUPIL_SHARE)
     return min(MAX_TEACHERS, max(2, int(affordable)))
+
+
+def small_teachers(facts: Facts, shape: str, speed_of: Callable[[str, int], float]) -> Teachers:
+    """Teachers of a small text, which do not need more time than for a few epochs of the smallest shape."""
+    seconds = SMALL_TEACHER_EPOCHS * facts.tokens / speed_of(shape, facts.vocab_size) + TEACHER_OVERHEAD
+    number = min(MAX_TEACHERS, int(SMALL_TEACHERS_TIME * facts.seconds / seconds))
+    if number < 2:
+        return Teachers()
+    dropout, weight_decay, muon_weight_decay = 0.2, 1.0, 3.0
+    flags = {
+        "model_config": shape,
+        "epochs": SMALL_TEACHER_EPOCHS,
+        "dropout": dropout,
+        "weight_decay": weight_decay,
+        "muon_weight_decay": muon_weight_decay,
+        "ngram_share": 0.0,
+    }
+    return Teachers(number, seconds, flags)
 
 
 def enough_epochs(config: GPT2Config) -> float:
@@ -296,7 +360,9 @@ def _settings(facts: Facts, shape: str, epochs: float, *, is_taught: bool) -> tu
     config = read_config(shape)
     limit = max_epochs(facts.tokens, is_taught=is_taught)
     repeated = epochs >= 1.5
-    dropout, weight_decay, muon_weight_decay = regularization(facts.tokens, epochs, layer_parameters(config))
+    dropout, weight_decay, muon_weight_decay = regularization(
+        facts.tokens, epochs, layer_parameters(config), is_taught=is_taught
+    )
     scale = min(1.0, 256 / config.n_embd)  # of the learning rates, for wider models than were tried
     flags: dict[str, Any] = {
         "model_config": shape,
@@ -318,6 +384,10 @@ def _settings(facts: Facts, shape: str, epochs: float, *, is_taught: bool) -> tu
         "report": True,
     }
     reasons = []
+    if facts.tokens < SMALL:
+        flags |= SMALL_SHARES if is_taught else {"ngram_share": LONE_NGRAM_SHARE}
+        flags["val_bytes"] = list(SMALL_VAL_BYTES)
+        reasons.append("a small text: a trigram of the tokens is learnt from too")
     if dropout:
         reasons.append(
             f"several epochs: dropout {dropout}, weight decay {weight_decay} and {muon_weight_decay} (Muon), windows "
@@ -334,16 +404,19 @@ def _settings(facts: Facts, shape: str, epochs: float, *, is_taught: bool) -> tu
     return flags, reasons
 
 
-def _teaching(teachers: int, epochs: float) -> list[str]:
-    if not teachers:
+def _teaching(teachers: Teachers, shape: str, epochs: float) -> list[str]:
+    if not teachers.number:
         return []
+    own = Path(teachers.flags.get("model_config", shape)).stem
     return [
-        f"time for {teachers} teachers of that shape and a model that learns from the text and from them, "
-        f"{epochs:.1f} epochs each"
+        f"time for {teachers.number} teachers ({own}, {teachers.seconds:.0f} s each) and a model that learns from the "
+        f"text and from them, {epochs:.1f} epochs"
     ]
 
 
-def regularization(tokens: int, epochs: float, parameters: int) -> tuple[float, float, float]:
+def regularization(
+    tokens: int, epochs: float, parameters: int, *, is_taught: bool = False
+) -> tuple[float, float, float]:
     """Dropout, and the weight decay of AdamW's and Muon's part.
 
     What a model memorises grows with the passes over the text and with its parameters for each token.
@@ -354,7 +427,7 @@ def regularization(tokens: int, epochs: float, parameters: int) -> tuple[float, 
     if epochs < 1.5:
         return 0.0, 0.0, 0.0
     if tokens < SMALL:
-        return 0.2, 1.0, 3.0
+        return (0.05 if is_taught else 0.1), 0.5, 1.5  # a trigram, and teachers, regularize too
     memorised = epochs * parameters / tokens
     if memorised < LITTLE:
         return 0.0, 0.03, 0.1
@@ -362,7 +435,9 @@ def regularization(tokens: int, epochs: float, parameters: int) -> tuple[float, 
 
 
 def batch_size(tokens: int) -> int:
-    """Windows of an update: a model of a small text overfits less with small ones, and has more of them."""
+    """Windows of an update: a model of a small text overfits less with few, and has more updates."""
+    if tokens < VERY_SMALL:
+        return VERY_SMALL_BATCH_SIZE
     return SMALL_BATCH_SIZE if tokens < SMALL else BATCH_SIZE
 
 
@@ -370,12 +445,12 @@ def max_epochs(tokens: int, *, is_taught: bool) -> int:
     """How often a text is shown at most: a small one is memorised sooner, though not by a model that has teachers."""
     if tokens >= SMALL:
         return 16
-    return 10 if is_taught else 6
+    return 14 if is_taught else 10
 
 
 def _expectation(facts: Facts, shape: str, epochs: float, teachers: int) -> list[str]:
     curve = _CURVES.get(Path(shape).stem)
-    if curve is None or not _TRIED_TOKENS[0] <= facts.tokens <= _TRIED_TOKENS[1]:
+    if curve is None or not SMALL <= facts.tokens <= _TRIED_TOKENS[1]:
         return []
     floor, gap = curve
     bits = floor + gap * max(1.0, epochs) ** -1.13 - (TEACHING_GAIN if teachers else 0)
@@ -482,11 +557,14 @@ def plan_run(args: argparse.Namespace, given: set[str]) -> Plan:
 
 def describe(plan: Plan, args: argparse.Namespace) -> list[str]:
     """The plan, a line for each thing to know, and the flags that do the same without planning."""
-    flags = " ".join(_as_flag(name, value) for name, value in plan.flags.items() if value is not False)
+    flags, of_teachers = (
+        " ".join(_as_flag(name, value) for name, value in some.items() if value is not False)
+        for some in (plan.flags, plan.flags | plan.teacher_flags)
+    )
     commands = [f"train.py {flags}"]
     if plan.teachers:
         commands = [
-            f"train.py {flags} --no-report --seed {one.seed} --output_dir {one.output_dir}"
+            f"train.py {of_teachers} --no-report --seed {one.seed} --output_dir {one.output_dir}"
             f" --writer_dir {one.writer_dir}"
             for one, _ in plan.teacher_runs(args)
         ]
@@ -495,4 +573,7 @@ def describe(plan: Plan, args: argparse.Namespace) -> list[str]:
 
 
 def _as_flag(name: str, value: Any) -> str:
-    return f"--{name}" if value is True else f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}"
+    if value is True:
+        return f"--{name}"
+    values = value if isinstance(value, list) else [value]
+    return " ".join([f"--{name}", *(f"{one:g}" if isinstance(one, float) else str(one) for one in values)])

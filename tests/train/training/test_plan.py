@@ -14,6 +14,9 @@ from gpt2_chinese.training.flags import given_flags, parse_args
 from gpt2_chinese.training.plan import (
     MAX_TEACHERS,
     SHAPES,
+    SMALL_TEACHER_EPOCHS,
+    TAUGHT_EPOCHS,
+    TEACHER_OVERHEAD,
     Facts,
     Plan,
     choose_shape,
@@ -21,7 +24,6 @@ from gpt2_chinese.training.plan import (
     layer_parameters,
     make_plan,
     regularization,
-    taught_epochs,
     teachers_for,
     updates_until,
 )
@@ -83,10 +85,10 @@ def planned(*flags: str, minutes: float = 1.0) -> Plan:
 def test_what_is_given_is_kept(train):
     pieces()
     without = planned()
-    assert without.flags["optimizer"] == "muon" and without.flags["dropout"] == 0.2 and without.flags["shift_windows"]
+    assert without.flags["optimizer"] == "muon" and without.flags["dropout"] == 0.05 and without.flags["shift_windows"]
     assert without.flags["document_mask"]
     with_flags = planned("--dropout", "0.2", "--epochs", "3", "--weight_decay", "0")
-    assert not {"dropout", "epochs", "weight_decay"} & with_flags.flags.keys()
+    assert not {"dropout", "epochs", "weight_decay"} & (with_flags.flags.keys() | with_flags.teacher_flags.keys())
     assert with_flags.flags.keys() | {"dropout", "epochs", "weight_decay"} == without.flags.keys()
     Path("mine.json").write_text(Path(planning._path_of("3x192")).read_text(encoding="utf-8"), encoding="utf-8")
     assert "model_config" not in planned("--model_config", "mine.json").flags
@@ -196,12 +198,29 @@ def test_teachers_need_time_for_three_models_and_more_time_gives_more_of_them():
     for minutes, shape, is_taught in ((2, "3x192", False), (12, "4x256", False), (30, "4x256", True)):
         chosen = choose_shape(Facts(tokens, 100, 5000, 60 * minutes), shapes, speed_of)
         assert (Path(chosen.shape).stem, chosen.is_taught) == (shape, is_taught)
-    assert chosen.speed * 30 * 60 > taught_epochs(tokens) * tokens
-    assert [teachers_for(tokens, epochs) for epochs in (17, 30, 37, 47, 1000)] == [2, 2, 3, 4, MAX_TEACHERS]
-    assert [teachers_for(60_000, epochs) for epochs in (10, 20, 26, 29)] == [2, 2, 3, 4]
+    assert chosen.speed * 30 * 60 > TAUGHT_EPOCHS * tokens
+    assert [teachers_for(epochs) for epochs in (17, 30, 37, 47, 1000)] == [2, 2, 3, 4, MAX_TEACHERS]
 
 
-def test_the_time_of_a_plan_is_that_of_its_teachers_and_the_last_model(train):
+def test_a_small_text_has_small_short_teachers_and_a_trigram(train):
+    pieces()
+    plan = planned("--no-report", minutes=10)
+    assert plan.flags["ngram_share"] + plan.flags["teacher_share"] < 1
+    shape = planning._path_of(SHAPES[0])
+    facts = planning._facts(parse_args(["--minutes", "10"]), 600)
+    seconds = SMALL_TEACHER_EPOCHS * facts.tokens / speed_of(shape, facts.vocab_size) + TEACHER_OVERHEAD
+    assert plan.teachers == MAX_TEACHERS and plan.teacher_seconds == pytest.approx(seconds, rel=0.02)
+    args = parse_args(["--minutes", "10"])
+    plan.apply(args)
+    one, own = next(plan.teacher_runs(args))
+    assert (one.ngram_share, one.epochs, one.model_config) == (0, SMALL_TEACHER_EPOCHS, shape)
+    assert one.dropout > args.dropout and own.flags["dropout"] == args.dropout
+    lone = planned("--teacher", "", minutes=10)
+    assert lone.teachers == 0 and lone.flags["ngram_share"] > plan.flags["ngram_share"] and not lone.teacher_flags
+
+
+def test_the_time_of_a_plan_is_that_of_its_teachers_and_the_last_model(train, monkeypatch):
+    monkeypatch.setattr(planning, "SMALL", 0)
     pieces()
     plan = planned("--no-report", minutes=10)
     assert plan.teachers == MAX_TEACHERS
