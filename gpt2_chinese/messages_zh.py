@@ -1859,8 +1859,12 @@ TABLE: tuple[tuple[str, str], ...] = (
         "规划       最后一个模型从文本和 {0} 个教师模型学习",
     ),
     (
-        "time for {} teachers of that shape and a model that learns from the text and from them, {} epochs each",
-        "时间够训练 {0} 个同样大小的教师模型，再训练一个从文本和它们学习的模型，各 {1} 轮",
+        "time for {} teachers ({}, {} s each) and a model that learns from the text and from them, {} epochs",
+        "时间够先训练 {0} 个教师模型（{1}，各 {2} 秒），再训练一个从文本和它们学习的模型，{3} 轮",
+    ),
+    (
+        "a small text: a trigram of the tokens is learnt from too",
+        "小语料：同时学习 token 的三元语法",
     ),
     (
         "{} is no state of a run: it has no {}; {}",
