@@ -3,9 +3,9 @@
     .venv-train/bin/python benchmarks/kill_training.py --kills 50 --precision fp32
     .venv-train/bin/python benchmarks/kill_training.py --kills 20 --precision bf16 --device cpu,cpu
 
-The run has what is hard to resume: dropout, weight decay, Muon, shifted windows, a trigram to learn from, a best model, patience,
-measurements and checkpoints all few updates. `make demo` leaves the pieces that it trains on. The status is 1 if a
-model folder is not the same bit for bit, or the figures in metrics.jsonl are not.
+The run has what is hard to resume: dropout, weight decay, Muon, shifted windows, a trigram to learn from, a best model,
+patience, measurements and checkpoints all few updates. `make demo` leaves the pieces that it trains on. The status is 1
+if a model folder is not the same bit for bit, or the figures in metrics.jsonl are not.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = (
-    "--model_config config/plan/2x128.json --batch_size 8 --stride 127 --epochs 3 --max_steps 150 --optimizer muon --lr 1.5e-2 "
-    "--muon_lr 6e-3 --warmup_steps 30 --embedding_init cooccurrence --dropout 0.1 --weight_decay 0.5 --muon_weight_decay 1.5 "
-    "--shift_windows --document_mask --ngram_share 0.3 --patience 12 --val_steps 10 --save_steps 4 --log_step 1 --quiet"
+    "--model_config config/plan/2x128.json --batch_size 8 --stride 127 --epochs 3 --max_steps 150 --optimizer muon "
+    "--lr 1.5e-2 --muon_lr 6e-3 --warmup_steps 30 --embedding_init cooccurrence --dropout 0.1 --weight_decay 0.5 "
+    "--muon_weight_decay 1.5 --shift_windows --document_mask --ngram_share 0.3 --patience 12 --val_steps 10 "
+    "--save_steps 4 --log_step 1 --quiet"
 )
 MODELS = ("final_model", "best_model")
 
@@ -83,10 +84,13 @@ def main() -> int:
         resume: list[str] = []
         while True:
             process = subprocess.Popen(
-                command(args, killed, *resume), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+                command(args, killed, *resume),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
             )
             try:
-                wait = source.uniform(0.2, 1.0) * seconds if kills < args.kills else 600
+                wait = source.uniform(0.2, 0.7) * seconds if kills < args.kills else 600
                 _, errors = process.communicate(timeout=wait)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)

@@ -355,9 +355,11 @@ def _operations(at, load, store):
                 maximum = number_of_order(greatest)
                 target, total = targets[row], np.float32(0)
                 for column in range(columns):
-                    e = exp(load(logits, first + column) - maximum)
-                    exponentials[column] = e
-                    total += e
+                    exponentials[column] = exp(load(logits, first + column) - maximum)
+                # In a loop of its own: one that also stores is not vectorised where two short rows lie close to each
+                # other in memory, and adds up in another order there.
+                for column in range(columns):
+                    total += exponentials[column]
                 losses[row] = np.float32(math.log(total)) + maximum - load(logits, first + target) + poison
                 share = np.float32(1) / total + poison
                 of_target = exponentials[target] * share - (np.float32(1) - of_taught)
@@ -385,9 +387,10 @@ def _operations(at, load, store):
                     greatest = max(greatest, order_of(load(logits, first + column)))
                 maximum, total = number_of_order(greatest), np.float32(0)
                 for column in range(columns):
-                    e = exp(load(logits, first + column) - maximum)
-                    exponentials[column] = e
-                    total += e
+                    exponentials[column] = exp(load(logits, first + column) - maximum)
+                # in a loop of its own: see cross_entropy
+                for column in range(columns):
+                    total += exponentials[column]
                 share = factor / total
                 for column in range(columns):
                     place = first + column

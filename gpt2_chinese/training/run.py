@@ -39,7 +39,7 @@ from gpt2_chinese.training.plan import PLAN, Plan, decides_after
 from gpt2_chinese.training.state import TrainingState
 from gpt2_chinese.training.token_cache import Corpus, read_pieces
 from gpt2_chinese.training.vocabulary_transfer import transfer_vocabulary
-from gpt2_chinese.training.windows import effective_stride, epoch_order, shifted_starts, window_starts
+from gpt2_chinese.training.windows import effective_stride, epoch_order, joined_pieces, shifted_starts, window_starts
 
 DEFAULT_VOCABULARY = Path("vocab/vocab_user.txt")
 MAX_DEFAULT_WARMUP = 2000  # updates, unless --warmup_steps says otherwise
@@ -79,6 +79,7 @@ class Run:
     """
     Attributes:
         starts: where each window begins in the corpus.
+        span_lengths: of what windows do not reach beyond: pieces, or several of them.
         prompts: texts to complete at every measurement, with their ids.
         plan: with --minutes.
     """
@@ -93,6 +94,7 @@ class Run:
     tokenizer: Tokenizer
     corpus: Corpus
     starts: npt.NDArray[np.int64]
+    span_lengths: tuple[int, ...]
     stride: int
     prompts: dict[str, list[int]] = field(default_factory=dict)
     plan: Plan | None = None
@@ -135,7 +137,7 @@ class Run:
         starts = self.starts
         if self.args.shift_windows:
             starts = _shifted_starts(
-                self.corpus.piece_lengths, self.config.n_ctx, self.stride, seed=self.args.seed, epoch=epoch
+                self.span_lengths, self.config.n_ctx, self.stride, seed=self.args.seed, epoch=epoch
             )
         return starts[order[begin : begin + self.windows_per_update]]
 
@@ -372,7 +374,10 @@ def prepare(
     if args.val_fraction and not corpus.held_out_tokens:
         say("note: the corpus is a single short document, so there is no validation set")
     stride = effective_stride(args.stride, n_ctx)
-    starts = window_starts(corpus.piece_lengths, n_ctx, stride)
+    span_lengths = corpus.piece_lengths
+    if args.shift_windows:
+        span_lengths = joined_pieces(corpus.tokens, span_lengths, tokenizer.marks)
+    starts = window_starts(span_lengths, n_ctx, stride)
     if len(starts) == 0:
         raise ValueError(
             f"{folder} has {len(corpus.tokens):,} tokens to train on, and one window has {n_ctx:,} (n_ctx in "
@@ -394,6 +399,7 @@ def prepare(
         tokenizer=tokenizer,
         corpus=corpus,
         starts=starts,
+        span_lengths=span_lengths,
         stride=stride,
         prompts={text: [tokenizer.marks.begin, *tokenizer.encode(text)] for text in read_prompts(args.sample_prompts)},
         plan=plan,

@@ -19,12 +19,18 @@ from hypothesis import strategies as st
 from gpt2_chinese.artifacts import sha256_of, write_lines
 from gpt2_chinese.text import pieces
 from gpt2_chinese.text.pieces import check_vocabulary, read_manifest, text_of_tokens
-from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS
+from gpt2_chinese.text.vocabulary import SPECIAL_TOKENS, Marks
 from gpt2_chinese.text.word_tokenizer import BYTE_TOKENS, WordTokenizer
 from gpt2_chinese.training import hold_out, token_cache
 from gpt2_chinese.training.hold_out import HoldOut
 from gpt2_chinese.training.token_cache import read_pieces
-from gpt2_chinese.training.windows import document_positions, epoch_order, shifted_starts, window_starts
+from gpt2_chinese.training.windows import (
+    document_positions,
+    epoch_order,
+    joined_pieces,
+    shifted_starts,
+    window_starts,
+)
 
 
 def write_pieces(folder: Path, texts: list[str]) -> Path:
@@ -123,6 +129,25 @@ def test_no_token_is_left_out_of_the_windows(lengths, n_ctx, data):
     assert len(first_tokens) == len(starts), "a window is there twice"
     # What is never predicted begins a piece, or pieces that were joined.
     assert set(range(total)) - predicted <= {sum(lengths[:number]) for number in range(len(lengths))}
+
+
+@pytest.mark.parametrize("marks", [(1, 1), (1, 2)])
+@given(st.lists(st.lists(st.integers(5, 9), max_size=4), max_size=12), st.data())
+def test_pieces_are_joined_at_documents_and_not_where_one_was_cut(marks, documents, data):
+    begin, end = marks
+    named = Marks(begin=begin, end=end, line_break=None, padding=None, unknown=None, never_produced=())
+    tokens: list[int] = []
+    cuts, inside = set(), set()
+    for document in documents:
+        cuts.add(len(tokens))
+        tokens += [begin, *document, end]
+        # what was held out of a long document leaves a break between two of its tokens
+        if len(document) >= 2 and data.draw(st.booleans()):
+            inside.add(len(tokens) - 2)
+    bounds = sorted({0, *data.draw(st.sets(st.sampled_from(sorted(cuts or {0})))), *inside, len(tokens)})
+    joined = joined_pieces(np.array(tokens), np.diff(bounds).tolist(), named)
+    assert sum(joined) == len(tokens)
+    assert set(np.cumsum([0, *joined]).tolist()) == {0, *inside, len(tokens)}
 
 
 @given(st.lists(st.integers(0, 50), max_size=12), st.integers(2, 20), st.integers(0, 5), st.data())

@@ -246,6 +246,7 @@ def test_the_warm_up_is_at_most_a_tenth_of_the_run_unless_given(train, windows, 
             tokenizer=None,
             corpus=None,
             starts=np.arange(windows),
+            span_lengths=(),
             stride=1,
         ).warmup_steps
 
