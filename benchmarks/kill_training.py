@@ -68,9 +68,9 @@ def weights(output: Path) -> list[str]:
 
 def main() -> int:
     args = parse_args()
-    os.chdir(ROOT)
     whole, killed = args.folder.resolve() / "whole", args.folder.resolve() / "killed"
-    shutil.rmtree(args.folder, ignore_errors=True)
+    os.chdir(ROOT)
+    shutil.rmtree(whole, ignore_errors=True)
     began = time.monotonic()
     subprocess.run(command(args, whole), check=True, capture_output=True)
     seconds = time.monotonic() - began

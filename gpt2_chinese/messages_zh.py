@@ -1290,6 +1290,18 @@ TABLE: tuple[tuple[str, str], ...] = (
         "总步数",
     ),
     (
+        "the span of windows",
+        "窗口所在的范围",
+    ),
+    (
+        "a piece",
+        "一个分片",
+    ),
+    (
+        "the whole text",
+        "整个文本",
+    ),
+    (
         "{} does not fit this run, or is damaged: {}; resume from another checkpoint, or start over with --resume none",
         "{0} 与这次训练不符或已损坏：{1}；请从别的检查点继续，或用 --resume none 重新开始",
     ),
@@ -1861,6 +1873,10 @@ TABLE: tuple[tuple[str, str], ...] = (
     (
         "time for {} teachers ({}, {} s each) and a model that learns from the text and from them, {} epochs",
         "时间够先训练 {0} 个教师模型（{1}，各 {2} 秒），再训练一个从文本和它们学习的模型，{3} 轮",
+    ),
+    (
+        "trigram    counted in {} of {} tokens",
+        "三元语法   统计了 {1} 个 token 中的 {0} 个",
     ),
     (
         "a small text: a trigram of the tokens is learnt from too",

@@ -41,9 +41,11 @@ ADDED_SETTINGS: dict[str, Any] = {
     "--document_mask": False,
     "--teacher": "",
     "--teacher_share": 0.6,
+    "--ngram_share": 0.0,
+    "the span of windows": "a piece",
     "--val_bytes": None,
 }
-"""What checkpoints of earlier versions, which did not have these flags, were made with."""
+"""What checkpoints of earlier versions, which did not have these settings, were made with."""
 
 
 def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:

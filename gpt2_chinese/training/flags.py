@@ -273,9 +273,10 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--ngram_share",
-        type=_share,
+        type=_fraction,
         default=0.0,
-        help="of a trigram of the tokens in what is learnt, for small texts (0: none); with teachers beside theirs",
+        help="of a trigram of the tokens in what is learnt, for small texts (0: none); with --teacher both shares "
+        "together are at most 1",
     )
     parser.add_argument(
         "--max_bad_updates",

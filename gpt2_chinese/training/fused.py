@@ -110,6 +110,7 @@ def cross_entropy_in_place(
     rows, columns = logits.shape
     lowest, highest = targets.aminmax()
     assert 0 <= lowest and highest < columns  # the compiled code would not notice
+    assert distributions is None or distributions.shape == logits.shape
     portions = -(-rows // SUM_ROWS)
     losses, room = torch.empty(rows), torch.empty(portions, columns)
     arguments = (logits, columns, targets.contiguous(), losses, room, rows, distributions, torch.tensor([share]))
@@ -119,6 +120,7 @@ def cross_entropy_in_place(
 
 def add_softmax(logits: Tensor, distributions: Tensor, factor: float) -> None:
     """Add the softmax of each row of logits [N, V], times a factor, to distributions [N, V] of the same type."""
+    assert distributions.shape == logits.shape  # the compiled code would not notice
     rows, columns = logits.shape
     portions = -(-rows // SUM_ROWS)
     room = torch.empty(portions, columns)
@@ -129,14 +131,14 @@ def add_softmax(logits: Tensor, distributions: Tensor, factor: float) -> None:
 def write_ngrams(
     distributions: Tensor, weight: float, unigram: Tensor, rows: Sequence[Tensor], levels: Sequence[Tensor]
 ) -> None:
-    """Fill distributions [N, V] with those of an n-gram, times a weight.
+    """Fill distributions [N, V] with those of a trigram, times a weight.
 
     Args:
         unigram: float32 [V].
-        rows: for each of N: the pair's context, the triple's or -1, the only token that may follow or -1 (int64); what
-            is left to the unigram, and to the pairs (float32).
-        levels: of the pairs and then of the triples: where each context's n-grams begin, their last tokens (int64), and
-            their shares (float32).
+        rows: for each of N: the context of bigrams, that of trigrams or -1, the only token that may follow or -1
+            (int64); the weights of the unigram and of the bigrams (float32).
+        levels: of the bigrams and then of the trigrams: where each context's n-grams begin, their last tokens (int64),
+            and their probabilities (float32).
     """
     count, columns = distributions.shape
     portions = -(-count // SUM_ROWS)

@@ -398,23 +398,23 @@ def _operations(at, load, store):
 
     @compiled
     def write_ngrams(args, begin, end):
-        """The distributions of an n-gram: what contexts leave to the unigram, and what pairs and triples add."""
+        """The distributions of a trigram: the unigram in its weight, and what bigrams and trigrams add."""
         distributions, columns, room, rows = at(args[0]), args[1], args[2], args[3]
         unigram, weight = float32_at(args[4]), float32_at(args[5])[0]
-        pair_of, triple_of, certain = int64_at(args[6]), int64_at(args[7]), int64_at(args[8])
-        left, left_by_triples = float32_at(args[9]), float32_at(args[10])
+        bigram_of, trigram_of, certain = int64_at(args[6]), int64_at(args[7]), int64_at(args[8])
+        of_unigram, of_bigrams = float32_at(args[9]), float32_at(args[10])
         for portion in range(begin, end):
             shares = float32_at(room + 4 * columns * portion)
             for row in range(portion * SUM_ROWS, end_of_portion(portion, rows)):
-                share = weight * left[row]
+                share = weight * of_unigram[row]
                 for column in range(columns):
                     shares[column] = share * unigram[column]
                 if certain[row] >= 0:
                     shares[certain[row]] += weight
                 else:
-                    add_context(shares, weight * left_by_triples[row], pair_of[row], args[11], args[12], args[13])
-                    if triple_of[row] >= 0:
-                        add_context(shares, weight, triple_of[row], args[14], args[15], args[16])
+                    add_context(shares, weight * of_bigrams[row], bigram_of[row], args[11], args[12], args[13])
+                    if trigram_of[row] >= 0:
+                        add_context(shares, weight, trigram_of[row], args[14], args[15], args[16])
                 for column in range(columns):
                     store(distributions, row * columns + column, shares[column])
 

@@ -52,7 +52,7 @@ class HeadLoss(torch.autograd.Function):
         targets: torch.Tensor,
         share: float = 0.0,
         of_head: list[torch.Tensor] | None = None,
-        counted: Counted | None = None,
+        ngram: NgramTarget | None = None,
         *taught: torch.Tensor,
     ) -> torch.Tensor:
         """Sum of the losses, in nats, of hidden states [N, n_embd] under a head [V, n_embd] for targets [N].
@@ -62,11 +62,11 @@ class HeadLoss(torch.autograd.Function):
         Args:
             share: of the teachers in the gradient; 0 without teachers.
             of_head: gets the head's gradient in the backward pass, instead of the head: for `TiedLookup`.
-            counted: what an n-gram expects in the N rows, and its part of `share`.
+            ngram: what an n-gram predicts in the N rows, and its part of `share`.
             taught: the hidden states [N, its n_embd] and the head [V, its n_embd] of each teacher, one after the other.
         """
         dtype = matrix_type() if torch.is_autocast_enabled("cpu") else head.dtype
-        assert taught or counted or not share
+        assert taught or ngram or not share
         weights = head.to(dtype)
         loss = torch.zeros((), dtype=torch.float32)
         hidden_gradient = torch.empty(hidden.shape, dtype=dtype)
@@ -78,7 +78,7 @@ class HeadLoss(torch.autograd.Function):
                 part = slice(first, first + rows_at_once)
                 rows = hidden[part].to(dtype)
                 logits = _logits(rows, weights)
-                distributions = _mean_distribution(taught, counted, part, dtype) if taught or counted else None
+                distributions = _mean_distribution(taught, ngram, part, dtype) if taught or ngram else None
                 loss += cross_entropy_in_place(logits, targets[part], distributions, share).sum()
                 gradient = logits.to(dtype)
                 hidden_gradient[part] = gradient @ weights
@@ -135,23 +135,23 @@ def _logits(rows: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     return logits if logits.dtype in DTYPES else logits.float()
 
 
-class Counted(NamedTuple):
-    """What an n-gram expects, and its part of what is learnt from teachers, from 0 to 1; the rest is the models'."""
+class NgramTarget(NamedTuple):
+    """What an n-gram predicts, and its share of what is learnt from teachers; the rest of that is the models'."""
 
     predictions: Predictions
-    part: float
+    share: float
 
 
 def _mean_distribution(
-    taught: Sequence[torch.Tensor], counted: Counted | None, rows: slice, dtype: torch.dtype
+    taught: Sequence[torch.Tensor], ngram: NgramTarget | None, rows: slice, dtype: torch.dtype
 ) -> torch.Tensor:
     """The teachers' distribution over the vocabulary, [rows, V] of the type of `_logits`."""
     pairs = list(zip(taught[::2], taught[1::2], strict=True))
     mean: torch.Tensor | None = None
     of_models = 1.0
-    if counted is not None:
-        mean = counted.predictions.dense(rows, counted.part, dtype if dtype in DTYPES else torch.float32)
-        of_models -= counted.part
+    if ngram is not None:
+        mean = ngram.predictions.dense(rows, ngram.share, dtype if dtype in DTYPES else torch.float32)
+        of_models -= ngram.share
     for hidden, head in pairs:
         logits = _logits(hidden[rows].to(dtype), head.to(dtype))
         mean = torch.zeros_like(logits) if mean is None else mean
@@ -249,14 +249,14 @@ class WindowLoss(nn.Module):
         hidden = hidden[:, :-1]
         taught = self._taught(input_ids, position_ids)
         targets = input_ids[:, 1:].flatten()
-        share, counted = self._teacher_share + self._ngram_share, self._counted(input_ids)
-        return HeadLoss.apply(hidden.flatten(0, 1), head, targets, share, of_head, counted, *taught)
+        share, ngram = self._teacher_share + self._ngram_share, self._ngram_target(input_ids)
+        return HeadLoss.apply(hidden.flatten(0, 1), head, targets, share, of_head, ngram, *taught)
 
-    def _counted(self, input_ids: torch.Tensor) -> Counted | None:
+    def _ngram_target(self, input_ids: torch.Tensor) -> NgramTarget | None:
         if self._ngram is None:
             return None
         part = self._ngram_share / (self._ngram_share + self._teacher_share)
-        return Counted(self._ngram.predictions(input_ids), part)
+        return NgramTarget(self._ngram.predictions(input_ids), part)
 
     @torch.no_grad()
     def _taught(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> list[torch.Tensor]:
@@ -300,14 +300,14 @@ class WindowLoss(nn.Module):
                 torch.softmax(states @ head.to(states.dtype).T, 1, dtype=torch.float32)
                 for states, head in zip(taught[::2], taught[1::2], strict=True)
             ]
-            counted = self._counted(input_ids)
+            ngram = self._ngram_target(input_ids)
         if distributions:
             mean = torch.stack(distributions).mean(0)
             mixed = mixed + self._teacher_share * (F.cross_entropy(logits, mean, reduction="sum") - loss)
-        if counted is not None:
-            expected = counted.predictions.dense(slice(None), 1.0, torch.float32)
+        if ngram is not None:
+            expected = ngram.predictions.dense(slice(None), 1.0, torch.float32)
             mixed = mixed + self._ngram_share * (F.cross_entropy(logits, expected, reduction="sum") - loss)
-        return loss.detach() + mixed - mixed.detach() if distributions or counted is not None else loss
+        return loss.detach() + mixed - mixed.detach() if distributions or ngram is not None else loss
 
 
 def hidden_states(

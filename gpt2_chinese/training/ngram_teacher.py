@@ -1,9 +1,9 @@
-"""What counting tokens can teach: a trigram of the training text, whose predictions a model learns beside the text.
+"""A trigram of the training text's tokens, whose predictions a model learns beside the text.
 
-A small text says of most contexts once what comes next, and a model that learns from that alone memorises it. A trigram
-with interpolated Kneser-Ney smoothing (ngram.py has the formulas, for characters) knows less and knows how little it
-knows: its distribution in the target is a label smoothing that depends on the context, and what a model gains by it is
-most of what the mean of both would gain.
+A small text shows most contexts once. A model that learns from it alone memorises the one token that followed; mixed
+into the target, the distribution of an n-gram with interpolated Kneser-Ney smoothing (ngram.py has the formulas, for
+characters) is a label smoothing that depends on the context. Neural models were regularized so by noise in their input
+(Xie et al. 2017, Data noising as smoothing in neural network language models); here the smoothed target is exact.
 
 Documents are sequences of tokens, marks included. The first token of a document is context only, and no n-gram goes
 from one document into the next; what stands behind a document's end is left to the text.
@@ -22,7 +22,7 @@ from gpt2_chinese.training.fused import DTYPES, write_ngrams
 from gpt2_chinese.training.ngram import discounts
 
 MAX_TOKENS = 8_000_000
-"""Of the training text that are counted, some 100 bytes each; of more, whole documents at equal distances."""
+"""Of the training text that are counted, some 100 bytes each; of more, documents at equal distances."""
 
 
 class _Level(NamedTuple):
@@ -32,13 +32,13 @@ class _Level(NamedTuple):
         offsets: where each context's n-grams begin in the two below, int64 [contexts + 1].
         tokens: the last token of each n-gram, int64.
         shares: (a - D(a)) / T of it, float32.
-        left: what a context leaves to the shorter one, float32 [contexts].
+        backoff: the weight of the shorter context, g(h), float32 [contexts].
     """
 
     offsets: torch.Tensor
     tokens: torch.Tensor
     shares: torch.Tensor
-    left: torch.Tensor
+    backoff: torch.Tensor
 
     @classmethod
     def of_counts(
@@ -47,15 +47,15 @@ class _Level(NamedTuple):
         """Take the context of each n-gram as a number below `number`, ascending, its last token, and its count."""
         discount = np.array([0.0, *discounts(counts)])[np.minimum(counts, 3)]
         totals = np.bincount(contexts, counts, number)
-        left = np.bincount(contexts, discount, number) / np.maximum(totals, 1)
-        left[totals == 0] = 1.0
+        backoff = np.bincount(contexts, discount, number) / np.maximum(totals, 1)
+        backoff[totals == 0] = 1.0
         offsets = np.concatenate([[0], np.cumsum(np.bincount(contexts, minlength=number))])
         shares = (counts - discount) / totals[contexts]
         return cls(
             torch.from_numpy(offsets),
             torch.from_numpy(tokens),
             torch.from_numpy(shares.astype(np.float32)),
-            torch.from_numpy(left.astype(np.float32)),
+            torch.from_numpy(backoff.astype(np.float32)),
         )
 
     def to(self, device: torch.device) -> _Level:
@@ -85,77 +85,77 @@ class NgramTeacher:
         device: torch.device | None = None,
     ) -> None:
         self._vocab_size, self._marks = vocab_size, marks
-        ids, left = _sample(tokens, document_starts)
+        ids, to_end = _sample(tokens, document_starts)
         self.counted_tokens = len(ids)
         pairs = ids[:-1] * vocab_size + ids[1:]
-        triples, triple_counts = np.unique(
-            (pairs[:-1] * vocab_size + ids[2:])[left[:-2] >= 3] if len(ids) > 2 else pairs[:0], return_counts=True
+        trigrams, trigram_counts = np.unique(
+            (pairs[:-1] * vocab_size + ids[2:])[to_end[:-2] >= 3] if len(ids) > 2 else pairs[:0], return_counts=True
         )
-        # What stands before a pair counts as often as it differs; a document's beginning each time.
-        at_begin = np.concatenate([[True], left[:-1] == 1])[:-1] & (left[:-1] >= 2)
-        before = np.concatenate([triples % vocab_size**2, pairs[at_begin]])
-        doubles, double_counts = np.unique(before, return_counts=True)
-        singles = np.bincount(doubles % vocab_size, minlength=vocab_size)
+        # What stands before a bigram counts as often as it differs; a document's beginning each time.
+        at_begin = np.concatenate([[True], to_end[:-1] == 1])[:-1] & (to_end[:-1] >= 2)
+        before = np.concatenate([trigrams % vocab_size**2, pairs[at_begin]])
+        bigrams, bigram_counts = np.unique(before, return_counts=True)
+        singles = np.bincount(bigrams % vocab_size, minlength=vocab_size)
         discount = np.array([0.0, *discounts(singles[singles > 0])])[np.minimum(singles, 3)]
         total = max(1, int(singles.sum()))
-        unigram = (singles - discount + discount.sum() / vocab_size) / total if len(doubles) else 1.0 / vocab_size
-        keys, contexts = np.unique(triples // vocab_size, return_inverse=True)
+        unigram = (singles - discount + discount.sum() / vocab_size) / total if len(bigrams) else 1.0 / vocab_size
+        keys, contexts = np.unique(trigrams // vocab_size, return_inverse=True)
         device = device or torch.device("cpu")
         self.unigram = torch.from_numpy(np.broadcast_to(unigram, vocab_size).astype(np.float32)).to(device)
-        self._pairs = _Level.of_counts(doubles // vocab_size, vocab_size, doubles % vocab_size, double_counts).to(
+        self._bigrams = _Level.of_counts(bigrams // vocab_size, vocab_size, bigrams % vocab_size, bigram_counts).to(
             device
         )
         self._keys = torch.from_numpy(keys).to(device)
-        self._triples = _Level.of_counts(contexts, len(keys), triples % vocab_size, triple_counts).to(device)
+        self._trigrams = _Level.of_counts(contexts, len(keys), trigrams % vocab_size, trigram_counts).to(device)
 
     @property
     def levels(self) -> tuple[torch.Tensor, ...]:
-        """Of pairs, then of triples: where each context's n-grams begin, their last tokens and their shares."""
-        return (*self._pairs[:3], *self._triples[:3])
+        """Of bigrams, then of trigrams: where each context's n-grams begin, their last tokens and their shares."""
+        return (*self._bigrams[:3], *self._trigrams[:3])
 
     @torch.compiler.disable
     def predictions(self, input_ids: torch.Tensor) -> Predictions:
-        """What it expects in int64 windows [windows, n_ctx] behind each token but the last, one row after the other."""
+        """What follows each token but the last of int64 windows [windows, n_ctx], one row after the other."""
         here, target = input_ids[:, :-1], input_ids[:, 1:].flatten()
         key = torch.full_like(here, -1)
         key[:, 1:] = here[:, :-1] * self._vocab_size + here[:, 1:]
-        pair, key = here.flatten(), key.flatten()
-        triple, left_by_triples = torch.full_like(pair, -1), torch.ones(len(pair), device=pair.device)
+        bigram, key = here.flatten(), key.flatten()
+        trigram, of_bigrams = torch.full_like(bigram, -1), torch.ones(len(bigram), device=bigram.device)
         if len(self._keys):
             place = torch.searchsorted(self._keys, key).clamp_(max=len(self._keys) - 1)
             is_known = self._keys[place] == key
-            triple = torch.where(is_known, place, -1)
-            left_by_triples = torch.where(is_known, self._triples.left[place], 1.0)
+            trigram = torch.where(is_known, place, -1)
+            of_bigrams = torch.where(is_known, self._trigrams.backoff[place], 1.0)
         # Behind the end of a document comes another, of which counting says nothing.
-        is_end = (pair == self._marks.end) & (target == self._marks.begin)
+        is_end = (bigram == self._marks.end) & (target == self._marks.begin)
         certain = torch.where(is_end, target, -1)
-        left = torch.where(is_end, 0.0, left_by_triples * self._pairs.left[pair])
-        return Predictions(self, pair, triple, certain, left, left_by_triples)
+        of_unigram = torch.where(is_end, 0.0, of_bigrams * self._bigrams.backoff[bigram])
+        return Predictions(self, bigram, trigram, certain, of_unigram, of_bigrams)
 
 
 class Predictions(NamedTuple):
     """Distributions over the vocabulary, N rows that are not written out.
 
     Attributes:
-        pair: the token before, a context of pairs; int64 [N], as the next two.
-        triple: the context of triples, -1 where the text does not have it.
+        bigram: the context of bigrams, which is the token before; int64 [N], as the next two.
+        trigram: the context of trigrams, -1 where the text does not have it.
         certain: the one token that can follow, or -1.
-        left: the unigram's share, float32 [N].
-        left_by_triples: the share of pairs and unigram, float32 [N].
+        of_unigram: the weight of the unigram, float32 [N].
+        of_bigrams: the weight of bigrams and unigram together, float32 [N].
     """
 
     teacher: NgramTeacher
-    pair: torch.Tensor
-    triple: torch.Tensor
+    bigram: torch.Tensor
+    trigram: torch.Tensor
     certain: torch.Tensor
-    left: torch.Tensor
-    left_by_triples: torch.Tensor
+    of_unigram: torch.Tensor
+    of_bigrams: torch.Tensor
 
     @torch.compiler.disable
     def dense(self, part: slice, weight: float, dtype: torch.dtype) -> torch.Tensor:
         """Some of the rows, times a weight, [rows, V]."""
         rows = [tensor[part].contiguous() for tensor in self[1:]]
-        if self.left.device.type == "cpu" and dtype in DTYPES:
+        if self.of_unigram.device.type == "cpu" and dtype in DTYPES:
             dense = torch.empty(len(rows[0]), len(self.teacher.unigram), dtype=dtype)
             write_ngrams(dense, weight, self.teacher.unigram, rows, self.teacher.levels)
             return dense
@@ -164,21 +164,21 @@ class Predictions(NamedTuple):
 
 def _dense_by_torch(
     teacher: NgramTeacher,
-    pair: torch.Tensor,
-    triple: torch.Tensor,
+    bigram: torch.Tensor,
+    trigram: torch.Tensor,
     certain: torch.Tensor,
-    left: torch.Tensor,
-    left_by_triples: torch.Tensor,
+    of_unigram: torch.Tensor,
+    of_bigrams: torch.Tensor,
 ) -> torch.Tensor:
     """The same in PyTorch's operations, for a GPU; float32 [rows, V]."""
-    dense = torch.outer(left, teacher.unigram)
+    dense = torch.outer(of_unigram, teacher.unigram)
     is_open = certain < 0
     ended = (~is_open).nonzero()[:, 0]
     dense[ended, certain[ended]] += 1.0
-    of_pairs, of_triples = teacher.levels[:3], teacher.levels[3:]
+    bigrams, trigrams = teacher.levels[:3], teacher.levels[3:]
     for (begins, followers, of_followers), context, factor in (
-        (of_pairs, pair, left_by_triples),
-        (of_triples, triple, torch.ones_like(left)),
+        (bigrams, bigram, of_bigrams),
+        (trigrams, trigram, torch.ones_like(of_unigram)),
     ):
         row = (is_open & (context >= 0)).nonzero()[:, 0]
         first = begins[context[row]]
@@ -200,9 +200,13 @@ def _sample(
     if len(tokens) <= MAX_TOKENS:
         ids = np.asarray(tokens).astype(np.int64)
     else:
-        step = -(-len(tokens) // MAX_TOKENS)
-        chosen = np.arange(0, len(lengths), step)
-        parts = [np.asarray(tokens[bounds[one] : bounds[one + 1]][:MAX_TOKENS]) for one in chosen.tolist()]
+        chosen = np.arange(0, len(lengths), -(-len(tokens) // MAX_TOKENS))
+        before = np.cumsum(lengths[chosen]) - lengths[chosen]
+        parts = [
+            np.asarray(tokens[bounds[one] : bounds[one + 1]][: MAX_TOKENS - counted])
+            for one, counted in zip(chosen.tolist(), before.tolist(), strict=True)
+            if counted < MAX_TOKENS
+        ]
         ids, lengths = np.concatenate(parts).astype(np.int64), np.array([len(part) for part in parts])
     ends = np.cumsum(lengths)
     return ids, np.repeat(ends, lengths) - np.arange(len(ids))

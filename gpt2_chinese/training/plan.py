@@ -9,8 +9,9 @@ The rules come from experiments, which docs/training.md lists. In short:
 - With several epochs, windows at other places in each help; dropout and weight decay too, as far as a model memorises.
 - Tokens that attend to their own document only help, the more the shorter documents are.
 - Where there is time for three times as many epochs as a model can use, two of them are its teachers.
-- A small text is learnt from a trigram too. Its teachers are small, short and strongly regularized: what they expect of
-  the text that they were trained on must not be what they have memorised.
+- A small text is learnt from a trigram too. It has teachers wherever a part of the time is enough for them: small,
+  trained for a few epochs and strongly regularized, since a teacher that has memorised its text teaches no more than
+  the text.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -45,8 +47,8 @@ PLAN = "plan.json"
 TEACHERS = "teachers"  # their folder in --output_dir
 SHAPES = ("2x128", "3x192", "4x256", "6x384", "8x512", "12x768")  # of config/plan/, the smallest first
 ENOUGH_TOKENS = 20  # for each parameter of the layers; Hoffmann et al. 2022, for text that is not repeated
-SMALL = 200_000  # tokens of a text that wants stronger regularization; between the two that were tried
-VERY_SMALL = 40_000
+SMALL = 200_000  # tokens of a text that is memorised soon; between the two that were tried
+VERY_SMALL = 40_000  # a guess, for texts that would have too few updates
 BATCH_SIZE, SMALL_BATCH_SIZE, VERY_SMALL_BATCH_SIZE = 16, 8, 4  # windows of an update
 MAX_PARAMETERS = 30  # of the layers, for each token of the text
 LITTLE, MUCH = 8.0, 20.0  # epochs times parameters for a token: below, dropout only slows down; above, it wants more
@@ -64,8 +66,9 @@ SMALL_TEACHER_EPOCHS = 6  # of a small text, by teachers of the smallest shape
 SMALL_TEACHERS_TIME = 0.45  # of the run, at most
 TEACHER_OVERHEAD = 3.0  # seconds, for a teacher's beginning, measurements and saving
 SMALL_SHARES = {"teacher_share": 0.42, "ngram_share": 0.28}  # in what a model of a small text learns
+SHARES_TOGETHER = 0.7
 LONE_NGRAM_SHARE = 0.4  # without teachers
-SMALL_VAL_BYTES = (8_000, MAX_BYTES)  # held out of a small text, some 2,000 tokens: more is missed in training
+SMALL_VAL_BYTES = (8_000, MAX_BYTES)  # held out of a small text, some 2,000 tokens of BPE: more is missed in training
 _PROBE_SECONDS = 1.0  # for a shape
 _TRIED_TOKENS = (50_000, 1_600_000)
 _TRIED_WIDTHS = (128, 192, 256)
@@ -205,17 +208,23 @@ def make_plan(
     may_be_taught, is_small = "teacher" not in given, facts.tokens < SMALL
     shape, speed, is_taught = choose_shape(facts, shapes, speed_of, may_be_taught=may_be_taught and not is_small)
     epochs = facts.seconds * (1 - SPARED) * speed / facts.tokens  # in all of the time
-    if is_small:
-        teachers = small_teachers(facts, shapes[0], speed_of) if may_be_taught else Teachers()
-    else:
-        teachers = large_teachers(facts, shape, epochs) if is_taught else Teachers()
+    reserved = REPORT_SECONDS if args.report or "report" not in given else 0
+    available = max(0.0, deadline - time.time() - reserved)
+    teachers = Teachers()
+    if is_small and may_be_taught:
+        teachers = small_teachers(facts, available, shapes[0], speed_of)
+    elif is_taught:
+        teachers = large_teachers(available, epochs)
     left = 1 - teachers.number * teachers.seconds / facts.seconds
     epochs_left = epochs * left / (1 + PUPIL_SHARE * teachers.number)
-    flags, reasons = _settings(facts, shape, epochs_left, is_taught=teachers.number > 0)
+    flags, reasons = _settings(facts, shape, epochs_left, teachers, is_taught=teachers.number > 0 or bool(args.teacher))
+    flags |= _shares_beside_given(args, given, flags)
     # A GPU's fastest attention takes no mask; what it costs there has not been measured.
     flags["document_mask"] = choose_devices(args.device)[0][0].type == "cpu"
     flags = {name: value for name, value in flags.items() if name not in given}
-    teacher_flags = {name: value for name, value in teachers.flags.items() if name not in given}
+    teacher_flags = {
+        name: value for name, value in teachers.flags.items() if name not in given or name == "ngram_share"
+    }
     windows = flags.get("batch_size", args.batch_size) * args.gradient_accumulation
     epochs_at_most = min(epochs_left, flags.get("epochs", args.epochs))
     if "max_steps" not in given:
@@ -231,12 +240,18 @@ def make_plan(
         *_expectation(facts, shape, epochs_at_most, teachers.number),
         *_untried(facts, shape, args),
     ]
-    reserved = REPORT_SECONDS if flags.get("report", args.report) else 0
-    # What planning has taken, and the report will, is missing for all of them alike.
-    rest = max(0.0, deadline - time.time() - reserved) / facts.seconds
-    of_a_teacher = teachers.seconds * rest
-    seconds = deadline - time.time() - teachers.number * of_a_teacher
-    return Plan(flags, why, deadline, seconds, teachers.number, of_a_teacher, teacher_flags)
+    seconds = deadline - time.time() - teachers.number * teachers.seconds
+    return Plan(flags, why, deadline, seconds, teachers.number, teachers.seconds, teacher_flags)
+
+
+def _shares_beside_given(args: argparse.Namespace, given: set[str], flags: dict[str, Any]) -> dict[str, float]:
+    """The share of teachers or of the trigram where the other one is given, so that the text keeps a part."""
+    names = ("teacher_share", "ngram_share")
+    return {
+        name: min(flags[name], SHARES_TOGETHER * (1 - getattr(args, other)))
+        for name, other in (names, names[::-1])
+        if set(names) <= flags.keys() and other in given and name not in given
+    }
 
 
 def _updates(epochs: float, facts: Facts, windows: int, shape: str) -> int:
@@ -293,13 +308,18 @@ class Teachers(NamedTuple):
 
     number: int = 0
     seconds: float = 0.0
-    flags: dict[str, Any] = {}
+    flags: Mapping[str, Any] = MappingProxyType({})
 
 
-def large_teachers(facts: Facts, shape: str, epochs: float) -> Teachers:
-    """Teachers of the last model's shape, where the time is enough for so many epochs of one model."""
+def large_teachers(available: float, epochs: float) -> Teachers:
+    """Teachers of the last model's shape.
+
+    Args:
+        available: seconds, for them and the last model.
+        epochs: of one model in the time.
+    """
     number = teachers_for(epochs)
-    return Teachers(number, facts.seconds / (number + 1 + PUPIL_SHARE * number))
+    return Teachers(number, available / (number + 1 + PUPIL_SHARE * number))
 
 
 def teachers_for(epochs: float) -> int:
@@ -308,10 +328,14 @@ def teachers_for(epochs: float) -> int:
     return min(MAX_TEACHERS, max(2, int(affordable)))
 
 
-def small_teachers(facts: Facts, shape: str, speed_of: Callable[[str, int], float]) -> Teachers:
-    """Teachers of a small text, which do not need more time than for a few epochs of the smallest shape."""
+def small_teachers(facts: Facts, available: float, shape: str, speed_of: Callable[[str, int], float]) -> Teachers:
+    """Teachers of a small text, which do not need more time than for a few epochs of the smallest shape.
+
+    Args:
+        available: seconds, for them and the last model.
+    """
     seconds = SMALL_TEACHER_EPOCHS * facts.tokens / speed_of(shape, facts.vocab_size) + TEACHER_OVERHEAD
-    number = min(MAX_TEACHERS, int(SMALL_TEACHERS_TIME * facts.seconds / seconds))
+    number = min(MAX_TEACHERS, int(SMALL_TEACHERS_TIME * available / seconds))
     if number < 2:
         return Teachers()
     dropout, weight_decay, muon_weight_decay = 0.2, 1.0, 3.0
@@ -355,8 +379,14 @@ def _facts(args: argparse.Namespace, seconds: float) -> Facts:
     return Facts(tokens, documents, manifest["vocabulary"]["size"], seconds)
 
 
-def _settings(facts: Facts, shape: str, epochs: float, *, is_taught: bool) -> tuple[dict[str, Any], list[str]]:
-    """The flags for a shape and so many epochs, and why."""
+def _settings(
+    facts: Facts, shape: str, epochs: float, teachers: Teachers, *, is_taught: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """The flags for a shape and so many epochs, and why.
+
+    Args:
+        is_taught: by those teachers, or by others that are given.
+    """
     config = read_config(shape)
     limit = max_epochs(facts.tokens, is_taught=is_taught)
     repeated = epochs >= 1.5
@@ -396,7 +426,8 @@ def _settings(facts: Facts, shape: str, epochs: float, *, is_taught: bool) -> tu
     else:
         reasons.append("few epochs for such a model, little is memorised: no dropout and little weight decay")
     if epochs > limit:
-        minutes = facts.seconds * limit / epochs / 60
+        fixed = teachers.number * teachers.seconds if teachers.flags else 0.0
+        minutes = (fixed + (facts.seconds - fixed) * limit / epochs) / 60
         reasons.append(
             f"a text of this size is memorised after {limit} epochs: some {minutes:.0f} minutes are enough; more text "
             "is what helps"
@@ -442,7 +473,7 @@ def batch_size(tokens: int) -> int:
 
 
 def max_epochs(tokens: int, *, is_taught: bool) -> int:
-    """How often a text is shown at most: a small one is memorised sooner, though not by a model that has teachers."""
+    """How often a text is shown at most: a small one is memorised sooner, later by a model that has teachers."""
     if tokens >= SMALL:
         return 16
     return 14 if is_taught else 10

@@ -93,7 +93,7 @@ def describe(run: Run, model: GPT2LMHeadModel) -> Iterator[str]:
             "texts with it: try --optimizer muon --lr 1.5e-2 --muon_lr 6e-3"
         )
     yield f"writes     {args.output_dir}, TensorBoard in {args.writer_dir} every {args.log_step} updates"
-    if will_overfit(tokens, parameters, args.epochs):
+    if run.plan is None and not args.ngram_share and will_overfit(tokens, parameters, args.epochs):
         yield (
             f"note: {parameters:,} parameters for {tokens:,} tokens in {args.epochs} epochs: the model will overfit "
             "and memorise the texts. More text, a smaller --model_config or at most 4 epochs help"

@@ -203,6 +203,7 @@ class Run:
             "the model's shape": json.loads(json.dumps(shape)),
             **{f"--{name}": getattr(self.args, name) for name in _RESUMED_FLAGS},
             "--stride": self.stride,
+            "the span of windows": "the whole text" if self.args.shift_windows else "a piece",
             "--warmup_steps": self.warmup_steps,
             "--precision": self.precision,
             "the kind of device": self.devices[0].type,

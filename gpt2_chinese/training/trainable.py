@@ -66,14 +66,17 @@ def read_teachers(args: argparse.Namespace, vocab_file: Path, n_ctx: int) -> lis
     return teachers
 
 
-def _count_ngrams(run: Run, device: torch.device) -> NgramTeacher:
-    return NgramTeacher(
+def _count_ngrams(run: Run, rank: Rank) -> NgramTeacher:
+    ngram = NgramTeacher(
         run.corpus.tokens,
         run.document_starts,
-        vocab_size=len(run.tokenizer),
+        vocab_size=run.config.vocab_size,  # of the logits; a published model may have more rows than tokens
         marks=run.tokenizer.marks,
-        device=device,
+        device=rank.device,
     )
+    if rank.is_main:
+        remark(f"trigram    counted in {ngram.counted_tokens:,} of {len(run.corpus.tokens):,} tokens")
+    return ngram
 
 
 def build(run: Run, rank: Rank, model: GPT2LMHeadModel, *, is_new: bool) -> Trainable:
@@ -98,7 +101,7 @@ def build(run: Run, rank: Rank, model: GPT2LMHeadModel, *, is_new: bool) -> Trai
         recompute=args.gradient_checkpointing,
         teachers=[teacher.to(device) for teacher in teachers],  # type: ignore[arg-type]
         teacher_share=args.teacher_share,
-        ngram=_count_ngrams(run, device) if args.ngram_share else None,
+        ngram=_count_ngrams(run, rank) if args.ngram_share else None,
         ngram_share=args.ngram_share,
     )
     micro_batch = math.ceil(args.batch_size / rank.world_size)

@@ -58,8 +58,8 @@ def joined_pieces(tokens: npt.NDArray[Any], piece_lengths: Sequence[int], marks:
     """
     joined: list[int] = []
     begin = 0
-    for length in piece_lengths:
-        if joined and length and tokens[begin] == marks.begin and tokens[begin - 1] == marks.end:
+    for length in filter(None, piece_lengths):
+        if joined and tokens[begin] == marks.begin and tokens[begin - 1] == marks.end:
             joined[-1] += length
         else:
             joined.append(length)

@@ -13,7 +13,7 @@ from tiny_model import tiny_model
 
 from gpt2_chinese.text.vocabulary import Marks
 from gpt2_chinese.training import ngram_teacher
-from gpt2_chinese.training.loss import Counted, HeadLoss, WindowLoss
+from gpt2_chinese.training.loss import HeadLoss, NgramTarget, WindowLoss
 from gpt2_chinese.training.ngram_teacher import NgramTeacher, _dense_by_torch
 
 VOCAB_SIZE = 12
@@ -106,12 +106,13 @@ def test_a_text_without_trigrams_teaches_what_it_has(documents):
     torch.testing.assert_close(found.sum(1), torch.ones(3))
 
 
-def test_a_large_text_is_counted_by_whole_documents(monkeypatch):
+def test_a_large_text_is_counted_by_documents_and_in_bounds(monkeypatch):
     monkeypatch.setattr(ngram_teacher, "MAX_TOKENS", 40)
     documents = [[2, 3, 4, 5, 2, 3]] * 20
     assert teacher_of(documents).counted_tokens == 40  # every fourth document
-    one = teacher_of([[2, 3] * 100])
-    assert one.counted_tokens == 40
+    assert teacher_of([[2, 3] * 100]).counted_tokens == 40
+    uneven = [[2, 3] * 50 if number % 8 == 0 else [] for number in range(40)]  # the chosen ones are the long ones
+    assert teacher_of(uneven).counted_tokens == 40
 
 
 def mixed_losses(model, input_ids: torch.Tensor, ngram: NgramTeacher, teacher, shares: tuple[float, float]):
@@ -126,15 +127,17 @@ def mixed_losses(model, input_ids: torch.Tensor, ngram: NgramTeacher, teacher, s
     return of_text, (1 - sum(shares)) * of_text + shares[0] * of_teacher + shares[1] * of_ngram
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("compute", ["forward", "_loss"])
 @pytest.mark.parametrize("shares", [(0.36, 0.24), (0.0, 0.5), (0.0, 1.0)])
-def test_the_gradient_is_that_of_the_three_losses_mixed_and_the_value_that_of_the_text(compute, shares):
+def test_the_gradient_is_that_of_the_three_losses_mixed_and_the_value_that_of_the_text(compute, shares, recompute):
     model, teacher = tiny_model(), tiny_model().requires_grad_(False)
     teacher.transformer.wte.weight.mul_(1.5)
     generator = torch.Generator().manual_seed(0)
     ngram = teacher_of([torch.randint(2, 200, (60,), generator=generator).tolist() for _ in range(5)], vocab_size=200)
     input_ids = torch.randint(0, 200, (3, 16), generator=generator)
-    window_loss = WindowLoss(model, teachers=[teacher], teacher_share=shares[0], ngram=ngram, ngram_share=shares[1])
+    shared = {"teacher_share": shares[0], "ngram_share": shares[1]}
+    window_loss = WindowLoss(model, teachers=[teacher], ngram=ngram, recompute=recompute, **shared)
     of_text, mixed = mixed_losses(model, input_ids, ngram, teacher, shares)
     mixed.backward()
     expected = [parameter.grad.clone() for parameter in model.parameters()]
@@ -151,12 +154,12 @@ def test_in_bf16_the_gradient_is_near_that_in_fp32():
     hidden, head = torch.randn(30, 16, generator=generator), torch.randn(VOCAB_SIZE, 16, generator=generator)
     windows = torch.randint(2, 6, (2, 16), generator=generator)
     targets = windows[:, 1:].flatten()
-    counted = Counted(teacher_of([[2, 3, 4, 2, 3], [5, 3, 2, 4]]).predictions(windows), 1.0)
+    target = NgramTarget(teacher_of([[2, 3, 4, 2, 3], [5, 3, 2, 4]]).predictions(windows), 1.0)
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
         hidden.grad, _ = None, hidden.requires_grad_()
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            HeadLoss.apply(hidden, head, targets, 0.5, None, counted).backward()
+            HeadLoss.apply(hidden, head, targets, 0.5, None, target).backward()
         gradients.append(hidden.grad)
     torch.testing.assert_close(*gradients, rtol=2e-2, atol=2e-2 * gradients[0].abs().max().item())
 
@@ -171,9 +174,9 @@ def test_the_gradient_is_the_same_wherever_its_numbers_lie_in_memory():
     found = set()
     for _ in range(2000):
         neighbours = [*neighbours[-50:], torch.empty(int(torch.randint(1, 5000, (1,), generator=generator)))]
-        counted = Counted(teacher.predictions(windows), 0.4)
+        target = NgramTarget(teacher.predictions(windows), 0.4)
         mine = hidden.clone().requires_grad_()
         copies = [tensor.clone() for tensor in (*taught, *taught)]
-        HeadLoss.apply(mine, head.clone(), windows[:, 1:].flatten(), 0.7, None, counted, *copies).backward()
+        HeadLoss.apply(mine, head.clone(), windows[:, 1:].flatten(), 0.7, None, target, *copies).backward()
         found.add(mine.grad.numpy().tobytes())
     assert len(found) == 1

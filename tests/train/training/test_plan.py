@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -205,16 +206,23 @@ def test_teachers_need_time_for_three_models_and_more_time_gives_more_of_them():
 def test_a_small_text_has_small_short_teachers_and_a_trigram(train):
     pieces()
     plan = planned("--no-report", minutes=10)
-    assert plan.flags["ngram_share"] + plan.flags["teacher_share"] < 1
     shape = planning._path_of(SHAPES[0])
     facts = planning._facts(parse_args(["--minutes", "10"]), 600)
     seconds = SMALL_TEACHER_EPOCHS * facts.tokens / speed_of(shape, facts.vocab_size) + TEACHER_OVERHEAD
-    assert plan.teachers == MAX_TEACHERS and plan.teacher_seconds == pytest.approx(seconds, rel=0.02)
+    assert plan.teachers == MAX_TEACHERS and plan.teacher_seconds == seconds
+    for minutes in (0.5, 1, 2):
+        short = planned(minutes=minutes)
+        assert short.teachers in (0, *range(2, MAX_TEACHERS + 1)) and short.teacher_seconds in (0, seconds)
+        assert short.teachers * seconds <= 0.45 * (60 * minutes - planning.REPORT_SECONDS)
     args = parse_args(["--minutes", "10"])
     plan.apply(args)
     one, own = next(plan.teacher_runs(args))
     assert (one.ngram_share, one.epochs, one.model_config) == (0, SMALL_TEACHER_EPOCHS, shape)
-    assert one.dropout > args.dropout and own.flags["dropout"] == args.dropout
+    assert one.dropout > args.dropout == own.flags["dropout"] > 0
+    given = planned("--ngram_share", "0.8", minutes=10)
+    assert 0 < given.flags["teacher_share"] < 0.2 and given.teacher_flags["ngram_share"] == 0
+    given = planned("--teacher", "mine", minutes=10)
+    assert given.flags["teacher_share"] + given.flags["ngram_share"] < 0.9
     lone = planned("--teacher", "", minutes=10)
     assert lone.teachers == 0 and lone.flags["ngram_share"] > plan.flags["ngram_share"] and not lone.teacher_flags
 
@@ -248,6 +256,8 @@ def test_the_commands_that_a_plan_prints_train_the_teachers_first(train, capsys)
     assert len(commands) == MAX_TEACHERS + 1
     assert all(f"--output_dir model/teachers/{number}" in line for number, line in enumerate(commands[:-1], 1))
     assert "--teacher model/teachers/1,model/teachers/2," in commands[-1]
+    for line in commands:
+        parse_args(shlex.split(line.split("train.py")[1]))
 
 
 def test_a_run_with_teachers_that_is_interrupted_in_each_part_ends_as_if_it_had_not_been(train, monkeypatch, capsys):

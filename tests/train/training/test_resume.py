@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from gpt2_chinese.training import evaluation, saving
 from gpt2_chinese.training.checkpoints import (
+    ADDED_SETTINGS,
     checkpoints_in,
     delete_old,
     random_state,
@@ -27,6 +28,7 @@ from gpt2_chinese.training.checkpoints import (
     verify,
     write_checkpoint,
 )
+from gpt2_chinese.training.run import Run
 
 KILLS = int(os.environ.get("KILLS", "3"))  # 50 by hand
 SAVE_STEPS = 3
@@ -48,7 +50,8 @@ def points(folder: str = "model") -> list[dict]:
 def small_run_flags(precision: str = "fp32", optimizer: str = "adamw") -> list[str]:
     flags = ["--epochs", "2", "--batch_size", "2", "--gradient_accumulation", "2", "--save_steps", str(SAVE_STEPS)]
     flags += ["--precision", precision, "--optimizer", optimizer, "--val_fraction", "0.1", "--val_steps", "4"]
-    return [*flags, "--stride", "5", "--weight_decay", "0.1", "--shift_windows", "--document_mask"]
+    flags += ["--stride", "5", "--weight_decay", "0.1", "--shift_windows", "--document_mask"]
+    return [*flags, "--ngram_share", "0.3", "--patience", "20"]
 
 
 def run_until(train, moment: float, flags: list[str], updates: mmap.mmap) -> bool:
@@ -327,3 +330,20 @@ def test_a_measurement_is_broken_off_nothing_is_saved_twice_and_the_run_resumes(
     assert run(train, *small_run_flags(), "--resume") == 0
     assert_same_weights(weights("whole/final_model"), weights())
     assert points() == points("whole")
+
+
+@pytest.mark.parametrize("shifts", [False, True])
+def test_a_checkpoint_of_an_earlier_version_is_resumed_unless_its_windows_lay_elsewhere(train, monkeypatch, shifts):
+    flags = ["--epochs", "2", "--batch_size", "2", "--save_steps", "3", *(["--shift_windows"] if shifts else [])]
+    assert run(train, *flags, output_dir="whole") == 0
+    of_now = Run.settings
+    with monkeypatch.context() as patch, stopped_after(train, monkeypatch, 7):
+        added = ADDED_SETTINGS.keys() - {"--shift_windows"}
+        patch.setattr(Run, "settings", lambda self: {k: v for k, v in of_now(self).items() if k not in added})
+        assert run(train, *flags) == 143
+    if shifts:
+        with pytest.raises(ValueError, match="the span of windows was a piece, is the whole text"):
+            run(train, *flags, "--resume")
+    else:
+        assert run(train, *flags, "--resume") == 0
+        assert_same_weights(weights("whole/final_model"), weights())
