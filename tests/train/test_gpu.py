@@ -73,6 +73,16 @@ def test_fp32_losses_are_those_of_the_cpu_up_to_rounding_although_the_vocabulary
     np.testing.assert_allclose(measured[0], measured[1], rtol=2e-3)
 
 
+@pytest.mark.parametrize(
+    "flags", [[], ["--gradient_checkpointing"], pytest.param(["--compile", "on"], marks=pytest.mark.slow)]
+)
+def test_a_trigram_is_learnt_from_as_on_the_cpu(train, flags):
+    taught = ["--precision", "fp32", "--ngram_share", "0.4"]
+    run(train, "cpu", *taught, device="cpu")
+    run(train, "gpu", *taught, *flags)
+    np.testing.assert_allclose(losses("gpu"), losses("cpu"), rtol=1e-4)
+
+
 @pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--fp16"]])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_lower_precision_stays_near_fp32(train, flags, optimizer):
