@@ -31,7 +31,8 @@ DEMO_CONTEXT ?= 孩子
 DEMO_TOKENS := --min_length 50
 # Four hundred documents are memorised within three epochs unless the model learns from a trigram too and updates are small.
 DEMO_RECIPE := --epochs 6 --stride 63 --batch_size 8 --optimizer muon --embedding_init cooccurrence --lr 1.5e-2 --muon_lr 6e-3 \
-	--warmup_steps 30 --dropout 0.1 --weight_decay 0.5 --muon_weight_decay 1.5 --ngram_share 0.4 --shift_windows --document_mask --patience 3 --report
+	--warmup_steps 30 --dropout 0.1 --weight_decay 0.5 --muon_weight_decay 1.5 --ngram_share 0.4 --shift_windows \
+	--document_mask --patience 3 --report
 # So small a model is fluent near the likeliest tokens only.
 DEMO_SAMPLING := --temperature 0.7 --topp 0.9
 MODEL ?= $(firstword $(wildcard model/best_model model/final_model $(DEMO)/model/best_model) model/final_model)
