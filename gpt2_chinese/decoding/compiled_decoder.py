@@ -322,7 +322,7 @@ class CompiledDecoder:
         n_inner = config.n_inner or 4 * n_embd
         head_stride = round_up(n_embd // n_head)
         max_rows = max(self.max_num_seqs, min(PREFILL_CHUNK, self.n_ctx))
-        scratch = max(MAX_BLOCK_ROWS * PANEL_COLUMNS, self.n_ctx + head_stride)
+        scratch = max(MAX_BLOCK_ROWS * PANEL_COLUMNS, self.n_ctx + head_stride, round_up(n_embd) + LANES)
         scratch = -(-scratch // 64) * 64
         self._tokens, self._slots, self._positions, self._logit_rows = np.zeros((4, max_rows), dtype=np.int64)
         phases = 1 + 9 * config.n_layer + 2  # the embedding, those of each layer, the final layer norm and the logits

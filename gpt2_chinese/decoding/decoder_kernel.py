@@ -240,6 +240,13 @@ def _load_panel_row(builder, precision, address):
     return [builder.bitcast(part, VECTOR) for part in parts]
 
 
+def _prefetch(builder, pointer):
+    """Prefetch a cache line, to be read, into the second cache."""
+    kinds = ir.PointerType(BYTE), INT32, INT32, INT32
+    function = _intrinsic(builder, "llvm.prefetch.p0", ir.VoidType(), *kinds)
+    builder.call(function, [pointer, INT32(0), INT32(2), INT32(1)])
+
+
 def _panel_loop(builder, rows, panel, inputs, step_bytes, sums, accumulate):
     """The sums of a block of rows over a panel, two vectors a row.
 
@@ -250,14 +257,10 @@ def _panel_loop(builder, rows, panel, inputs, step_bytes, sums, accumulate):
     weights, length, near, far = panel
     boundary = builder.sub(builder.add(weights, builder.mul(length, INT64(step_bytes))), near)
     to_far = builder.sub(far, boundary)
-    byte_pointer = ir.PointerType(BYTE)
-    prefetch = _intrinsic(builder, "llvm.prefetch.p0", ir.VoidType(), byte_pointer, INT32, INT32, INT32)
-
     def body(weights, inputs, *sums):
         distance = builder.select(builder.icmp_signed("<", weights, boundary), near, to_far)
         for offset in range(0, step_bytes, CACHE_LINE):
-            ahead = _pointer(builder, builder.add(weights, distance), BYTE, offset)
-            builder.call(prefetch, [ahead, INT32(0), INT32(2), INT32(1)])
+            _prefetch(builder, _pointer(builder, builder.add(weights, distance), BYTE, offset))
         new = accumulate(weights, inputs, sums)
         return [builder.add(weights, INT64(step_bytes)), builder.add(inputs, INT64(4 * rows)), *new]
 
@@ -422,6 +425,40 @@ def multiply_pairs(_, rows, weights, inputs, pairs, tile, near, far):
     return types.void(*[types.int64] * 7), generate
 
 
+def _make_of_panel(result):
+    """A function (target, source) of addresses: the PANEL_COLUMNS float32 at `source`, added to those at `target`
+    ("add"), copied there ("copy"), or rounded there to bf16, to the nearest, or of two to the even one ("round").
+
+    The compiler would have to see that the two do not overlap.
+    """
+
+    @intrinsic
+    def of_panel(_, target, source):
+        def generate(context, builder, signature, arguments):
+            target, source = arguments
+            for half in range(2):
+                value = _load(builder, source, VECTOR, 4 * LANES * half)
+                if result == "round":
+                    bits = builder.bitcast(value, WORDS)
+                    even = builder.and_(builder.lshr(bits, _constant(WORDS, 16)), _constant(WORDS, 1))
+                    bits = builder.add(builder.add(bits, _constant(WORDS, 0x7FFF)), even)
+                    kind = ir.VectorType(INT16, LANES)
+                    value = builder.trunc(builder.lshr(bits, _constant(WORDS, 16)), kind)
+                    builder.store(value, _pointer(builder, target, kind, 2 * LANES * half), align=2)
+                    continue
+                if result == "add":
+                    value = builder.fadd(_load(builder, target, VECTOR, 4 * LANES * half), value)
+                builder.store(value, _pointer(builder, target, VECTOR, 4 * LANES * half), align=4)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), generate
+
+    return of_panel
+
+
+add_panel, copy_panel, round_panel = map(_make_of_panel, ("add", "copy", "round"))
+
+
 @intrinsic
 def round_to_pairs(_, numbers, vectors, pairs, stride):
     """Round so many vectors of float32 to bf16; a pair is stored at `pairs`, the next one `stride` bytes further."""
@@ -513,18 +550,24 @@ def _load_cached(builder, precision, address, number):
     return builder.bitcast(builder.shl(builder.zext(half, WORDS), _constant(WORDS, 16)), VECTOR)
 
 
+def _prefetch_cached(builder, precision, address, vectors):
+    """Prefetch so many vectors of keys or values."""
+    for offset in range(0, vectors * LANES * (4 if precision == FP32 else 2), CACHE_LINE):
+        _prefetch(builder, _pointer(builder, address, BYTE, offset))
+
+
 def _make_add_scores(precision):
-    """`add_scores(vectors, query, keys, stride, length, scores)`: add to each of the float32 scores [length] the dot
+    """`add_scores(vectors, query, keys, stride, length, ahead, scores)`: add to each of the float32 scores [length] the dot
     product of a query and a key, both of so many vectors.
 
-    `stride` is the distance of the keys in bytes, the others are addresses; keys are float32 if `precision` is FP32,
-    bf16 otherwise.
+    `stride` is the distance of the keys in bytes, and as many are prefetched from `ahead` bytes after them; the others
+    are addresses. Keys are float32 if `precision` is FP32, bf16 otherwise.
     """
 
     @intrinsic
-    def add_scores(_, vectors, query, keys, stride, length, scores):
+    def add_scores(_, vectors, query, keys, stride, length, ahead, scores):
         def generate(context, builder, signature, arguments):
-            vectors, query, keys, stride, length, scores = arguments
+            vectors, query, keys, stride, length, ahead, scores = arguments
             multiply_add = _intrinsic(builder, f"llvm.fmuladd.v{LANES}f32", VECTOR, VECTOR, VECTOR, VECTOR)
             reduce = _intrinsic(builder, f"llvm.vector.reduce.fadd.v{LANES}f32", FLOAT, FLOAT, VECTOR)
 
@@ -532,6 +575,7 @@ def _make_add_scores(precision):
                 parts = [_load(builder, query, VECTOR, 4 * LANES * i) for i in range(count)]
 
                 def body(keys, scores):
+                    _prefetch_cached(builder, precision, builder.add(keys, ahead), count)
                     total = _constant(VECTOR, 0.0)
                     for i, part in enumerate(parts):
                         total = builder.call(multiply_add, [part, _load_cached(builder, precision, keys, i), total])
@@ -544,24 +588,25 @@ def _make_add_scores(precision):
             _switch_on_count(builder, vectors, MAX_VECTORS, case)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 6), generate
+        return types.void(*[types.int64] * 7), generate
 
     return add_scores
 
 
 def _make_weighted_sum(precision):
-    """`weighted_sum(vectors, weights, values, stride, length, target)`: the sum of values, of so many vectors each,
-    times their float32 weights [length]; addresses but for `stride`. Values are as the keys of `add_scores`.
+    """`weighted_sum(vectors, weights, values, stride, length, ahead, target)`: the sum of values, of so many vectors
+    each, times their float32 weights [length]. Values are as the keys of `add_scores`, and so is the rest.
     """
 
     @intrinsic
-    def weighted_sum(_, vectors, weights, values, stride, length, target):
+    def weighted_sum(_, vectors, weights, values, stride, length, ahead, target):
         def generate(context, builder, signature, arguments):
-            vectors, weights, values, stride, length, target = arguments
+            vectors, weights, values, stride, length, ahead, target = arguments
             multiply_add = _intrinsic(builder, f"llvm.fmuladd.v{LANES}f32", VECTOR, VECTOR, VECTOR, VECTOR)
 
             def case(count):
                 def body(weights, values, *sums):
+                    _prefetch_cached(builder, precision, builder.add(values, ahead), count)
                     weight = _broadcast(builder, _load(builder, weights, FLOAT))
                     loaded = [_load_cached(builder, precision, values, i) for i in range(count)]
                     new = [builder.call(multiply_add, [weight, loaded[i], sums[i]]) for i in range(count)]
@@ -574,7 +619,7 @@ def _make_weighted_sum(precision):
             _switch_on_count(builder, vectors, MAX_VECTORS, case)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 6), generate
+        return types.void(*[types.int64] * 7), generate
 
     return weighted_sum
 
@@ -625,20 +670,6 @@ def row_offset_and_stride(row, rows, width):
     block = ((row + 1) * num_blocks(rows) - 1) // rows
     begin = block_begin(block, rows)
     return begin * width + row - begin, block_begin(block + 1, rows) - begin
-
-
-@compiled
-def converts_inputs(model):
-    """Whether the inputs of a product are quantized or rounded, row by row."""
-    return model.precision == INT8 or model.precision == BF16_PAIRS
-
-
-@compiled
-def input_offset_and_stride(model, row, rows, width):
-    """The same for float inputs. Where they are converted row by row, they are [rows, width]."""
-    if converts_inputs(model):
-        return row * round_up(width), 1
-    return row_offset_and_stride(row, rows, width)
 
 
 @compiled
@@ -718,8 +749,8 @@ def embed(model, args, row):
 
 
 @compiled_reassociating
-def layer_norm(model, args, source, row, rows, parameters):
-    """Layer norm of row `source` of `hidden`, stored as row `row` of the `rows` inputs of the next product."""
+def layer_norm(model, args, source, parameters, target):
+    """Store the layer norm of row `source` of `hidden` at `target`."""
     width = model.n_embd
     hidden = carray(float32_at(args.hidden + 4 * source * width), width)
     total = np.float32(0)
@@ -732,44 +763,51 @@ def layer_norm(model, args, source, row, rows, parameters):
     inverse = np.float32(1) / square_root(squares / np.float32(width) + float32_at(model.constants)[0])
     weights = carray(float32_at(parameters), width)
     biases = carray(float32_at(parameters + 4 * width), width)
-    offset, stride = input_offset_and_stride(model, row, rows, width)
-    inputs = float32_at(args.inputs + 4 * offset)
+    results = carray(float32_at(target), round_up(width))
     for index in range(width):
-        inputs[index * stride] = (hidden[index] - mean) * inverse * weights[index] + biases[index]
-    if converts_inputs(model):
-        convert_row(model, args, args.inputs, row, rows, width)
+        results[index] = (hidden[index] - mean) * inverse * weights[index] + biases[index]
+    for index in range(width, round_up(width)):
+        results[index] = np.float32(0)
 
 
 @compiled
-def convert_row(model, args, source, row, rows, width):
-    """Convert a row of float32 [rows, width] to what the next product multiplies."""
+def store_inputs(model, args, numbers, row, rows, width, first, last, scratch):
+    """Store part of a row as what the next product multiplies: the columns from `first` to `last`, whole vectors.
+
+    `numbers` is the address of the whole row in float32, with zeros up to a whole vector.
+    """
     if model.precision == INT8:
-        quantize_row(args, source, row, rows, width)
-    else:
+        quantize_row(args, numbers, row, rows, width, first, last, scratch)
+    elif model.precision == BF16_PAIRS:
         offset, stride = row_offset_and_stride(row, rows, round_up(width) // PAIR)
-        vectors = round_up(width) // LANES
-        round_to_pairs(source + 4 * row * round_up(width), vectors, args.codes + 4 * offset, 4 * stride)
+        pairs = args.codes + 4 * (offset + first // PAIR * stride)
+        round_to_pairs(numbers + 4 * first, (last - first) // LANES, pairs, 4 * stride)
+    else:
+        offset, stride = row_offset_and_stride(row, rows, width)
+        inputs, values = float32_at(args.inputs + 4 * offset), float32_at(numbers)
+        for index in range(first, min(last, width)):
+            inputs[index * stride] = values[index]
 
 
 @compiled
-def quantize_row(args, source, row, rows, width):
-    """Quantize a row of float32 [rows, width] to codes from 0 to 255, and store its Quantization, for the next product.
+def quantize_row(args, numbers, row, rows, width, first, last, scratch):
+    """Quantize these columns of a row to codes from 0 to 255; with the first ones, store the row's Quantization.
 
     The zero point is an integer, so that 0 stays exact.
     """
-    numbers, vectors = source + 4 * row * round_up(width), round_up(width) // LANES
-    quantization = args.quantizations + QUANTIZATION_BYTES * row
-    min_max(numbers, vectors, quantization)
-    results = float32_at(quantization)
-    minimum, maximum = results[0], results[1]
+    min_max(numbers, round_up(width) // LANES, scratch)
+    minimum, maximum = float32_at(scratch)[0], float32_at(scratch)[1]
     scale = max((maximum - minimum) / np.float32(MAX_CODE), np.float32(1e-30))
     inverse_scale = np.float32(1) / scale
     zero_point = np.int32(np.float32(0.5) - minimum * inverse_scale)
     offset, stride = row_offset_and_stride(row, rows, round_up(width) // GROUP)
-    codes = args.codes + GROUP * offset
-    quantize_vectors(numbers, vectors, inverse_scale, np.float32(zero_point), codes, GROUP * stride)
-    float32_at(quantization)[0] = scale
-    uint32_at(quantization + ZERO_POINT_OFFSET)[0] = np.uint32(zero_point)
+    codes = args.codes + GROUP * (offset + first // GROUP * stride)
+    vectors = (last - first) // LANES
+    quantize_vectors(numbers + 4 * first, vectors, inverse_scale, np.float32(zero_point), codes, GROUP * stride)
+    if first == 0:
+        quantization = args.quantizations + QUANTIZATION_BYTES * row
+        float32_at(quantization)[0] = scale
+        uint32_at(quantization + ZERO_POINT_OFFSET)[0] = np.uint32(zero_point)
 
 
 @compiled
@@ -798,7 +836,7 @@ def multiply_panel(model, args, layer, linear, panel, rows, inputs, tile, destin
         elif model.precision == FP32:
             multiply_fp32(size, weights, address, linear.in_features, tile, near, far)
         elif model.precision == BF16_PAIRS:
-            multiply_pairs(size, weights, args.codes + 4 * begin * groups, groups, tile, near, far)
+            multiply_pairs(size, weights, inputs + 4 * begin * groups, groups, tile, near, far)
         else:
             codes = args.codes + begin * groups * GROUP
             quantizations = args.quantizations + QUANTIZATION_BYTES * begin
@@ -806,20 +844,24 @@ def multiply_panel(model, args, layer, linear, panel, rows, inputs, tile, destin
             weight_sums = linear.weight_sums + 4 * panel * PANEL_COLUMNS
             multiply_int8(size, weights, codes, groups, tile, near, far, quantizations, scales, weight_sums)
         if linear.bias != 0:
-            bias = carray(float32_at(linear.bias + 4 * panel * PANEL_COLUMNS), PANEL_COLUMNS)
             for row in range(size):
-                for column in range(PANEL_COLUMNS):
-                    results[row * PANEL_COLUMNS + column] += bias[column]
+                add_panel(tile + 4 * row * PANEL_COLUMNS, linear.bias + 4 * panel * PANEL_COLUMNS)
         if destination == TO_MLP_INPUTS:
             apply_activation(model, results, size)
-            if converts_inputs(model):
-                width = round_up(linear.out_features)
+            width = round_up(linear.out_features)
+            if model.precision == BF16_PAIRS:
+                # Beyond the last column are zeros, since the weights are.
+                pairs = args.mlp_inputs + 2 * (begin * width + panel * PANEL_COLUMNS * size)
+                count = min(PANEL_COLUMNS, width - panel * PANEL_COLUMNS) // LANES
+                for row in range(size):
+                    round_to_pairs(tile + 4 * row * PANEL_COLUMNS, count, pairs + 4 * row, 4 * size)
+            elif model.precision == INT8:
                 for row in range(size):
                     address = args.mlp_inputs + 4 * ((begin + row) * width + panel * PANEL_COLUMNS)
                     copy_floats(address, tile + 4 * row * PANEL_COLUMNS, columns)
             else:
                 for row in range(size):
-                    offset, stride = input_offset_and_stride(model, begin + row, rows, linear.out_features)
+                    offset, stride = row_offset_and_stride(begin + row, rows, linear.out_features)
                     target = float32_at(args.mlp_inputs + 4 * (offset + panel * PANEL_COLUMNS * stride))
                     for column in range(columns):
                         target[column * stride] = results[row * PANEL_COLUMNS + column]
@@ -827,14 +869,17 @@ def multiply_panel(model, args, layer, linear, panel, rows, inputs, tile, destin
             store_qkv(model, args, layer, begin, size, panel * PANEL_COLUMNS, columns, tile)
         elif destination == TO_HIDDEN:
             for row in range(size):
-                hidden = float32_at(args.hidden + 4 * ((begin + row) * linear.out_features + panel * PANEL_COLUMNS))
-                for column in range(columns):
-                    hidden[column] += results[row * PANEL_COLUMNS + column]
+                address = args.hidden + 4 * ((begin + row) * linear.out_features + panel * PANEL_COLUMNS)
+                if columns == PANEL_COLUMNS:
+                    add_panel(address, tile + 4 * row * PANEL_COLUMNS)
+                else:
+                    hidden = float32_at(address)
+                    for column in range(columns):
+                        hidden[column] += results[row * PANEL_COLUMNS + column]
         else:
             for row in range(size):
-                logits = float32_at(args.logits + 4 * ((begin + row) * linear.out_features + panel * PANEL_COLUMNS))
-                for column in range(columns):
-                    logits[column] = results[row * PANEL_COLUMNS + column]
+                address = args.logits + 4 * ((begin + row) * linear.out_features + panel * PANEL_COLUMNS)
+                copy_floats(address, tile + 4 * row * PANEL_COLUMNS, columns)
 
 
 @compiled
@@ -873,35 +918,39 @@ def store_qkv(model, args, layer, begin, rows, first, columns, tile):
 
 @compiled
 def copy_floats(target, source, count):
-    """Copy so many float32 from one address to another; a whole panel's, nearly always, in registers."""
-    targets, sources = float32_at(target), float32_at(source)
+    """Copy so many float32 from one address to another."""
     if count == PANEL_COLUMNS:
-        for index in range(PANEL_COLUMNS):
-            targets[index] = sources[index]
+        copy_panel(target, source)
     else:
+        targets, sources = float32_at(target), float32_at(source)
         for index in range(count):
             targets[index] = sources[index]
 
 
 @compiled
 def round_floats(target, source, count):
-    """Round so many float32 to bf16, to the nearest, or of two to the even one."""
-    targets, sources = uint16_at(target), uint32_at(source)
-    for index in range(count):
-        bits = sources[index]
-        targets[index] = np.uint16(
-            (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        )
+    """Round so many float32 to bf16."""
+    if count == PANEL_COLUMNS:
+        round_panel(target, source)
+    else:
+        targets, sources = uint16_at(target), uint32_at(source)
+        for index in range(count):
+            bits = sources[index]
+            even = (bits >> np.uint32(16)) & np.uint32(1)
+            targets[index] = np.uint16((bits + np.uint32(0x7FFF) + even) >> np.uint32(16))
 
 
 @compiled
-def attend(model, args, layer, row, head, rows, scratch):
-    """Attention of one head of a row over the positions up to its own, stored in the inputs of the next product."""
-    slot, length = int64_at(args.slots)[row], int64_at(args.positions)[row] + 1
+def attend(model, args, layer, row, head, rows, begin, ahead, scratch):
+    """Attention of one head of a row over the positions up to its own, stored in the inputs of the next product.
+
+    Its keys and values begin at `begin` in the KV cache; those that lie `ahead` are prefetched, both in numbers.
+    """
+    length = int64_at(args.positions)[row] + 1
     size = cached_bytes(model)
     stride = size * model.head_stride
     query = args.queries + 4 * model.head_stride * (row * model.n_head + head)
-    begin = size * kv_offset(model, layer, slot, head, np.int64(0))
+    begin, ahead = size * begin, size * ahead
     scores = carray(float32_at(scratch), length)
     for index in range(length):
         scores[index] = np.float32(0)
@@ -909,23 +958,48 @@ def attend(model, args, layer, row, head, rows, scratch):
         vectors = min(MAX_VECTORS, (model.head_stride - first) // LANES)
         keys = model.key_cache + begin + size * first
         if model.precision == FP32:
-            add_scores_fp32(vectors, query + 4 * first, keys, stride, length, scratch)
+            add_scores_fp32(vectors, query + 4 * first, keys, stride, length, ahead, scratch)
         else:
-            add_scores_bf16(vectors, query + 4 * first, keys, stride, length, scratch)
+            add_scores_bf16(vectors, query + 4 * first, keys, stride, length, ahead, scratch)
     inverse_sum = softmax(scores, length, float32_at(model.constants)[1 + layer])
-    offset, apart = input_offset_and_stride(model, row, rows, model.n_embd)
-    inputs = float32_at(args.inputs + 4 * (offset + head * model.head_size * apart))
     mixed = scratch + 4 * model.n_ctx
     for first in range(0, model.head_stride, MAX_VECTORS * LANES):
         vectors = min(MAX_VECTORS, (model.head_stride - first) // LANES)
         values = model.value_cache + begin + size * first
         if model.precision == FP32:
-            weighted_sum_fp32(vectors, scratch, values, stride, length, mixed + 4 * first)
+            weighted_sum_fp32(vectors, scratch, values, stride, length, ahead, mixed + 4 * first)
         else:
-            weighted_sum_bf16(vectors, scratch, values, stride, length, mixed + 4 * first)
-    results = float32_at(mixed)
+            weighted_sum_bf16(vectors, scratch, values, stride, length, ahead, mixed + 4 * first)
+    results = carray(float32_at(mixed), model.head_size)
     for index in range(model.head_size):
-        inputs[index * apart] = results[index] * inverse_sum
+        results[index] *= inverse_sum
+    store_attention(model, args, row, head, rows, mixed)
+
+
+@compiled
+def store_attention(model, args, row, head, rows, numbers):
+    """Store the results of a head: what the next product multiplies, or for INT8, which needs whole rows, float32."""
+    size, results = model.head_size, float32_at(numbers)
+    first = head * size
+    if model.precision == INT8:
+        inputs = float32_at(args.inputs + 4 * (row * round_up(model.n_embd) + first))
+        for index in range(size):
+            inputs[index] = results[index]
+    elif model.precision == BF16_PAIRS:
+        # After the last column the layer norm left zeros.
+        offset, stride = row_offset_and_stride(row, rows, round_up(model.n_embd) // PAIR)
+        codes = args.codes + 4 * offset
+        if first % PAIR == 0 and size % LANES == 0:
+            round_to_pairs(numbers, size // LANES, codes + 4 * (first // PAIR) * stride, 4 * stride)
+        else:
+            for index in range(first, first + size):
+                target = codes + 4 * (index // PAIR * stride) + 2 * (index % PAIR)
+                round_floats(target, numbers + 4 * (index - first), 1)
+    else:
+        offset, stride = row_offset_and_stride(row, rows, model.n_embd)
+        inputs = float32_at(args.inputs + 4 * (offset + first * stride))
+        for index in range(size):
+            inputs[index * stride] = results[index]
 
 
 @compiled_reassociating
@@ -969,14 +1043,43 @@ def wait_for_phase(args, phase, items):
 
 
 @compiled
-def layer_norm_phase(model, args, phase, rows, parameters, is_final):
-    row = take_work_item(args, phase)
-    while row < rows:
-        source = int64_at(args.logit_rows)[row] if is_final else row
-        layer_norm(model, args, source, row, rows, parameters)
+def parts_of_a_block(args, rows, width):
+    """Into how many parts the columns of a block of rows are divided, so that the threads have equally many parts.
+
+    Of the inputs of a product each thread writes a part of the columns: those of the rows of a block lie beside each
+    other, and threads that write to the same cache lines wait for each other.
+    """
+    blocks = num_blocks(rows)
+    least = 1
+    while least * blocks % args.threads:
+        least += 1
+    return min(least, (width + 4 * LANES - 1) // (4 * LANES)) if rows > 1 else 1
+
+
+@compiled
+def part_of_row(part, parts, width):
+    """The columns of a part: whole vectors."""
+    vectors = round_up(width) // LANES
+    return part * vectors // parts * LANES, (part + 1) * vectors // parts * LANES
+
+
+@compiled
+def layer_norm_phase(model, args, phase, rows, parameters, is_final, scratch):
+    """A work item is a part of the columns of a block of rows; what they are divided by is computed for each part."""
+    width = model.n_embd
+    parts = parts_of_a_block(args, rows, width)
+    items = num_blocks(rows) * parts
+    item = take_work_item(args, phase)
+    while item < items:
+        block = item // parts
+        first, last = part_of_row(item % parts, parts, width)
+        for row in range(block_begin(block, rows), block_begin(block + 1, rows)):
+            source = int64_at(args.logit_rows)[row] if is_final else row
+            layer_norm(model, args, source, parameters, scratch)
+            store_inputs(model, args, scratch, row, rows, width, first, last, scratch + 4 * round_up(width))
         finish_work_item(args, phase)
-        row = take_work_item(args, phase)
-    return wait_for_phase(args, phase, rows)
+        item = take_work_item(args, phase)
+    return wait_for_phase(args, phase, items)
 
 
 @compiled
@@ -1010,26 +1113,41 @@ def matmul_phase(model, args, phase, layer, linear, rows, inputs, scratch, desti
 
 @compiled
 def attention_phase(model, args, phase, layer, rows, scratch):
-    heads = model.n_head
+    """A work item is a few heads of a row, or the last ones of a row and the first ones of the next one."""
+    heads, slots = model.n_head, int64_at(args.slots)
+    pairs = rows * heads
+    size = min(max(pairs // (8 * args.threads), 1), heads)
+    items = (pairs + size - 1) // size
     item = take_work_item(args, phase)
-    while item < rows * heads:
-        attend(model, args, layer, item // heads, item % heads, rows, scratch)
+    while item < items:
+        end = min((item + 1) * size, pairs)
+        for pair in range(item * size, end):
+            row, head = pair // heads, pair % heads
+            begin, ahead = kv_offset(model, layer, slots[row], head, 0), 0
+            if pair + 1 < end:
+                ahead = kv_offset(model, layer, slots[(pair + 1) // heads], (pair + 1) % heads, 0) - begin
+            attend(model, args, layer, row, head, rows, begin, ahead, scratch)
         finish_work_item(args, phase)
         item = take_work_item(args, phase)
-    return wait_for_phase(args, phase, rows * heads)
+    return wait_for_phase(args, phase, items)
 
 
 @compiled
-def convert_phase(model, args, phase, source, rows, width):
-    """Convert inputs of which no work item computes a whole row, if they are converted."""
-    if not converts_inputs(model):
+def quantize_phase(model, args, phase, source, rows, width, scratch):
+    """For INT8, quantize inputs of which no work item computes a whole row; items as in layer_norm_phase."""
+    if model.precision != INT8:
         return phase
-    row = take_work_item(args, phase)
-    while row < rows:
-        convert_row(model, args, source, row, rows, width)
+    parts = parts_of_a_block(args, rows, width)
+    items = num_blocks(rows) * parts
+    item = take_work_item(args, phase)
+    while item < items:
+        block = item // parts
+        first, last = part_of_row(item % parts, parts, width)
+        for row in range(block_begin(block, rows), block_begin(block + 1, rows)):
+            quantize_row(args, source + 4 * row * round_up(width), row, rows, width, first, last, scratch)
         finish_work_item(args, phase)
-        row = take_work_item(args, phase)
-    return wait_for_phase(args, phase, rows)
+        item = take_work_item(args, phase)
+    return wait_for_phase(args, phase, items)
 
 
 @compiled
@@ -1038,6 +1156,7 @@ def forward(model, args, thread):
     rows = args.rows
     scratch = args.scratch + thread * args.scratch_bytes
     phase = 0
+    inputs = args.codes if model.precision == BF16_PAIRS else args.inputs
     row = take_work_item(args, phase)
     while row < rows:
         embed(model, args, row)
@@ -1046,24 +1165,23 @@ def forward(model, args, thread):
     phase = wait_for_phase(args, phase, rows)
     for index in range(model.n_layer):
         layer = layer_at(model.layers + 8 * index * LAYER_FIELDS)
-        inputs = args.inputs
-        phase = layer_norm_phase(model, args, phase, rows, layer.ln_1, False)
+        phase = layer_norm_phase(model, args, phase, rows, layer.ln_1, False, scratch)
         linear = linear_at(layer.c_attn)
         phase = matmul_phase(model, args, phase, index, linear, rows, inputs, scratch, TO_QKV)
         phase = attention_phase(model, args, phase, index, rows, scratch)
         linear = linear_at(layer.attn_c_proj)
-        phase = convert_phase(model, args, phase, inputs, rows, linear.in_features)
+        phase = quantize_phase(model, args, phase, args.inputs, rows, linear.in_features, scratch)
         phase = matmul_phase(model, args, phase, index, linear, rows, inputs, scratch, TO_HIDDEN)
-        phase = layer_norm_phase(model, args, phase, rows, layer.ln_2, False)
+        phase = layer_norm_phase(model, args, phase, rows, layer.ln_2, False, scratch)
         linear = linear_at(layer.c_fc)
         phase = matmul_phase(model, args, phase, index, linear, rows, inputs, scratch, TO_MLP_INPUTS)
         linear = linear_at(layer.mlp_c_proj)
-        phase = convert_phase(model, args, phase, args.mlp_inputs, rows, linear.in_features)
+        phase = quantize_phase(model, args, phase, args.mlp_inputs, rows, linear.in_features, scratch)
         phase = matmul_phase(model, args, phase, index, linear, rows, args.mlp_inputs, scratch, TO_HIDDEN)
     rows = args.num_logit_rows
     if rows > 0:
-        phase = layer_norm_phase(model, args, phase, rows, model.ln_f, True)
-        matmul_phase(model, args, phase, 0, linear_at(model.lm_head), rows, args.inputs, scratch, TO_LOGITS)
+        phase = layer_norm_phase(model, args, phase, rows, model.ln_f, True, scratch)
+        matmul_phase(model, args, phase, 0, linear_at(model.lm_head), rows, inputs, scratch, TO_LOGITS)
 
 
 def step(model_address, step_address, thread):
