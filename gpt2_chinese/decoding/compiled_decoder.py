@@ -79,6 +79,9 @@ DOT_PRODUCT = _dot_product(LANES)
 PANEL_COLUMNS = 2 * LANES
 """Columns of a product that are computed at once; the weights are stored in panels [in_features, PANEL_COLUMNS]."""
 
+NUM_HIGH_BYTES = 16
+"""Different first bytes, the sign and most of the exponent, that the weights of a panel may have for BF16_PAIRS."""
+
 PREFILL_CHUNK = 96
 """Tokens of a chunked prefill that go through the model at once; more would only need more memory."""
 
@@ -100,7 +103,8 @@ MAX_UNCACHED_TOKENS = 8
 With a small model these are computed in the time that it takes to look for them; with GPT-2 small every token counts.
 """
 
-COUNTER_BYTES = 64  # a cache line for each counter, so that threads do not share one
+CACHE_LINE = 64  # bytes
+COUNTER_BYTES = CACHE_LINE  # so that threads do not share one
 
 
 class Linear(NamedTuple):
@@ -110,6 +114,7 @@ class Linear(NamedTuple):
     bias: int
     scales: int  # of each output, for INT8
     weight_sums: int  # of each output, for INT8
+    high_bytes: int  # of each panel, for BF16_PAIRS
     in_features: int
     out_features: int
 
@@ -257,7 +262,7 @@ class CompiledDecoder:
 
         def linear(weight: Tensor, bias: Tensor | None) -> int:
             """`weight` is (out, in)."""
-            packed, scales, weight_sums = pack_weights(weight.detach(), precision)
+            packed = pack_weights(weight.detach(), precision)
             out_features, in_features = weight.shape
             bias_address = 0
             if bias is not None:
@@ -265,10 +270,11 @@ class CompiledDecoder:
                 padded[:out_features] = to_numpy(bias)
                 bias_address = address(padded)
             fields = Linear(
-                weights=address(packed),
+                weights=address(packed.panels),
                 bias=bias_address,
-                scales=address(scales),
-                weight_sums=address(weight_sums),
+                scales=address(packed.scales),
+                weight_sums=address(packed.weight_sums),
+                high_bytes=address(packed.high_bytes),
                 in_features=in_features,
                 out_features=out_features,
             )
@@ -322,15 +328,18 @@ class CompiledDecoder:
         n_inner = config.n_inner or 4 * n_embd
         head_stride = round_up(n_embd // n_head)
         max_rows = max(self.max_num_seqs, min(PREFILL_CHUNK, self.n_ctx))
-        scratch = max(MAX_BLOCK_ROWS * PANEL_COLUMNS, self.n_ctx + head_stride, round_up(n_embd) + LANES)
+        panel = MAX_BLOCK_ROWS * PANEL_COLUMNS
+        if MULTIPLIES_PAIRS:
+            panel += round_up(max(n_embd, n_inner)) // 2 * PANEL_COLUMNS  # the weights of one, in bf16
+        scratch = max(panel, self.n_ctx + head_stride, round_up(n_embd) + LANES)
         scratch = -(-scratch // 64) * 64
         self._tokens, self._slots, self._positions, self._logit_rows = np.zeros((4, max_rows), dtype=np.int64)
         phases = 1 + 9 * config.n_layer + 2  # the embedding, those of each layer, the final layer norm and the logits
         # Two for each phase: work items taken, and work items finished.
-        self._counters = np.zeros((2 * phases, COUNTER_BYTES // 8), dtype=np.int64)
+        self._counters = aligned_zeros((2 * phases, COUNTER_BYTES)).view(np.int64)
 
         def zeros(shape: tuple[int, ...], dtype: type) -> int:
-            return self._address(np.zeros(shape, dtype=dtype))
+            return self._address(aligned_zeros((*shape[:-1], shape[-1] * np.dtype(dtype).itemsize)))
 
         args = StepArgs(
             rows=0,
@@ -604,52 +613,114 @@ def round_up(count: int) -> int:
     return -(-count // LANES) * LANES
 
 
-def pack_weights(weight: Tensor, precision: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+class PackedWeights(NamedTuple):
+    """A matrix in panels."""
+
+    panels: np.ndarray  # bytes
+    scales: np.ndarray  # of each output, float32; 1 but for INT8
+    weight_sums: np.ndarray  # of each output's packed weights, int32; 0 but for INT8
+    high_bytes: np.ndarray  # [panels, NUM_HIGH_BYTES], uint8; 0 but for BF16_PAIRS
+
+
+def pack_weights(weight: Tensor, precision: int) -> PackedWeights:
     """Pack a matrix (out, in) into panels.
 
     A panel is [in, PANEL_COLUMNS]; for BF16 [in, LANES, 2], with column i beside column LANES + i; for INT8
-    [in / 4, PANEL_COLUMNS, 4], and for BF16_PAIRS [in / 2, PANEL_COLUMNS, 2]. The last panel is padded with zeros, and
-    for the last two the inputs to whole vectors.
-
-    Returns:
-        The panels as bytes; the scale of each output (1 but for INT8); the sum of each output's packed weights (int32,
-        0 but for INT8).
+    [in / 4, PANEL_COLUMNS, 4]; for BF16_PAIRS see `pack_pairs`. The last panel is padded with zeros, and for the last
+    two the inputs to whole vectors.
     """
     out_features, in_features = weight.shape
     panels = -(-out_features // PANEL_COLUMNS)
     scales = torch.ones(panels * PANEL_COLUMNS)
     weight_sums = torch.zeros(panels * PANEL_COLUMNS, dtype=torch.int32)
+    high_bytes = np.zeros((panels, NUM_HIGH_BYTES), dtype=np.uint8)
     if precision == INT8:
         scales[:out_features] = (weight.abs().amax(dim=1).float() / 127).clamp_min(torch.finfo(torch.float32).tiny)
-    # Four INT8 inputs, or a pair in bf16, are moved as one int32.
-    group = {INT8: 4, BF16_PAIRS: 2}.get(precision, 1)
-    dtype = {FP32: torch.float32, BF16: torch.bfloat16}.get(precision, torch.int32)
-    groups = in_features if group == 1 else round_up(in_features) // group
-    # NumPy asks Linux for huge pages, PyTorch does not; with small ones reading is a third slower.
-    memory = np.zeros(panels * PANEL_COLUMNS * groups * dtype.itemsize, dtype=np.uint8)
-    shape = (panels, groups, LANES, 2) if precision == BF16 else (panels, groups, 2, LANES)
-    packed = torch.from_numpy(memory).view(dtype).view(shape)
-    order = (0, 3, 2, 1) if precision == BF16 else (0, 3, 1, 2)
+    inputs = round_up(in_features) if precision in (INT8, BF16_PAIRS) else in_features
+    panel_bytes = PANEL_COLUMNS * inputs * {FP32: 8, BF16: 4, INT8: 2, BF16_PAIRS: 3}[precision] // 2
+    memory = aligned_zeros((panels, panel_bytes))
     full_panels = out_features // PANEL_COLUMNS
 
     def pack_panels(first: int, last: int, rows: Tensor) -> None:
+        columns = slice(first * PANEL_COLUMNS, last * PANEL_COLUMNS)
         if precision == INT8:
-            rows = (rows / scales[first * PANEL_COLUMNS : last * PANEL_COLUMNS, None][: len(rows)]).round_()
-            weight_sums[first * PANEL_COLUMNS :][: len(rows)] = rows.sum(dim=1)  # exact: below 2^24 for 132,000 inputs
-        if group > 1:
-            rows = rows.to(torch.int8 if precision == INT8 else torch.bfloat16).contiguous()
-            if in_features % LANES:
-                rows = F.pad(rows, (0, groups * group - in_features))
-            rows = rows.view(dtype)
-        if len(rows) % PANEL_COLUMNS:
-            rows = torch.cat([rows, rows.new_zeros(-len(rows) % PANEL_COLUMNS, groups)])
-        packed[first:last] = rows.unflatten(0, (last - first, 2, LANES)).permute(order)
+            rows = (rows / scales[columns, None][: len(rows)]).round_()
+            weight_sums[columns][: len(rows)] = rows.sum(dim=1)  # exact: below 2^24 for 132,000 inputs
+        dtype = {FP32: torch.float32, INT8: torch.int8}.get(precision, torch.bfloat16)
+        rows = rows.to(dtype)
+        padding = inputs - in_features, -len(rows) % PANEL_COLUMNS
+        if any(padding):
+            rows = F.pad(rows, (0, padding[0], 0, padding[1]))
+        if precision == BF16_PAIRS:
+            for panel in range(first, last):
+                words = rows[(panel - first) * PANEL_COLUMNS :][:PANEL_COLUMNS].contiguous().view(torch.int16)
+                memory[panel], high_bytes[panel] = pack_pairs(words.numpy().view(np.uint16))
+            return
+        if precision == INT8:
+            rows = rows.contiguous().view(torch.int32)  # four inputs, which are moved as one
+        order = (0, 3, 2, 1) if precision == BF16 else (0, 3, 1, 2)
+        packed = rows.unflatten(0, (last - first, 2, LANES)).permute(order)
+        torch.from_numpy(memory[first:last]).view(packed.dtype).view(packed.shape).copy_(packed)
 
     if full_panels:
         pack_panels(0, full_panels, weight[: full_panels * PANEL_COLUMNS])
     if full_panels < panels:
         pack_panels(full_panels, panels, weight[full_panels * PANEL_COLUMNS :])
-    return memory, scales.numpy(), weight_sums.numpy()
+    return PackedWeights(memory, scales.numpy(), weight_sums.numpy(), high_bytes)
+
+
+def pack_pairs(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pack a panel of bf16 in 12 bits a weight, which nearly all weights survive to the bit.
+
+    The high byte of a bf16 is the sign and most of the exponent. A panel has few of them, but for tiny weights: a table
+    of 16 has those of the greatest weights, of 16 powers of two where they are positive and 14 where they are negative,
+    and zero. A weight that is smaller becomes the smallest of those or zero, whichever is nearer: a change of at most
+    2^-15 of the greatest weight (negative: 2^-13), where rounding to bf16 has changed that one by up to 2^-9.
+
+    Args:
+        words: the bf16 as uint16 [PANEL_COLUMNS, inputs], whole vectors of inputs.
+
+    Returns:
+        For each four inputs, two pairs, three vectors of 4 * LANES bytes: the low bytes of the first pair, those of the
+        second one, and the places of their high bytes in the table, of the first pair in the low half of a byte. The
+        bytes of a vector stand as the CPU interleaves them with others, 8 at a time: both inputs of the columns 0 to 3,
+        of LANES to LANES + 3, of 4 to 7 and so on. The second array is the table, uint8 [NUM_HIGH_BYTES].
+    """
+    # Both inputs of a pair stay together: half, four columns of it, column; four inputs, pair.
+    parts = np.ascontiguousarray(words).view(np.uint32).reshape(2, LANES // 4, 4, -1, 2)
+    in_order = parts.transpose(3, 4, 1, 0, 2).reshape(-1).view(np.uint8)
+    low, high = in_order[0::2].copy(), in_order[1::2]
+    signed = np.arange(256)
+    is_negative = signed >= 0x80
+    greatest = int((high & np.uint8(0x7F)).max())
+    below = greatest - (signed & 0x7F)  # of each high byte; each step is two powers of two
+    number_kept = np.where(is_negative, 7, 8)
+    is_kept = below < number_kept
+    numbers = np.where(is_kept, below + np.where(is_negative, 8, 0), NUM_HIGH_BYTES - 1).astype(np.uint8)
+    codes = numbers[high]
+    if (codes == NUM_HIGH_BYTES - 1).any():
+        others = np.flatnonzero(codes == NUM_HIGH_BYTES - 1)
+        of_others = high[others]
+        # Half of the smallest number that is kept, and more, becomes that one.
+        is_rounded_up = (below[of_others] == number_kept[of_others]) & (low[others] >= 0x80)
+        codes[others[is_rounded_up]] = np.where(is_negative[of_others[is_rounded_up]], 14, 7)
+        low[others] = 0
+    table = np.zeros(NUM_HIGH_BYTES, dtype=np.uint8)
+    table[:8] = np.maximum(greatest - np.arange(8), 0)
+    table[8:15] = table[:7] | np.uint8(0x80)
+    low, codes = low.reshape(-1, 2, 4 * LANES), codes.reshape(-1, 2, 4 * LANES)
+    packed = np.concatenate([low, codes[:, :1] | codes[:, 1:] << np.uint8(4)], axis=1)
+    return packed.reshape(-1), table
+
+
+def aligned_zeros(shape: tuple[int, ...]) -> np.ndarray:
+    """Zeros, as bytes, that begin with a cache line.
+
+    NumPy asks Linux for huge pages, PyTorch does not; with small ones reading is a third slower.
+    """
+    memory = np.zeros(math.prod(shape) + CACHE_LINE, dtype=np.uint8)
+    begin = -memory.ctypes.data % CACHE_LINE
+    return memory[begin:][: math.prod(shape)].reshape(shape)
 
 
 def sched_yield_address() -> int:

@@ -33,6 +33,7 @@ from numba.np.unsafe.ndarray import to_fixed_tuple
 from gpt2_chinese.decoding.compiled_decoder import (
     BF16,
     BF16_PAIRS,
+    CACHE_LINE,
     COUNTER_BYTES,
     DOT_PRODUCT,
     FP32,
@@ -40,6 +41,7 @@ from gpt2_chinese.decoding.compiled_decoder import (
     LANES,
     MAX_BLOCK_ROWS,
     MULTIPLIES_PAIRS,
+    NUM_HIGH_BYTES,
     PANEL_COLUMNS,
     RELU,
     Layer,
@@ -70,9 +72,9 @@ PAIRS = ir.VectorType(BFLOAT, 2 * LANES)
 SHORTS, BYTES = ir.VectorType(INT16, 2 * LANES), ir.VectorType(BYTE, 4 * LANES)
 GROUP = 4  # inputs of an INT8 product that are multiplied at once: 4 bytes beside each other
 PAIR = 2  # the same of BF16_PAIRS, in 4 bytes too
+PAIRS_STEP_BYTES = 3 * 4 * LANES  # of a panel in BF16_PAIRS, for two pairs of inputs
 MAX_CODE = 255  # of a quantized input
 PREFETCH_BYTES = 8192  # ahead in the weights: the CPU's own prefetcher stops at the end of a page
-CACHE_LINE = 64
 SPINS_BEFORE_YIELD = 2000  # reads of a counter, some tens of microseconds
 MAX_PANELS = 8  # of a work item
 MAX_VECTORS = 4  # of a head, at once in attention
@@ -130,8 +132,8 @@ def _pointer_to(kind):
     return pointer
 
 
-float32_at, uint32_at, uint16_at, int8_at, int64_at, float64_at = map(
-    _pointer_to, (types.float32, types.uint32, types.uint16, types.int8, types.int64, types.float64)
+float32_at, uint32_at, uint16_at, int8_at, uint8_at, int64_at, float64_at = map(
+    _pointer_to, (types.float32, types.uint32, types.uint16, types.int8, types.uint8, types.int64, types.float64)
 )
 
 
@@ -247,12 +249,12 @@ def _prefetch(builder, pointer):
     builder.call(function, [pointer, INT32(0), INT32(2), INT32(1)])
 
 
-def _panel_loop(builder, rows, panel, inputs, step_bytes, sums, accumulate):
+def _panel_loop(builder, input_words, panel, inputs, step_bytes, sums, accumulate):
     """The sums of a block of rows over a panel, two vectors a row.
 
     `panel` is (address of the weights, number of steps, near, far); `_make_multiply` describes the last two. A step
-    takes `step_bytes` of weights and 4 bytes of each row's inputs; `accumulate(weights, inputs, sums)` returns the sums
-    after it.
+    takes `step_bytes` of weights and `input_words` of 4 bytes of inputs; `accumulate(weights, inputs, sums)` returns the
+    sums after it.
     """
     weights, length, near, far = panel
     boundary = builder.sub(builder.add(weights, builder.mul(length, INT64(step_bytes))), near)
@@ -262,9 +264,9 @@ def _panel_loop(builder, rows, panel, inputs, step_bytes, sums, accumulate):
         for offset in range(0, step_bytes, CACHE_LINE):
             _prefetch(builder, _pointer(builder, builder.add(weights, distance), BYTE, offset))
         new = accumulate(weights, inputs, sums)
-        return [builder.add(weights, INT64(step_bytes)), builder.add(inputs, INT64(4 * rows)), *new]
+        return [builder.add(weights, INT64(step_bytes)), builder.add(inputs, INT64(4 * input_words)), *new]
 
-    return _loop(builder, f"multiply{rows}", length, [weights, inputs, *sums], body)[2:]
+    return _loop(builder, f"multiply{input_words}", length, [weights, inputs, *sums], body)[2:]
 
 
 def _make_multiply(precision):
@@ -392,27 +394,89 @@ def make_multiply_int8(name):
 multiply_int8 = make_multiply_int8(DOT_PRODUCT)
 
 
-@intrinsic
-def multiply_pairs(_, rows, weights, inputs, pairs, tile, near, far):
-    """A block of rows times one panel, in BF16_PAIRS; arguments as of `multiply`.
+def _interleaved(builder, low, high, half):
+    """Bytes of `low` and `high` in turns: within each 16 bytes the first 8 of both (`half` 0), or the last 8 (1)."""
+    order = []
+    for lane in range(0, 4 * LANES, 16):
+        for byte in range(lane + 8 * half, lane + 8 * half + 8):
+            order += [byte, 4 * LANES + byte]
+    mixed = builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(INT32, 4 * LANES), order))
+    return builder.bitcast(mixed, PAIRS)
 
-    The panel is bf16 [pairs, PANEL_COLUMNS, PAIR], `inputs` bf16 [pairs, rows, PAIR].
+
+def _dot_pairs(builder, inputs, rows, halves, sums):
+    """Add to the sums of each row, two vectors, the products of a pair of its inputs with that of each column."""
+    # https://www.intel.com/content/www/us/en/docs/intrinsics-guide/, _mm512_dpbf16_ps.
+    name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * LANES}"
+    dot = _intrinsic(builder, name, VECTOR, VECTOR, PAIRS, PAIRS)
+    new = []
+    for row in range(rows):
+        value = builder.bitcast(_broadcast(builder, _load(builder, inputs, INT32, 4 * row)), PAIRS)
+        new += [builder.call(dot, [sums[2 * row + half], value, halves[half]]) for half in range(2)]
+    return new
+
+
+def _make_multiply_pairs(keeps):
+    """`multiply_pairs(rows, weights, inputs, pairs, tile, near, far, high_bytes, unpacked)`: a block of rows times one
+    panel, in BF16_PAIRS; arguments as of `multiply`.
+
+    `inputs` is bf16 [pairs, rows, PAIR], the panel as `pack_pairs` has made it, `high_bytes` the address of its table.
+    If it `keeps` the weights, they are stored at `unpacked`, bf16 [pairs, PANEL_COLUMNS, PAIR].
     """
+
+    @intrinsic
+    def multiply_pairs(_, rows, weights, inputs, pairs, tile, near, far, high_bytes, unpacked):
+        def generate(context, builder, signature, arguments):
+            rows, weights, inputs, pairs, tile, near, far, high_bytes, unpacked = arguments
+            nibble, four = _constant(BYTES, 15), _constant(SHORTS, 4)
+
+            def case(count):
+                look_up = _intrinsic(builder, f"llvm.x86.avx512.pshuf.b.{32 * LANES}", BYTES, BYTES, BYTES)
+                sixteen = _load(builder, high_bytes, ir.VectorType(BYTE, NUM_HIGH_BYTES), align=1)
+                everywhere = ir.Constant(ir.VectorType(INT32, 4 * LANES), list(range(16)) * (LANES // 4))
+                table = builder.shuffle_vector(sixteen, sixteen, everywhere)
+
+                def accumulate(weights, inputs, carried):
+                    *sums, target = carried
+                    codes = _load(builder, weights, BYTES, 2 * 4 * LANES, align=1)
+                    shifted = builder.bitcast(builder.lshr(builder.bitcast(codes, SHORTS), four), BYTES)
+                    for pair, part in enumerate((codes, shifted)):
+                        high = builder.call(look_up, [table, builder.and_(part, nibble)])
+                        low = _load(builder, weights, BYTES, pair * 4 * LANES, align=1)
+                        halves = [_interleaved(builder, low, high, half) for half in range(2)]
+                        if keeps:
+                            _store(builder, halves, builder.add(target, INT64(pair * 4 * PANEL_COLUMNS)))
+                        sums = _dot_pairs(builder, builder.add(inputs, INT64(4 * pair * count)), count, halves, sums)
+                    return [*sums, builder.add(target, INT64(2 * 4 * PANEL_COLUMNS))]
+
+                carried = [_constant(VECTOR, 0.0)] * (2 * count) + [unpacked]
+                panel = weights, builder.lshr(pairs, INT64(1)), near, far
+                carried = _panel_loop(builder, 2 * count, panel, inputs, PAIRS_STEP_BYTES, carried, accumulate)
+                _store(builder, carried[:-1], tile)
+
+            if MULTIPLIES_PAIRS:
+                _switch_on_count(builder, rows, MAX_BLOCK_ROWS, case)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 9), generate
+
+    return multiply_pairs
+
+
+multiply_pairs, multiply_and_keep_pairs = map(_make_multiply_pairs, (False, True))
+
+
+@intrinsic
+def multiply_kept_pairs(_, rows, weights, inputs, pairs, tile, near, far):
+    """The same with the weights that `multiply_and_keep_pairs` has kept."""
 
     def generate(context, builder, signature, arguments):
         rows, weights, inputs, pairs, tile, near, far = arguments
-        # https://www.intel.com/content/www/us/en/docs/intrinsics-guide/, _mm512_dpbf16_ps.
-        name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * LANES}"
 
         def case(count):
             def accumulate(weights, inputs, sums):
-                dot = _intrinsic(builder, name, VECTOR, VECTOR, PAIRS, PAIRS)
                 halves = [builder.bitcast(_load(builder, weights, WORDS, 4 * LANES * half), PAIRS) for half in range(2)]
-                new = []
-                for row in range(count):
-                    value = builder.bitcast(_broadcast(builder, _load(builder, inputs, INT32, 4 * row)), PAIRS)
-                    new += [builder.call(dot, [sums[2 * row + half], value, halves[half]]) for half in range(2)]
-                return new
+                return _dot_pairs(builder, inputs, count, halves, sums)
 
             zeros = [_constant(VECTOR, 0.0)] * (2 * count)
             panel = weights, pairs, near, far
@@ -675,7 +739,7 @@ def row_offset_and_stride(row, rows, width):
 @compiled
 def linear_at(address):
     fields = int64_at(address)
-    return Linear(fields[0], fields[1], fields[2], fields[3], fields[4], fields[5])
+    return Linear(fields[0], fields[1], fields[2], fields[3], fields[4], fields[5], fields[6])
 
 
 @compiled
@@ -696,7 +760,7 @@ def panel_bytes(precision, width):
     if precision == INT8:
         return round_up(width) * PANEL_COLUMNS
     if precision == BF16_PAIRS:
-        return 2 * round_up(width) * PANEL_COLUMNS
+        return round_up(width) // (2 * PAIR) * PAIRS_STEP_BYTES
     return width * PANEL_COLUMNS * (4 if precision == FP32 else 2)
 
 
@@ -735,10 +799,15 @@ def embed(model, args, row):
             bits = (pairs[index * LANES] << shift) & np.uint32(0xFFFF0000)
             hidden[index] = float_from_bits(np.int32(bits)) + position[index]
     elif model.precision == BF16_PAIRS:
-        words = uint32_at(wte.weights + panel * panel_bytes(BF16_PAIRS, width) + 4 * column)
+        weights = uint8_at(wte.weights + panel * panel_bytes(BF16_PAIRS, width))
+        high_bytes = uint8_at(wte.high_bytes + panel * NUM_HIGH_BYTES)
         for index in range(width):
-            shift = np.uint32(0 if index % PAIR else 16)
-            bits = (words[index // PAIR * PANEL_COLUMNS] << shift) & np.uint32(0xFFFF0000)
+            # Where pack_pairs has put it.
+            step, pair, word = index // (2 * PAIR), index // PAIR % 2, PAIR * (column % LANES) + index % PAIR
+            place = word // 8 * 16 + column // LANES * 8 + word % 8
+            low = weights[step * PAIRS_STEP_BYTES + pair * 4 * LANES + place]
+            code = (weights[step * PAIRS_STEP_BYTES + 2 * 4 * LANES + place] >> (4 * pair)) & 15
+            bits = (np.uint32(high_bytes[code]) << np.uint32(24)) | (np.uint32(low) << np.uint32(16))
             hidden[index] = float_from_bits(np.int32(bits)) + position[index]
     else:
         codes = int8_at(wte.weights + panel * panel_bytes(INT8, width) + column * GROUP)
@@ -836,7 +905,15 @@ def multiply_panel(model, args, layer, linear, panel, rows, inputs, tile, destin
         elif model.precision == FP32:
             multiply_fp32(size, weights, address, linear.in_features, tile, near, far)
         elif model.precision == BF16_PAIRS:
-            multiply_pairs(size, weights, inputs + 4 * begin * groups, groups, tile, near, far)
+            high_bytes = linear.high_bytes + panel * NUM_HIGH_BYTES
+            codes, unpacked = inputs + 4 * begin * groups, tile + 4 * MAX_BLOCK_ROWS * PANEL_COLUMNS
+            if num_blocks(rows) == 1:
+                multiply_pairs(size, weights, codes, groups, tile, near, far, high_bytes, unpacked)
+            elif block == 0:
+                multiply_and_keep_pairs(size, weights, codes, groups, tile, near, far, high_bytes, unpacked)
+            else:
+                near = 4 * PANEL_COLUMNS * groups if ahead and block == 1 else 0
+                multiply_kept_pairs(size, unpacked, codes, groups, tile, near, far)
         else:
             codes = args.codes + begin * groups * GROUP
             quantizations = args.quantizations + QUANTIZATION_BYTES * begin
@@ -850,7 +927,9 @@ def multiply_panel(model, args, layer, linear, panel, rows, inputs, tile, destin
             apply_activation(model, results, size)
             width = round_up(linear.out_features)
             if model.precision == BF16_PAIRS:
-                # Beyond the last column are zeros, since the weights are.
+                for row in range(size):
+                    for column in range(columns, PANEL_COLUMNS):
+                        results[row * PANEL_COLUMNS + column] = np.float32(0)
                 pairs = args.mlp_inputs + 2 * (begin * width + panel * PANEL_COLUMNS * size)
                 count = min(PANEL_COLUMNS, width - panel * PANEL_COLUMNS) // LANES
                 for row in range(size):

@@ -15,6 +15,8 @@ import numba
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_model import (
     endless_model,
     greedy_by_transformers,
@@ -31,6 +33,7 @@ from gpt2_chinese.decoding import batch_sampler, compiled_decoder, decoder_kerne
 from gpt2_chinese.decoding import engine as engine_module
 from gpt2_chinese.decoding.compiled_decoder import (
     BF16,
+    BF16_PAIRS,
     DOT_PRODUCTS,
     LANES,
     MAX_BLOCK_ROWS,
@@ -39,6 +42,8 @@ from gpt2_chinese.decoding.compiled_decoder import (
     PRECISION_CODES,
     CompiledDecoder,
     make_cpu_decoder,
+    pack_pairs,
+    pack_weights,
 )
 from gpt2_chinese.decoding.completion import SamplingParams
 from gpt2_chinese.decoding.decoder import Decoder
@@ -117,7 +122,32 @@ def test_any_shape_has_the_logits_of_transformers_with_the_same_weights(shape, p
     assert largest_difference(round_weights(model, precision), decoder, texts) < 1e-4
 
 
-# INT8 and, on some CPUs, BF16: the inputs of the products are quantized or rounded too.
+# INT8 and, on some CPUs, BF16: the inputs of the products are quantized or rounded too, and the weights in 12 bits.
+
+
+def unpack_pairs(packed: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """What `pack_pairs` has packed: bf16 as uint16 [PANEL_COLUMNS, inputs]."""
+    steps = packed.reshape(-1, 3, 4 * LANES)
+    unpacked = np.zeros((PANEL_COLUMNS, 4 * len(steps)), dtype=np.uint16)
+    for column in range(PANEL_COLUMNS):
+        for row in range(unpacked.shape[1]):
+            step, pair, word = steps[row // 4], row // 2 % 2, 2 * (column % LANES) + row % 2
+            place = word // 8 * 16 + column // LANES * 8 + word % 8
+            number = step[2, place] >> 4 * pair & 15
+            unpacked[column, row] = int(table[number]) << 8 | int(step[pair, place])
+    return unpacked
+
+
+def as_floats(words: np.ndarray) -> np.ndarray:
+    """bf16, given as uint16, as float32."""
+    return (words.astype(np.uint32) << 16).view(np.float32)
+
+
+def in_12_bits(weight: torch.Tensor) -> torch.Tensor:
+    """A matrix (out, in) as BF16_PAIRS has it."""
+    packed = pack_weights(weight, BF16_PAIRS)
+    panels = [unpack_pairs(*panel) for panel in zip(packed.panels, packed.high_bytes, strict=True)]
+    return torch.from_numpy(as_floats(np.concatenate(panels))[: weight.shape[0], : weight.shape[1]].copy())
 
 
 def quantize_inputs(inputs: torch.Tensor) -> torch.Tensor:
@@ -136,6 +166,10 @@ def with_converted_inputs(model: GPT2LMHeadModel, precision: str) -> GPT2LMHeadM
     """Round the weights to 8 or 16 bits, and convert the inputs of the products: the decoder's arithmetic in floats."""
     convert = {"int8": quantize_inputs, "bf16": round_inputs}[precision]
     for name, module in round_weights(model, precision).named_modules():
+        if precision == "bf16" and name.endswith(("c_attn", "c_proj", "c_fc")):  # they store (in, out)
+            module.weight.data = in_12_bits(module.weight.data.t()).t().contiguous()
+        elif precision == "bf16" and name.endswith(("wte", "lm_head")):
+            module.weight.data = in_12_bits(module.weight.data)
         if name.endswith(("c_attn", "c_proj", "c_fc", "lm_head")):
             module.register_forward_pre_hook(lambda _, arguments: (convert(arguments[0]),))
     return model
@@ -161,6 +195,31 @@ def test_any_shape_has_the_logits_of_transformers_with_converted_inputs(shape, p
     source = random.Random(5)
     texts = [[source.randrange(vocab_size) for _ in range(length)] for length in (2, 9, 24)]
     assert largest_difference(model, decoder, texts) < 2 * float(rounding.max())
+
+
+@given(
+    st.integers(0, 2**32 - 1), st.sampled_from([1, 3]), st.floats(-30, 3), st.sampled_from([0.0, 0.5, 2.0, 6.0])
+)
+def test_bf16_in_12_bits_is_the_nearest_number_that_a_panel_has(seed, vectors, log_scale, spread):
+    generator = torch.Generator().manual_seed(seed)
+    shape = PANEL_COLUMNS, vectors * LANES
+    weights = torch.randn(shape, generator=generator) * 10 ** (
+        log_scale + spread * torch.randn(shape, generator=generator)
+    )
+    weights = (weights * (torch.rand(shape, generator=generator) < 0.95)).clamp(-1e30, 1e30).bfloat16()
+    packed, table = pack_pairs(weights.view(torch.int16).numpy().view(np.uint16))
+
+    unpacked = as_floats(unpack_pairs(packed, table))
+
+    low_bytes = np.arange(256, dtype=np.uint16)
+    numbers = np.unique(np.append(as_floats(table[:15, None].astype(np.uint16) << 8 | low_bytes), 0.0).astype(np.float64))
+    expected = np.float64(weights.float().numpy())
+    places = np.searchsorted(numbers, expected).clip(1, len(numbers) - 1)
+    nearest = np.minimum(np.abs(expected - numbers[places]), np.abs(expected - numbers[places - 1]))
+    assert (np.abs(expected - unpacked) == nearest).all()
+    assert (np.abs(expected - unpacked) <= np.abs(expected).max() * 2.0**-13).all()
+    if not spread:
+        assert (expected == unpacked).mean() > 0.995
 
 
 def test_int8_is_near_fp32():
