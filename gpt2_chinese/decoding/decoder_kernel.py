@@ -12,9 +12,9 @@ a product is one sum in one register, in ascending order of the inputs.
 
 With INT8 weights a product is one of integers: the inputs of a row are quantized to 256 steps between their minimum
 and maximum (`quantize_row`), and 8-bit integers are multiplied and added up in 32 bits, exactly, by the instruction
-that the CPU has for it. With BF16_PAIRS weights the inputs are rounded to bf16, and an instruction multiplies two pairs
-and adds both products to a sum in float32. Keys and values are kept in bf16, but for FP32 weights. All other arithmetic
-is float32.
+that the CPU has for it. With BF16_PAIRS weights, bf16 in 12 bits, the inputs are rounded to bf16, and an instruction
+multiplies two pairs and adds both products to a sum in float32. Keys and values are kept in bf16, but for FP32 weights.
+All other arithmetic is float32.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="call-arg"
@@ -30,11 +30,11 @@ from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 from numba.np.unsafe.ndarray import to_fixed_tuple
 
-from gpt2_chinese.decoding.compiled_decoder import (
+from gpt2_chinese.decoding.compiled_decoder import COUNTER_BYTES, RELU, Layer, Linear, ModelArgs, Quantization, StepArgs
+from gpt2_chinese.decoding.packing import (
     BF16,
     BF16_PAIRS,
     CACHE_LINE,
-    COUNTER_BYTES,
     DOT_PRODUCT,
     FP32,
     INT8,
@@ -43,12 +43,6 @@ from gpt2_chinese.decoding.compiled_decoder import (
     MULTIPLIES_PAIRS,
     NUM_HIGH_BYTES,
     PANEL_COLUMNS,
-    RELU,
-    Layer,
-    Linear,
-    ModelArgs,
-    Quantization,
-    StepArgs,
 )
 
 
@@ -253,12 +247,13 @@ def _panel_loop(builder, input_words, panel, inputs, step_bytes, sums, accumulat
     """The sums of a block of rows over a panel, two vectors a row.
 
     `panel` is (address of the weights, number of steps, near, far); `_make_multiply` describes the last two. A step
-    takes `step_bytes` of weights and `input_words` of 4 bytes of inputs; `accumulate(weights, inputs, sums)` returns the
-    sums after it.
+    takes `step_bytes` of weights and `input_words` words of 4 bytes of inputs; `accumulate(weights, inputs, sums)`
+    returns the sums after it.
     """
     weights, length, near, far = panel
     boundary = builder.sub(builder.add(weights, builder.mul(length, INT64(step_bytes))), near)
     to_far = builder.sub(far, boundary)
+
     def body(weights, inputs, *sums):
         distance = builder.select(builder.icmp_signed("<", weights, boundary), near, to_far)
         for offset in range(0, step_bytes, CACHE_LINE):
@@ -621,8 +616,8 @@ def _prefetch_cached(builder, precision, address, vectors):
 
 
 def _make_add_scores(precision):
-    """`add_scores(vectors, query, keys, stride, length, ahead, scores)`: add to each of the float32 scores [length] the dot
-    product of a query and a key, both of so many vectors.
+    """`add_scores(vectors, query, keys, stride, length, ahead, scores)`: add to each of the float32 scores [length] the
+    dot product of a query and a key, both of so many vectors.
 
     `stride` is the distance of the keys in bytes, and as many are prefetched from `ahead` bytes after them; the others
     are addresses. Keys are float32 if `precision` is FP32, bf16 otherwise.

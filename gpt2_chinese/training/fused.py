@@ -27,6 +27,7 @@ _SOURCES = (
     "training/fused_kernel.py",
     "decoding/decoder_kernel.py",
     "decoding/compiled_decoder.py",
+    "decoding/packing.py",
 )
 
 

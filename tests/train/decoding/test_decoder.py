@@ -31,7 +31,11 @@ from transformers import GPT2LMHeadModel
 from gpt2_chinese import compiled
 from gpt2_chinese.decoding import batch_sampler, compiled_decoder, decoder_kernel, sampling
 from gpt2_chinese.decoding import engine as engine_module
-from gpt2_chinese.decoding.compiled_decoder import (
+from gpt2_chinese.decoding.compiled_decoder import CompiledDecoder, make_cpu_decoder
+from gpt2_chinese.decoding.completion import SamplingParams
+from gpt2_chinese.decoding.decoder import Decoder
+from gpt2_chinese.decoding.engine import Engine
+from gpt2_chinese.decoding.packing import (
     BF16,
     BF16_PAIRS,
     DOT_PRODUCTS,
@@ -40,14 +44,9 @@ from gpt2_chinese.decoding.compiled_decoder import (
     MULTIPLIES_PAIRS,
     PANEL_COLUMNS,
     PRECISION_CODES,
-    CompiledDecoder,
-    make_cpu_decoder,
     pack_pairs,
     pack_weights,
 )
-from gpt2_chinese.decoding.completion import SamplingParams
-from gpt2_chinese.decoding.decoder import Decoder
-from gpt2_chinese.decoding.engine import Engine
 from gpt2_chinese.model_folder import load_model
 
 WAIT = 60
@@ -197,9 +196,7 @@ def test_any_shape_has_the_logits_of_transformers_with_converted_inputs(shape, p
     assert largest_difference(model, decoder, texts) < 2 * float(rounding.max())
 
 
-@given(
-    st.integers(0, 2**32 - 1), st.sampled_from([1, 3]), st.floats(-30, 3), st.sampled_from([0.0, 0.5, 2.0, 6.0])
-)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 3]), st.floats(-30, 3), st.sampled_from([0.0, 0.5, 2.0, 6.0]))
 def test_bf16_in_12_bits_is_the_nearest_number_that_a_panel_has(seed, vectors, log_scale, spread):
     generator = torch.Generator().manual_seed(seed)
     shape = PANEL_COLUMNS, vectors * LANES
@@ -212,7 +209,8 @@ def test_bf16_in_12_bits_is_the_nearest_number_that_a_panel_has(seed, vectors, l
     unpacked = as_floats(unpack_pairs(packed, table))
 
     low_bytes = np.arange(256, dtype=np.uint16)
-    numbers = np.unique(np.append(as_floats(table[:15, None].astype(np.uint16) << 8 | low_bytes), 0.0).astype(np.float64))
+    numbers = as_floats(table[:15, None].astype(np.uint16) << 8 | low_bytes).astype(np.float64)
+    numbers = np.unique(np.append(numbers, 0.0))
     expected = np.float64(weights.float().numpy())
     places = np.searchsorted(numbers, expected).clip(1, len(numbers) - 1)
     nearest = np.minimum(np.abs(expected - numbers[places]), np.abs(expected - numbers[places - 1]))
@@ -278,9 +276,9 @@ for name in list(features):
 llvm.get_host_cpu_features = lambda: features
 llvm.get_host_cpu_name = lambda: "haswell"
 import test_decoder as tests
-from gpt2_chinese.decoding import compiled_decoder
-assert compiled_decoder.DOT_PRODUCT == "vpmaddwd" and compiled_decoder.LANES == 8
-assert not compiled_decoder.MULTIPLIES_PAIRS
+from gpt2_chinese.decoding import packing
+assert packing.DOT_PRODUCT == "vpmaddwd" and packing.LANES == 8
+assert not packing.MULTIPLIES_PAIRS
 tests.test_any_shape_has_the_logits_of_transformers_with_converted_inputs({}, "int8")
 import pytest
 with pytest.MonkeyPatch.context() as patch:
