@@ -166,7 +166,7 @@ $(VLLM)/.built: benchmarks/requirements-vllm.txt
 	$(VLLM)/bin/python $(PIP_INSTALL) --no-deps -r $<
 	touch $@
 
-check-vllm: $(VOCAB)/.built $(TRAIN)/.built $(VLLM)/.built ## models of words and characters in vLLM, and its load test of both servers
+check-vllm: $(VOCAB)/.built $(TRAIN)/.built-dev $(VLLM)/.built ## models of words and characters in vLLM, our page with it, its load test of both servers
 	@[ -f $(DEMO)/model/best_model/config.json ] || $(MAKE) demo
 	$(VOCAB)/bin/python make-vocab.py --raw_data_path $(DEMO)/train.json --vocab_file $(CHARACTERS)/vocab.txt \
 		--tokenizer char --overwrite
@@ -177,6 +177,7 @@ check-vllm: $(VOCAB)/.built $(TRAIN)/.built $(VLLM)/.built ## models of words an
 		--writer_dir $(CHARACTERS)/tensorboard_summary --device cpu --overwrite
 	$(BESIDE_VLLM) texts --model_path $(DEMO)/model/best_model
 	$(BESIDE_VLLM) texts --model_path $(CHARACTERS)/model/final_model
+	$(BESIDE_VLLM) page --model_path $(DEMO)/model/best_model
 	$(BESIDE_VLLM) load --model_path $(DEMO)/model/best_model
 
 clean: ## remove the demo and the caches; your data, models and environments stay

