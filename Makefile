@@ -53,8 +53,11 @@ demo: $(VOCAB)/.built $(TRAIN)/.built ## the six stages on the shipped corpus, f
 	@echo 'Some megabytes of your own give whole sentences: make model DATA=~/texts MINUTES=30'
 	@echo 'The report of this run, with its curves and what is copied: $(DEMO)/model/report.html'
 
-# make model DATA=folder MINUTES=30 [OUT=folder] [RESUME=1] [TOKENIZER=word]; the minutes are those of all stages together.
+# make model DATA=folder MINUTES=30 [OUT=folder] [RESUME=1] [TOKENIZER=word] [DOCUMENT=file]; the minutes are those of all
+# stages together.
 MINUTES ?= 30
+# A novel with headings has chapters, which are documents; other texts have one on each line.
+DOCUMENT ?= auto
 # In a short time BPE needs fewer bits per character than THULAC's words: docs/training.md has the figures. A folder that
 # was begun with words goes on with them.
 TOKENIZER ?= $(if $(wildcard $(OUT)/vocab.txt),word,bpe)
@@ -65,7 +68,7 @@ model: $(VOCAB)/.built $(TRAIN)/.built ## DATA=folder MINUTES=30: the best model
 	@[ -n "$(DATA)" ] || { echo 'error: name your texts: make model DATA=~/texts MINUTES=30' >&2; exit 2; }
 	@began=$$(date +%s) && set -x && \
 	$(VOCAB)/bin/python build_trainfile.py --data_path "$(DATA)" --output_path "$(OUT)/train.json" --encoding auto \
-		--deduplicate && \
+		--document $(DOCUMENT) --deduplicate && \
 	$(VOCAB)/bin/python make-vocab.py --raw_data_path "$(OUT)/train.json" --vocab_file "$(MODEL_VOCABULARY)" \
 		--tokenizer $(TOKENIZER) --vocab_size auto --model_config config/model_config_mini.json && \
 	$(TRAIN)/bin/python make-tokenized.py --raw_data_path "$(OUT)/train.json" \
