@@ -180,8 +180,8 @@ check-vllm: $(VOCAB)/.built $(TRAIN)/.built-dev $(VLLM)/.built ## models of word
 		--writer_dir $(CHARACTERS)/tensorboard_summary --device cpu --overwrite
 	$(BESIDE_VLLM) texts --model_path $(DEMO)/model/best_model
 	$(BESIDE_VLLM) texts --model_path $(CHARACTERS)/model/final_model
-	$(BESIDE_VLLM) page --model_path $(DEMO)/model/best_model
 	$(BESIDE_VLLM) load --model_path $(DEMO)/model/best_model
+	$(BESIDE_VLLM) page --model_path $(DEMO)/model/best_model
 
 clean: ## remove the demo and the caches; your data, models and environments stay
 	rm -rf $(DEMO) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -80,7 +80,7 @@ class Load(NamedTuple):
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="The same texts in vLLM, and its load test against both servers.")
+    parser = argparse.ArgumentParser(description="Our folders and our page with vLLM; its load test of both servers.")
     parser.add_argument("part", choices=("texts", "page", "load"))
     parser.add_argument("--model_path", default="demo/model/final_model", help="(%(default)s)")
     parser.add_argument("--vllm_python", default=".venv-vllm/bin/python", help="of vLLM's environment (%(default)s)")
@@ -226,7 +226,9 @@ def check_page(folder: Path, python: Path) -> bool:
     """Use the page with vLLM's server; gives whether it works."""
     with vllm_server(python, folder) as url:
         command = [sys.executable, "-m", "pytest", "-q", "-rs", "tests/train/serving/test_page.py", "-k", "with_vllm"]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"VLLM_URL": url}, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | {"VLLM_URL": url}, stdout=subprocess.PIPE, encoding="utf-8"
+        )
     print(done.stdout)
     return done.returncode == 0 and "1 passed" in done.stdout
 

@@ -30,10 +30,10 @@ from gpt2_chinese.compiled import is_cached, load_function
 from gpt2_chinese.decoding import batch_sampler, sampling
 from gpt2_chinese.decoding.decoder import Decoder, PrefilledPrompt, check_model
 from gpt2_chinese.decoding.packing import (
+    BF16_PAIRS,
     CACHE_LINE,
     LANES,
     MAX_BLOCK_ROWS,
-    MULTIPLIES_PAIRS,
     PANEL_COLUMNS,
     PRECISION_CODES,
     aligned_zeros,
@@ -127,8 +127,8 @@ class ModelArgs(NamedTuple):
 class StepArgs(NamedTuple):
     """Sizes and addresses of a step: its input, its output and its scratch memory. A row is one token.
 
-    For INT8 and BF16_PAIRS the rows of `inputs` and `mlp_inputs` are padded to whole vectors with zeros that are never
-    overwritten.
+    For INT8 the rows of `inputs` and `mlp_inputs` are padded to whole vectors with zeros that are never overwritten.
+    For BF16_PAIRS `codes` and `mlp_inputs` are bf16, in blocks [pairs, rows of the block, 2], and `inputs` is not used.
     """
 
     rows: int
@@ -140,7 +140,7 @@ class StepArgs(NamedTuple):
     hidden: int  # the residual stream
     inputs: int  # of the next product, n_embd wide
     mlp_inputs: int  # of the MLP's second product, n_inner wide
-    codes: int  # the quantized inputs of the next product for INT8, the rounded ones for BF16_PAIRS
+    codes: int  # the quantized inputs of the next product for INT8; those of width n_embd for BF16_PAIRS
     quantizations: int  # of its rows
     queries: int
     logits: int
@@ -174,9 +174,8 @@ class CompiledDecoder:
             model: a transformers GPT2LMHeadModel on the CPU.
             max_num_seqs: batch slots.
             precision: of the weights: fp32, bf16 (rounded; where `MULTIPLIES_PAIRS` the inputs of the products too, and
-                the weights as `pack_pairs` says) or
-                int8 (with a scale for each output; the inputs of the products are quantized to 8 bits too, each row by
-                itself). Keys and values are bf16 but for fp32.
+                the weights as `pack_pairs` says) or int8 (with a scale for each output; the inputs of the products are
+                quantized to 8 bits too, each row by itself). Keys and values are bf16 but for fp32.
             threads: as many as PyTorch uses if None.
             prefix_cache_bytes: for the keys and values of former prompts; 0 reuses nothing.
 
@@ -204,6 +203,7 @@ class CompiledDecoder:
             self.prefix_cache = PrefixCache(self.key_cache, self.value_cache, prefix_cache_bytes, min_tokens)
         self._model_args = self._pack_model(config, body, model.lm_head.weight)
         threads = threads or torch.get_num_threads()
+        self._num_threads = threads
         self._allocate_step_buffers(config, threads)
         self._work = self._make_work()
         self._threads = ThreadPool(self._work, threads - 1)
@@ -294,10 +294,12 @@ class CompiledDecoder:
         n_inner = config.n_inner or 4 * n_embd
         head_stride = round_up(n_embd // n_head)
         max_rows = max(self.max_num_seqs, min(PREFILL_CHUNK, self.n_ctx))
-        panel = MAX_BLOCK_ROWS * PANEL_COLUMNS
-        if MULTIPLIES_PAIRS:
-            panel += round_up(max(n_embd, n_inner)) // 2 * PANEL_COLUMNS  # the weights of one, in bf16
-        scratch = max(panel, self.n_ctx + head_stride, round_up(n_embd) + LANES)
+        multiplies_pairs = PRECISION_CODES[self.precision] == BF16_PAIRS
+        tile = MAX_BLOCK_ROWS * PANEL_COLUMNS
+        if multiplies_pairs:
+            tile += round_up(max(n_embd, n_inner)) // 2 * PANEL_COLUMNS  # the weights of a panel, in bf16
+        code_bytes = 2 * round_up(n_embd) if multiplies_pairs else round_up(max(n_embd, n_inner))
+        scratch = max(tile, self.n_ctx + head_stride, round_up(n_embd) + LANES)
         scratch = -(-scratch // 64) * 64
         self._tokens, self._slots, self._positions, self._logit_rows = np.zeros((4, max_rows), dtype=np.int64)
         phases = 1 + 9 * config.n_layer + 2  # the embedding, those of each layer, the final layer norm and the logits
@@ -317,7 +319,7 @@ class CompiledDecoder:
             hidden=zeros((max_rows, n_embd), np.float32),
             inputs=zeros((max_rows, round_up(n_embd)), np.float32),
             mlp_inputs=zeros((max_rows, round_up(n_inner)), np.float32),
-            codes=zeros((max_rows, round_up(max(n_embd, n_inner)) * (2 if MULTIPLIES_PAIRS else 1)), np.uint8),
+            codes=zeros((max_rows, code_bytes), np.uint8),
             quantizations=zeros((max_rows, len(Quantization._fields)), np.int32),
             queries=zeros((max_rows, n_head, head_stride), np.float32),
             logits=0,
@@ -474,7 +476,10 @@ class CompiledDecoder:
         self._step_args[StepArgs._fields.index("num_logit_rows")] = len(logit_rows)
         self._step_args[StepArgs._fields.index("logits")] = logits.data_ptr()
         self._counters.fill(0)
-        if rows * self._weights_of_row + len(logit_rows) * self._weights_of_logits >= MIN_PARALLEL_PRODUCTS:
+        products = rows * self._weights_of_row + len(logit_rows) * self._weights_of_logits
+        is_parallel = products >= MIN_PARALLEL_PRODUCTS
+        self._step_args[StepArgs._fields.index("threads")] = self._num_threads if is_parallel else 1
+        if is_parallel:
             self._threads.start()
         self._work(0)
 
@@ -521,8 +526,9 @@ class ThreadPool:
 
 
 KERNEL_MODULE = "gpt2_chinese.decoding.decoder_kernel"
-SOURCES = "compiled_decoder", "decoder_kernel", "packing"
-KERNEL_SOURCES = tuple(Path(__file__).with_name(f"{name}.py") for name in SOURCES)
+KERNEL_SOURCES = tuple(
+    Path(__file__).with_name(f"{name}.py") for name in ("compiled_decoder", "decoder_kernel", "packing")
+)
 
 
 def load_decoder_kernel() -> Callable[..., None]:

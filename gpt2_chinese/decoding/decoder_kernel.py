@@ -71,6 +71,7 @@ MAX_CODE = 255  # of a quantized input
 PREFETCH_BYTES = 8192  # ahead in the weights: the CPU's own prefetcher stops at the end of a page
 SPINS_BEFORE_YIELD = 2000  # reads of a counter, some tens of microseconds
 MAX_PANELS = 8  # of a work item
+MAX_PARTS = 8  # of a block's columns; two threads were measured
 MAX_VECTORS = 4  # of a head, at once in attention
 TO_MLP_INPUTS, TO_QKV, TO_HIDDEN, TO_LOGITS = range(4)  # where the result of a product is stored
 MODEL_FIELDS, STEP_FIELDS, LAYER_FIELDS = len(ModelArgs._fields), len(StepArgs._fields), len(Layer._fields)
@@ -433,9 +434,9 @@ def _make_multiply_pairs(keeps):
 
                 def accumulate(weights, inputs, carried):
                     *sums, target = carried
-                    codes = _load(builder, weights, BYTES, 2 * 4 * LANES, align=1)
-                    shifted = builder.bitcast(builder.lshr(builder.bitcast(codes, SHORTS), four), BYTES)
-                    for pair, part in enumerate((codes, shifted)):
+                    numbers = _load(builder, weights, BYTES, 2 * 4 * LANES, align=1)
+                    shifted = builder.bitcast(builder.lshr(builder.bitcast(numbers, SHORTS), four), BYTES)
+                    for pair, part in enumerate((numbers, shifted)):
                         high = builder.call(look_up, [table, builder.and_(part, nibble)])
                         low = _load(builder, weights, BYTES, pair * 4 * LANES, align=1)
                         halves = [_interleaved(builder, low, high, half) for half in range(2)]
@@ -484,20 +485,20 @@ def multiply_kept_pairs(_, rows, weights, inputs, pairs, tile, near, far):
     return types.void(*[types.int64] * 7), generate
 
 
-def _make_of_panel(result):
+def _make_panel_operation(operation):
     """A function (target, source) of addresses: the PANEL_COLUMNS float32 at `source`, added to those at `target`
     ("add"), copied there ("copy"), or rounded there to bf16, to the nearest, or of two to the even one ("round").
 
-    The compiler would have to see that the two do not overlap.
+    Written as vectors, since the compiler does not know that the two do not overlap.
     """
 
     @intrinsic
-    def of_panel(_, target, source):
+    def panel_operation(_, target, source):
         def generate(context, builder, signature, arguments):
             target, source = arguments
             for half in range(2):
                 value = _load(builder, source, VECTOR, 4 * LANES * half)
-                if result == "round":
+                if operation == "round":
                     bits = builder.bitcast(value, WORDS)
                     even = builder.and_(builder.lshr(bits, _constant(WORDS, 16)), _constant(WORDS, 1))
                     bits = builder.add(builder.add(bits, _constant(WORDS, 0x7FFF)), even)
@@ -505,17 +506,17 @@ def _make_of_panel(result):
                     value = builder.trunc(builder.lshr(bits, _constant(WORDS, 16)), kind)
                     builder.store(value, _pointer(builder, target, kind, 2 * LANES * half), align=2)
                     continue
-                if result == "add":
+                if operation == "add":
                     value = builder.fadd(_load(builder, target, VECTOR, 4 * LANES * half), value)
                 builder.store(value, _pointer(builder, target, VECTOR, 4 * LANES * half), align=4)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64), generate
 
-    return of_panel
+    return panel_operation
 
 
-add_panel, copy_panel, round_panel = map(_make_of_panel, ("add", "copy", "round"))
+add_panel, copy_panel, round_panel = map(_make_panel_operation, ("add", "copy", "round"))
 
 
 @intrinsic
@@ -801,8 +802,8 @@ def embed(model, args, row):
             step, pair, word = index // (2 * PAIR), index // PAIR % 2, PAIR * (column % LANES) + index % PAIR
             place = word // 8 * 16 + column // LANES * 8 + word % 8
             low = weights[step * PAIRS_STEP_BYTES + pair * 4 * LANES + place]
-            code = (weights[step * PAIRS_STEP_BYTES + 2 * 4 * LANES + place] >> (4 * pair)) & 15
-            bits = (np.uint32(high_bytes[code]) << np.uint32(24)) | (np.uint32(low) << np.uint32(16))
+            number = (weights[step * PAIRS_STEP_BYTES + 2 * 4 * LANES + place] >> (4 * pair)) & 15
+            bits = (np.uint32(high_bytes[number]) << np.uint32(24)) | (np.uint32(low) << np.uint32(16))
             hidden[index] = float_from_bits(np.int32(bits)) + position[index]
     else:
         codes = int8_at(wte.weights + panel * panel_bytes(INT8, width) + column * GROUP)
@@ -814,7 +815,7 @@ def embed(model, args, row):
 
 @compiled_reassociating
 def layer_norm(model, args, source, parameters, target):
-    """Store the layer norm of row `source` of `hidden` at `target`."""
+    """Store the layer norm of row `source` of `hidden` at `target`, with zeros that fill its last vector."""
     width = model.n_embd
     hidden = carray(float32_at(args.hidden + 4 * source * width), width)
     total = np.float32(0)
@@ -907,7 +908,8 @@ def multiply_panel(model, args, layer, linear, panel, rows, inputs, tile, destin
             elif block == 0:
                 multiply_and_keep_pairs(size, weights, codes, groups, tile, near, far, high_bytes, unpacked)
             else:
-                near = 4 * PANEL_COLUMNS * groups if ahead and block == 1 else 0
+                # Kept weights are a third longer than packed ones: with their first quarter nothing is prefetched.
+                near = near if ahead and block == 1 else 0
                 multiply_kept_pairs(size, unpacked, codes, groups, tile, near, far)
         else:
             codes = args.codes + begin * groups * GROUP
@@ -922,9 +924,7 @@ def multiply_panel(model, args, layer, linear, panel, rows, inputs, tile, destin
             apply_activation(model, results, size)
             width = round_up(linear.out_features)
             if model.precision == BF16_PAIRS:
-                for row in range(size):
-                    for column in range(columns, PANEL_COLUMNS):
-                        results[row * PANEL_COLUMNS + column] = np.float32(0)
+                # After the last column are zeros: those of the weights and the bias.
                 pairs = args.mlp_inputs + 2 * (begin * width + panel * PANEL_COLUMNS * size)
                 count = min(PANEL_COLUMNS, width - panel * PANEL_COLUMNS) // LANES
                 for row in range(size):
@@ -1018,7 +1018,8 @@ def round_floats(target, source, count):
 def attend(model, args, layer, row, head, rows, begin, ahead, scratch):
     """Attention of one head of a row over the positions up to its own, stored in the inputs of the next product.
 
-    Its keys and values begin at `begin` in the KV cache; those that lie `ahead` are prefetched, both in numbers.
+    Its keys and values begin at `begin` in the KV cache; those that lie `ahead` of them are prefetched. Both are
+    counted in numbers of the cache, not in bytes.
     """
     length = int64_at(args.positions)[row] + 1
     size = cached_bytes(model)
@@ -1063,7 +1064,7 @@ def store_attention(model, args, row, head, rows, numbers):
         # After the last column the layer norm left zeros.
         offset, stride = row_offset_and_stride(row, rows, round_up(model.n_embd) // PAIR)
         codes = args.codes + 4 * offset
-        if first % PAIR == 0 and size % LANES == 0:
+        if size % LANES == 0:
             round_to_pairs(numbers, size // LANES, codes + 4 * (first // PAIR) * stride, 4 * stride)
         else:
             for index in range(first, first + size):
@@ -1120,34 +1121,35 @@ def wait_for_phase(args, phase, items):
 def parts_of_a_block(args, rows, width):
     """Into how many parts the columns of a block of rows are divided, so that the threads have equally many parts.
 
-    Of the inputs of a product each thread writes a part of the columns: those of the rows of a block lie beside each
-    other, and threads that write to the same cache lines wait for each other.
+    The inputs of a product for all rows of a block lie beside each other, and threads that write to the same cache
+    lines wait for each other. So each writes a part of the columns. What all columns of a row are needed for (the mean
+    and the deviation of a layer norm, the range of INT8) is computed for each part, so there are few of them.
     """
     blocks = num_blocks(rows)
-    least = 1
-    while least * blocks % args.threads:
-        least += 1
-    return min(least, (width + 4 * LANES - 1) // (4 * LANES)) if rows > 1 else 1
+    parts = 1
+    while parts * blocks % args.threads and parts < MAX_PARTS:
+        parts += 1
+    return min(parts, (width + 4 * LANES - 1) // (4 * LANES)) if rows > 1 else 1
 
 
 @compiled
-def part_of_row(part, parts, width):
-    """The columns of a part: whole vectors."""
-    vectors = round_up(width) // LANES
-    return part * vectors // parts * LANES, (part + 1) * vectors // parts * LANES
+def part_of_block(item, parts, rows, width):
+    """The rows and columns, whole vectors, of a work item: (first row, end of the rows, first column, end)."""
+    block, part, vectors = item // parts, item % parts, round_up(width) // LANES
+    first, end = part * vectors // parts * LANES, (part + 1) * vectors // parts * LANES
+    return block_begin(block, rows), block_begin(block + 1, rows), first, end
 
 
 @compiled
 def layer_norm_phase(model, args, phase, rows, parameters, is_final, scratch):
-    """A work item is a part of the columns of a block of rows; what they are divided by is computed for each part."""
+    """A work item is a part of the columns of a block of rows."""
     width = model.n_embd
     parts = parts_of_a_block(args, rows, width)
     items = num_blocks(rows) * parts
     item = take_work_item(args, phase)
     while item < items:
-        block = item // parts
-        first, last = part_of_row(item % parts, parts, width)
-        for row in range(block_begin(block, rows), block_begin(block + 1, rows)):
+        begin, end, first, last = part_of_block(item, parts, rows, width)
+        for row in range(begin, end):
             source = int64_at(args.logit_rows)[row] if is_final else row
             layer_norm(model, args, source, parameters, scratch)
             store_inputs(model, args, scratch, row, rows, width, first, last, scratch + 4 * round_up(width))
@@ -1187,19 +1189,26 @@ def matmul_phase(model, args, phase, layer, linear, rows, inputs, scratch, desti
 
 @compiled
 def attention_phase(model, args, phase, layer, rows, scratch):
-    """A work item is a few heads of a row, or the last ones of a row and the first ones of the next one."""
-    heads, slots = model.n_head, int64_at(args.slots)
-    pairs = rows * heads
-    size = min(max(pairs // (8 * args.threads), 1), heads)
-    items = (pairs + size - 1) // size
+    """A work item is a head of the rows of a block, or with few heads of some of these rows.
+
+    The results of a head for all rows of a block lie beside each other. While one row is computed, the keys and values
+    of the next one are prefetched: the CPU's own prefetcher learns too slowly where each sequence's are.
+    """
+    heads, blocks = model.n_head, num_blocks(rows)
+    parts = 1
+    while parts * blocks * heads < 4 * args.threads and parts * blocks < rows:
+        parts += 1
+    items = parts * blocks * heads
+    slots = int64_at(args.slots)
     item = take_work_item(args, phase)
     while item < items:
-        end = min((item + 1) * size, pairs)
-        for pair in range(item * size, end):
-            row, head = pair // heads, pair % heads
+        head, block, part = item % heads, item // heads // parts, item // heads % parts
+        first, size = block_begin(block, rows), block_begin(block + 1, rows) - block_begin(block, rows)
+        end = first + (part + 1) * size // parts
+        for row in range(first + part * size // parts, end):
             begin, ahead = kv_offset(model, layer, slots[row], head, 0), 0
-            if pair + 1 < end:
-                ahead = kv_offset(model, layer, slots[(pair + 1) // heads], (pair + 1) % heads, 0) - begin
+            if row + 1 < end:
+                ahead = kv_offset(model, layer, slots[row + 1], head, 0) - begin
             attend(model, args, layer, row, head, rows, begin, ahead, scratch)
         finish_work_item(args, phase)
         item = take_work_item(args, phase)
@@ -1215,9 +1224,8 @@ def quantize_phase(model, args, phase, source, rows, width, scratch):
     items = num_blocks(rows) * parts
     item = take_work_item(args, phase)
     while item < items:
-        block = item // parts
-        first, last = part_of_row(item % parts, parts, width)
-        for row in range(block_begin(block, rows), block_begin(block + 1, rows)):
+        begin, end, first, last = part_of_block(item, parts, rows, width)
+        for row in range(begin, end):
             quantize_row(args, source + 4 * row * round_up(width), row, rows, width, first, last, scratch)
         finish_work_item(args, phase)
         item = take_work_item(args, phase)

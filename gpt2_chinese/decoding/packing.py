@@ -59,7 +59,7 @@ PANEL_COLUMNS = 2 * LANES
 """Columns of a product that are computed at once; the weights are stored in panels [in_features, PANEL_COLUMNS]."""
 
 NUM_HIGH_BYTES = 16
-"""Different first bytes, the sign and most of the exponent, that the weights of a panel may have for BF16_PAIRS."""
+"""Different high bytes, the sign and most of the exponent, that the weights of a panel may have for BF16_PAIRS."""
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:

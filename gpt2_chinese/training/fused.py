@@ -26,8 +26,6 @@ _SOURCES = (
     "training/fused.py",
     "training/fused_kernel.py",
     "decoding/decoder_kernel.py",
-    "decoding/compiled_decoder.py",
-    "decoding/packing.py",
 )
 
 

@@ -51,6 +51,7 @@ SMALL = 200_000  # tokens of a text that is memorised soon; between the two that
 VERY_SMALL = 40_000  # a guess, for texts that would have too few updates
 BATCH_SIZE, SMALL_BATCH_SIZE, VERY_SMALL_BATCH_SIZE = 16, 8, 4  # windows of an update
 MAX_PARAMETERS = 30  # of the layers, for each token of the text
+MUCH_DROPOUT = 0.1
 LITTLE, MUCH = 8.0, 20.0  # epochs times parameters for a token: below, dropout only slows down; above, it wants more
 WARMUP_STEPS = 30
 MEASURED_UPDATES = 30  # after them the number of updates is decided, from how long they took,
@@ -68,6 +69,7 @@ TEACHER_OVERHEAD = 3.0  # seconds, for a teacher's beginning, measurements and s
 SMALL_SHARES = {"teacher_share": 0.42, "ngram_share": 0.28}  # in what a model of a small text learns
 SHARES_TOGETHER = 0.7
 LONE_NGRAM_SHARE = 0.4  # without teachers
+NGRAM_SHARE = 0.15  # of a text that is not small, where much is memorised and no teachers help
 SMALL_VAL_BYTES = (8_000, MAX_BYTES)  # held out of a small text, some 2,000 tokens of BPE: more is missed in training
 _PROBE_SECONDS = 1.0  # for a shape
 _TRIED_TOKENS = (50_000, 1_600_000)
@@ -418,6 +420,9 @@ def _settings(
         flags |= SMALL_SHARES if is_taught else {"ngram_share": LONE_NGRAM_SHARE}
         flags["val_bytes"] = list(SMALL_VAL_BYTES)
         reasons.append("a small text: a trigram of the tokens is learnt from too")
+    elif dropout >= MUCH_DROPOUT and not is_taught:
+        flags["ngram_share"] = NGRAM_SHARE
+        reasons.append("many epochs for such a model: a trigram of the tokens is learnt from too")
     if dropout:
         reasons.append(
             f"several epochs: dropout {dropout}, weight decay {weight_decay} and {muon_weight_decay} (Muon), windows "
@@ -462,7 +467,7 @@ def regularization(
     memorised = epochs * parameters / tokens
     if memorised < LITTLE:
         return 0.0, 0.03, 0.1
-    return (0.05, 0.3, 0.5) if memorised < MUCH else (0.1, 0.3, 0.5)
+    return (0.05, 0.3, 0.5) if memorised < MUCH else (MUCH_DROPOUT, 0.3, 0.5)
 
 
 def batch_size(tokens: int) -> int:

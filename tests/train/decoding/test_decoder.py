@@ -162,7 +162,7 @@ def round_inputs(inputs: torch.Tensor) -> torch.Tensor:
 
 
 def with_converted_inputs(model: GPT2LMHeadModel, precision: str) -> GPT2LMHeadModel:
-    """Round the weights to 8 or 16 bits, and convert the inputs of the products: the decoder's arithmetic in floats."""
+    """Round the weights to 8 or 12 bits, and convert the inputs of the products: the decoder's arithmetic in floats."""
     convert = {"int8": quantize_inputs, "bf16": round_inputs}[precision]
     for name, module in round_weights(model, precision).named_modules():
         if precision == "bf16" and name.endswith(("c_attn", "c_proj", "c_fc")):  # they store (in, out)
@@ -217,7 +217,7 @@ def test_bf16_in_12_bits_is_the_nearest_number_that_a_panel_has(seed, vectors, l
     assert (np.abs(expected - unpacked) == nearest).all()
     assert (np.abs(expected - unpacked) <= np.abs(expected).max() * 2.0**-13).all()
     if not spread:
-        assert (expected == unpacked).mean() > 0.995
+        assert (expected != unpacked).sum() <= 6 + 0.005 * expected.size
 
 
 def test_int8_is_near_fp32():
@@ -282,7 +282,9 @@ assert not packing.MULTIPLIES_PAIRS
 tests.test_any_shape_has_the_logits_of_transformers_with_converted_inputs({}, "int8")
 import pytest
 with pytest.MonkeyPatch.context() as patch:
-    tests.test_logits_are_the_same_to_the_bit_alone_in_any_batch_and_with_any_number_of_threads("int8", patch)
+    tests.test_logits_are_the_same_to_the_bit_alone_in_any_batch_and_with_any_number_of_threads(
+        "int8", {"n_embd": 144, "n_head": 12, "n_layer": 1}, 2, patch
+    )
 """
     if not llvm.get_host_cpu_features().get("avx2"):
         pytest.skip("this CPU has no AVX2")
@@ -326,12 +328,24 @@ def test_reference_checkpoint_gives_the_reference_logits(reference, monkeypatch)
     assert largest_difference(round_weights(model, "bf16"), rounded, [ids[0]]) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("shape", "threads"),
+    [
+        ({}, 3),
+        ({"n_embd": 144, "n_head": 12, "n_layer": 1, "n_inner": 100}, 2),
+        ({"n_embd": 132, "n_head": 12, "n_layer": 1}, 5),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16 with floats", "int8"])
-def test_logits_are_the_same_to_the_bit_alone_in_any_batch_and_with_any_number_of_threads(precision, monkeypatch):
+def test_logits_are_the_same_to_the_bit_alone_in_any_batch_and_with_any_number_of_threads(
+    precision, shape, threads, monkeypatch
+):
     monkeypatch.setitem(PRECISION_CODES, "bf16 with floats", BF16)
+    monkeypatch.setattr(compiled_decoder, "MIN_PARALLEL_PRODUCTS", 0)
     slots = 33
-    single = CompiledDecoder(random_model(), max_num_seqs=slots, precision=precision, threads=1)
-    batched = CompiledDecoder(random_model(), max_num_seqs=slots, precision=precision, threads=3)
+    single = CompiledDecoder(random_model(**shape), max_num_seqs=slots, precision=precision, threads=1)
+    batched = CompiledDecoder(random_model(**shape), max_num_seqs=slots, precision=precision, threads=threads)
     prompts = [single.prefill([2, *range(10, 10 + slot)]) for slot in range(slots)]
     lengths = [prompt.length for prompt in prompts]
     expected = []

@@ -486,7 +486,7 @@ def test_the_page_as_a_file_works_with_vllm():
             await tab.js("document.querySelector('#tab-long').click(), document.querySelector('#go').click()")
             await tab.until(f"{SAYS}.includes('续写完成')")
             text = await tab.js(TEXT)
-            assert text.startswith("孩子") and len(text) > 10
+            assert text.startswith("孩子") and len(text) > 2
             assert tab.faults == []
             paths = {url.removeprefix(VLLM).partition("?")[0] for url in tab.requests if url.startswith(VLLM)}
             assert {"/v1/models", "/v1/completions"} <= paths

@@ -14,12 +14,14 @@ from gpt2_chinese.training import plan as planning
 from gpt2_chinese.training.flags import given_flags, parse_args
 from gpt2_chinese.training.plan import (
     MAX_TEACHERS,
+    NGRAM_SHARE,
     SHAPES,
     SMALL_TEACHER_EPOCHS,
     TAUGHT_EPOCHS,
     TEACHER_OVERHEAD,
     Facts,
     Plan,
+    Teachers,
     choose_shape,
     decides_after,
     layer_parameters,
@@ -241,6 +243,14 @@ def test_the_time_of_a_plan_is_that_of_its_teachers_and_the_last_model(train, mo
     runs = list(plan.teacher_runs(args))
     assert [one.seed for one, _ in runs] == [8, 9, 10, 11] and {one.teacher for one, _ in runs} == {""}
     assert all(own.teachers == 0 and own.seconds == plan.teacher_seconds for _, own in runs)
+
+
+@pytest.mark.parametrize(("epochs", "is_taught", "share"), [(7, False, NGRAM_SHARE), (2, False, 0), (7, True, 0)])
+def test_what_a_model_memorises_it_learns_from_a_trigram_too(epochs, is_taught, share):
+    facts = Facts(700_000, 6_500, 4_800, 600)
+    flags, why = planning._settings(facts, "config/plan/4x256.json", epochs, Teachers(), is_taught=is_taught)
+    assert flags.get("ngram_share", 0) == share
+    assert any("trigram" in reason for reason in why) == (share > 0)
 
 
 def test_teachers_that_are_given_are_all_there_are(train):

@@ -54,8 +54,9 @@ def small_run_flags(precision: str = "fp32", optimizer: str = "adamw") -> list[s
     return [*flags, "--ngram_share", "0.3", "--patience", "20"]
 
 
-def run_until(train, moment: float, flags: list[str], updates: mmap.mmap) -> bool:
-    """Train in a process of its own that is killed with SIGKILL at a moment; whether it came to its end before.
+def run_until(train, moment: float, flags: list[str], updates: mmap.mmap, device: str = "cpu") -> bool:
+    """Train in a process of its own that is killed with SIGKILL at a moment, with its ranks; whether it came to its end
+    before.
 
     `updates` is told how many updates the process has made.
     """
@@ -63,6 +64,7 @@ def run_until(train, moment: float, flags: list[str], updates: mmap.mmap) -> boo
     if child == 0:
         status = 1
         try:
+            os.setsid()
             # tqdm's lock is shared by forked processes, and one that is killed would never give it back.
             tqdm.set_lock(threading.RLock())
             original = train.train_update
@@ -75,7 +77,7 @@ def run_until(train, moment: float, flags: list[str], updates: mmap.mmap) -> boo
             train.train_update = counted
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             os.dup2(os.open("stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-            status = run(train, *flags)
+            status = run(train, *flags, device=device)
         finally:
             os._exit(status)
     deadline = time.monotonic() + moment
@@ -85,7 +87,7 @@ def run_until(train, moment: float, flags: list[str], updates: mmap.mmap) -> boo
             assert os.waitstatus_to_exitcode(status) == 0, Path("stderr.txt").read_text(encoding="utf-8")
             return True
         time.sleep(0.005)
-    os.kill(child, signal.SIGKILL)
+    os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return False
 
@@ -114,6 +116,30 @@ def test_kills_at_random_moments_change_no_bit_and_lose_one_interval_at_most(tra
             assert reached - max(whole, default=0) <= SAVE_STEPS
     assert_same_weights(weights("whole/final_model"), weights())
     assert_same_weights(weights("whole/model_epoch1"), weights("model/model_epoch1"))
+    assert_same_weights(weights("whole/best_model"), weights("model/best_model"))
+    assert points() == points("whole"), "a point is missing, there twice, or another"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_kills_of_two_ranks_change_no_bit(train, precision):
+    write_shape(**DROPOUT)
+    flags = small_run_flags(precision)
+    began = time.monotonic()
+    assert run(train, *flags, "--output_dir", "whole", "--writer_dir", "whole/tb", device="cpu,cpu") == 0
+    duration = time.monotonic() - began
+    generator = random.Random(8)
+    kills, most, resumed = 0, max(1, KILLS // 3), 0
+    while kills < most or not Path("model/final_model").exists():
+        if Path("model/final_model").exists():  # it was faster than its killers: once more
+            assert_same_weights(weights("whole/final_model"), weights())
+            shutil.rmtree("model")
+        resumed += bool(checkpoints_in(CHECKPOINTS))
+        moment = generator.uniform(0.5, 1) * duration if kills < most else 600.0
+        kills += not run_until(train, moment, [*flags, "--resume"], mmap.mmap(-1, 8), "cpu,cpu")
+    assert resumed
+    assert_same_weights(weights("whole/final_model"), weights())
     assert_same_weights(weights("whole/best_model"), weights("model/best_model"))
     assert points() == points("whole"), "a point is missing, there twice, or another"
 
