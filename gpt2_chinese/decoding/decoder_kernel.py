@@ -1196,7 +1196,7 @@ def attention_phase(model, args, phase, layer, rows, scratch):
     """
     heads, blocks = model.n_head, num_blocks(rows)
     parts = 1
-    while parts * blocks * heads < 4 * args.threads and parts * blocks < rows:
+    while parts * blocks * heads < 8 * args.threads and parts * blocks < rows:
         parts += 1
     items = parts * blocks * heads
     slots = int64_at(args.slots)
