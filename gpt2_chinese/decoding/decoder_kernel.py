@@ -1141,21 +1141,39 @@ def part_of_block(item, parts, rows, width):
 
 
 @compiled
-def layer_norm_phase(model, args, phase, rows, parameters, is_final, scratch):
-    """A work item is a part of the columns of a block of rows."""
-    width = model.n_embd
+def inputs_phase(model, args, phase, rows, width, source, parameters, is_final, scratch):
+    """Store the inputs of a product: the layer norm of `hidden` with these parameters or, where they are 0, the float32
+    [rows, whole vectors] at `source`.
+
+    A work item is a part of the columns of a block of rows.
+    """
     parts = parts_of_a_block(args, rows, width)
     items = num_blocks(rows) * parts
     item = take_work_item(args, phase)
     while item < items:
         begin, end, first, last = part_of_block(item, parts, rows, width)
         for row in range(begin, end):
-            source = int64_at(args.logit_rows)[row] if is_final else row
-            layer_norm(model, args, source, parameters, scratch)
-            store_inputs(model, args, scratch, row, rows, width, first, last, scratch + 4 * round_up(width))
+            numbers = source + 4 * row * round_up(width)
+            if parameters:
+                numbers = scratch
+                layer_norm(model, args, int64_at(args.logit_rows)[row] if is_final else row, parameters, numbers)
+            store_inputs(model, args, numbers, row, rows, width, first, last, scratch + 4 * round_up(model.n_embd))
         finish_work_item(args, phase)
         item = take_work_item(args, phase)
     return wait_for_phase(args, phase, items)
+
+
+@compiled
+def layer_norm_phase(model, args, phase, rows, parameters, is_final, scratch):
+    return inputs_phase(model, args, phase, rows, model.n_embd, np.int64(0), parameters, is_final, scratch)
+
+
+@compiled
+def quantize_phase(model, args, phase, source, rows, width, scratch):
+    """For INT8, quantize inputs of which no work item before computes a whole row."""
+    if model.precision != INT8:
+        return phase
+    return inputs_phase(model, args, phase, rows, width, source, np.int64(0), False, scratch)
 
 
 @compiled
@@ -1210,23 +1228,6 @@ def attention_phase(model, args, phase, layer, rows, scratch):
             if row + 1 < end:
                 ahead = kv_offset(model, layer, slots[row + 1], head, 0) - begin
             attend(model, args, layer, row, head, rows, begin, ahead, scratch)
-        finish_work_item(args, phase)
-        item = take_work_item(args, phase)
-    return wait_for_phase(args, phase, items)
-
-
-@compiled
-def quantize_phase(model, args, phase, source, rows, width, scratch):
-    """For INT8, quantize inputs of which no work item computes a whole row; items as in layer_norm_phase."""
-    if model.precision != INT8:
-        return phase
-    parts = parts_of_a_block(args, rows, width)
-    items = num_blocks(rows) * parts
-    item = take_work_item(args, phase)
-    while item < items:
-        begin, end, first, last = part_of_block(item, parts, rows, width)
-        for row in range(begin, end):
-            quantize_row(args, source + 4 * row * round_up(width), row, rows, width, first, last, scratch)
         finish_work_item(args, phase)
         item = take_work_item(args, phase)
     return wait_for_phase(args, phase, items)

@@ -9,9 +9,9 @@ The rules come from experiments, which docs/training.md lists. In short:
 - With several epochs, windows at other places in each help; dropout and weight decay too, as far as a model memorises.
 - Tokens that attend to their own document only help, the more the shorter documents are.
 - Where there is time for three times as many epochs as a model can use, two of them are its teachers.
-- A small text is learnt from a trigram too. It has teachers wherever a part of the time is enough for them: small,
-  trained for a few epochs and strongly regularized, since a teacher that has memorised its text teaches no more than
-  the text.
+- What is memorised is learnt from a trigram too, unless there are teachers. A small text always is, and it has
+  teachers wherever a part of the time is enough for them: small, trained for a few epochs and strongly regularized,
+  since a teacher that has memorised its text teaches no more than the text.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ SMALL = 200_000  # tokens of a text that is memorised soon; between the two that
 VERY_SMALL = 40_000  # a guess, for texts that would have too few updates
 BATCH_SIZE, SMALL_BATCH_SIZE, VERY_SMALL_BATCH_SIZE = 16, 8, 4  # windows of an update
 MAX_PARAMETERS = 30  # of the layers, for each token of the text
-MUCH_DROPOUT = 0.1
+MUCH_DROPOUT = 0.1  # where much is memorised
 LITTLE, MUCH = 8.0, 20.0  # epochs times parameters for a token: below, dropout only slows down; above, it wants more
 WARMUP_STEPS = 30
 MEASURED_UPDATES = 30  # after them the number of updates is decided, from how long they took,
