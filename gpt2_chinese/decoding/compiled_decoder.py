@@ -30,8 +30,12 @@ from gpt2_chinese.compiled import is_cached, load_function
 from gpt2_chinese.decoding import batch_sampler, sampling
 from gpt2_chinese.decoding.decoder import Decoder, PrefilledPrompt, check_model
 from gpt2_chinese.decoding.packing import (
+    BF16,
+    BF16_PACKED,
     BF16_PAIRS,
     CACHE_LINE,
+    GROUP,
+    GROUP_BYTES,
     LANES,
     MAX_BLOCK_ROWS,
     PANEL_COLUMNS,
@@ -79,7 +83,7 @@ class Linear(NamedTuple):
     bias: int
     scales: int  # of each output, for INT8
     weight_sums: int  # of each output, for INT8
-    high_bytes: int  # of each panel, for BF16_PAIRS
+    high_bytes: int  # of each panel, for weights of 12 bits
     in_features: int
     out_features: int
 
@@ -173,9 +177,10 @@ class CompiledDecoder:
         Args:
             model: a transformers GPT2LMHeadModel on the CPU.
             max_num_seqs: batch slots.
-            precision: of the weights: fp32, bf16 (rounded; where `MULTIPLIES_PAIRS` the inputs of the products too, and
-                the weights as `pack_pairs` says) or int8 (with a scale for each output; the inputs of the products are
-                quantized to 8 bits too, each row by itself). Keys and values are bf16 but for fp32.
+            precision: of the weights: fp32, bf16 (rounded; where `BF16_FORM` is not BF16 once more as
+                `pack_twelve_bits` says, and for BF16_PAIRS the inputs of the products too) or int8 (with a scale for
+                each output; the inputs of the products are quantized to 8 bits too, each row by itself). Keys and
+                values are bf16 but for fp32.
             threads: as many as PyTorch uses if None.
             prefix_cache_bytes: for the keys and values of former prompts; 0 reuses nothing.
 
@@ -195,6 +200,9 @@ class CompiledDecoder:
         self.vocab_size = model.lm_head.weight.shape[0]
         self.compiled_sampler: CompiledSampler | None = CompiledSampler(self.vocab_size)
         self.precision = precision
+        self._precision_code = PRECISION_CODES[precision]
+        if self._precision_code == BF16_PACKED and (config.n_embd % LANES or (config.n_inner or 0) % LANES):
+            self._precision_code = BF16
         self._owned: list[np.ndarray] = []  # the arrays that the addresses point to
         self._allocate_kv_cache(config)
         self.prefix_cache: PrefixCache | None = None
@@ -223,7 +231,7 @@ class CompiledDecoder:
 
     def _pack_model(self, config: Any, body: Any, lm_head: Tensor) -> np.ndarray:
         """Pack all weights; return the ModelArgs as an array."""
-        precision = PRECISION_CODES[self.precision]
+        precision = self._precision_code
         address = self._address
 
         def linear(weight: Tensor, bias: Tensor | None) -> int:
@@ -294,11 +302,12 @@ class CompiledDecoder:
         n_inner = config.n_inner or 4 * n_embd
         head_stride = round_up(n_embd // n_head)
         max_rows = max(self.max_num_seqs, min(PREFILL_CHUNK, self.n_ctx))
-        multiplies_pairs = PRECISION_CODES[self.precision] == BF16_PAIRS
         tile = MAX_BLOCK_ROWS * PANEL_COLUMNS
-        if multiplies_pairs:
+        if self._precision_code in (BF16_PACKED, BF16_PAIRS):
             tile += round_up(max(n_embd, n_inner)) // 2 * PANEL_COLUMNS  # the weights of a panel, in bf16
-        code_bytes = 2 * round_up(n_embd) if multiplies_pairs else round_up(max(n_embd, n_inner))
+        code_bytes = 2 * round_up(n_embd)
+        if self._precision_code != BF16_PAIRS:
+            code_bytes = round_up(max(n_embd, n_inner)) * GROUP_BYTES // GROUP
         scratch = max(tile, self.n_ctx + head_stride, round_up(n_embd) + LANES)
         scratch = -(-scratch // 64) * 64
         self._tokens, self._slots, self._positions, self._logit_rows = np.zeros((4, max_rows), dtype=np.int64)

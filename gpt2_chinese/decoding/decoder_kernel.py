@@ -13,8 +13,8 @@ a product is one sum in one register, in ascending order of the inputs.
 With INT8 weights a product is one of integers: the inputs of a row are quantized to 256 steps between their minimum
 and maximum (`quantize_row`), and 8-bit integers are multiplied and added up in 32 bits, exactly, by the instruction
 that the CPU has for it. With BF16_PAIRS weights, bf16 in 12 bits, the inputs are rounded to bf16, and an instruction
-multiplies two pairs and adds both products to a sum in float32. Keys and values are kept in bf16, but for FP32 weights.
-All other arithmetic is float32.
+multiplies two pairs and adds both products to a sum in float32; BF16_PACKED weights, of 12 bits too, are multiplied in
+float32. Keys and values are kept in bf16, but for FP32 weights. All other arithmetic is float32.
 """
 
 # mypy: allow-untyped-defs, disable-error-code="call-arg"
@@ -33,14 +33,18 @@ from numba.np.unsafe.ndarray import to_fixed_tuple
 from gpt2_chinese.decoding.compiled_decoder import COUNTER_BYTES, RELU, Layer, Linear, ModelArgs, Quantization, StepArgs
 from gpt2_chinese.decoding.packing import (
     BF16,
+    BF16_FORM,
+    BF16_PACKED,
     BF16_PAIRS,
     CACHE_LINE,
     DOT_PRODUCT,
+    DOT_PRODUCTS,
     FP32,
+    GROUP,
+    GROUP_BYTES,
     INT8,
     LANES,
     MAX_BLOCK_ROWS,
-    MULTIPLIES_PAIRS,
     NUM_HIGH_BYTES,
     PANEL_COLUMNS,
 )
@@ -64,9 +68,8 @@ FLOAT, INT64, INT32, INT16, BYTE = ir.FloatType(), ir.IntType(64), ir.IntType(32
 VECTOR, WORDS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT32, LANES)
 PAIRS = ir.VectorType(BFLOAT, 2 * LANES)
 SHORTS, BYTES = ir.VectorType(INT16, 2 * LANES), ir.VectorType(BYTE, 4 * LANES)
-GROUP = 4  # inputs of an INT8 product that are multiplied at once: 4 bytes beside each other
-PAIR = 2  # the same of BF16_PAIRS, in 4 bytes too
-PAIRS_STEP_BYTES = 3 * 4 * LANES  # of a panel in BF16_PAIRS, for two pairs of inputs
+PAIR = 2  # inputs of BF16_PAIRS that are multiplied at once, in 4 bytes too
+PACKED_STEP_BYTES = 3 * 4 * LANES  # of a panel in 12 bits, for two pairs of inputs
 MAX_CODE = 255  # of a quantized input
 PREFETCH_BYTES = 8192  # ahead in the weights: the CPU's own prefetcher stops at the end of a page
 SPINS_BEFORE_YIELD = 2000  # reads of a counter, some tens of microseconds
@@ -228,11 +231,16 @@ def _switch_on_count(builder, count, largest, generate):
 
 
 def _load_panel_row(builder, precision, address):
-    """The weights of one input in a panel, as two vectors of float."""
+    """The weights of one input in a panel of FP32 or BF16, as two vectors of float."""
     if precision == FP32:
         return [_load(builder, address, VECTOR, 4 * LANES * half) for half in range(2)]
-    # The low half of a word is a weight in the left half of the panel, the high half one in the right half.
-    both = _load(builder, address, WORDS)
+    return _both_halves(builder, _load(builder, address, WORDS))
+
+
+def _both_halves(builder, both):
+    """Words of two bf16, the low half one in the left half of the panel, the high half one in the right half, as two
+    vectors of float.
+    """
     parts = builder.shl(both, _constant(WORDS, 16)), builder.and_(both, _constant(WORDS, 0xFFFF0000))
     return [builder.bitcast(part, VECTOR) for part in parts]
 
@@ -265,6 +273,16 @@ def _panel_loop(builder, input_words, panel, inputs, step_bytes, sums, accumulat
     return _loop(builder, f"multiply{input_words}", length, [weights, inputs, *sums], body)[2:]
 
 
+def _multiply_add_floats(builder, inputs, rows, halves, sums):
+    """Add to the sums of each row, two vectors, the products of its float32 input with those of each column."""
+    multiply_add = _intrinsic(builder, f"llvm.fmuladd.v{LANES}f32", VECTOR, VECTOR, VECTOR, VECTOR)
+    new = []
+    for row in range(rows):
+        value = _broadcast(builder, _load(builder, inputs, FLOAT, 4 * row))
+        new += [builder.call(multiply_add, [value, halves[half], sums[2 * row + half]]) for half in range(2)]
+    return new
+
+
 def _make_multiply(precision):
     """`multiply(rows, weights, inputs, length, tile, near, far)`: a block of rows times one panel, in FP32 or BF16.
 
@@ -276,16 +294,11 @@ def _make_multiply(precision):
     def multiply(_, rows, weights, inputs, length, tile, near, far):
         def generate(context, builder, signature, arguments):
             rows, weights, inputs, length, tile, near, far = arguments
-            multiply_add = _intrinsic(builder, f"llvm.fmuladd.v{LANES}f32", VECTOR, VECTOR, VECTOR, VECTOR)
 
             def case(count):
                 def accumulate(weights, inputs, sums):
                     halves = _load_panel_row(builder, precision, weights)
-                    new = []
-                    for row in range(count):
-                        value = _broadcast(builder, _load(builder, inputs, FLOAT, 4 * row))
-                        new += [builder.call(multiply_add, [value, halves[i], sums[2 * row + i]]) for i in range(2)]
-                    return new
+                    return _multiply_add_floats(builder, inputs, count, halves, sums)
 
                 zeros = [_constant(VECTOR, 0.0)] * (2 * count)
                 step_bytes = PANEL_COLUMNS * (4 if precision == FP32 else 2)
@@ -304,35 +317,31 @@ multiply_fp32, multiply_bf16 = map(_make_multiply, (FP32, BF16))
 
 
 def _dot_products(builder, name, codes, weights, sums):
-    """Add to each int32 of two vectors the products of 4 codes (0 to 255) and the 4 weights (-127 to 127) of its lane.
+    """Add to each int32 of two vectors the products of the codes (0 to 255) of a group and the weights (-127 to 127) of
+    its lane.
 
-    `codes` is an int32 of 4 bytes, `weights` are two vectors of bytes. `name` is one of DOT_PRODUCTS.
+    `codes` is an int32 of 4 bytes or 2 words, `weights` are two vectors of as many. `name` is one of DOT_PRODUCTS.
     """
     if name == "vpdpbusd":
         # One instruction: https://www.intel.com/content/www/us/en/docs/intrinsics-guide/, _mm512_dpbusd_epi32.
         dot = _intrinsic(builder, f"llvm.x86.avx512.vpdpbusd.{32 * LANES}", WORDS, WORDS, BYTES, BYTES)
         value = builder.bitcast(_broadcast(builder, codes), BYTES)
         return [builder.call(dot, [total, value, part]) for total, part in zip(sums, weights, strict=True)]
+    if name == "vpmaddwd":
+        # It multiplies 16-bit integers and adds two products.
+        instruction = {4: "sse2.pmadd.wd", 8: "avx2.pmadd.wd", 16: "avx512.pmaddw.d.512"}[LANES]
+        dot = _intrinsic(builder, f"llvm.x86.{instruction}", WORDS, SHORTS, SHORTS)
+        value = builder.bitcast(_broadcast(builder, codes), SHORTS)
+        products = [builder.call(dot, [value, part]) for part in weights]
+        return [builder.add(total, product) for total, product in zip(sums, products, strict=True)]
     new = []
     for total, part in zip(sums, weights, strict=True):
-        if name == "vpmaddwd":
-            # It multiplies 16-bit integers and adds two products: first the even bytes, then the odd ones.
-            instruction = {4: "sse2.pmadd.wd", 8: "avx2.pmadd.wd", 16: "avx512.pmaddw.d.512"}[LANES]
-            pairs = _intrinsic(builder, f"llvm.x86.{instruction}", WORDS, SHORTS, SHORTS)
-            eight = _constant(SHORTS, 8)
-            both = builder.bitcast(part, SHORTS)
-            even, odd = builder.ashr(builder.shl(both, eight), eight), builder.ashr(both, eight)
-            for shift, weight in ((0, even), (8, odd)):
-                value = builder.and_(builder.lshr(codes, INT32(shift)), INT32(0x00FF00FF))
-                value = builder.bitcast(_broadcast(builder, value), SHORTS)
-                total = builder.add(total, builder.call(pairs, [value, weight]))
-        else:
-            whole = builder.bitcast(part, WORDS)
-            for byte in range(GROUP):
-                left = _constant(WORDS, 24 - 8 * byte)
-                weight = builder.ashr(builder.shl(whole, left), _constant(WORDS, 24))
-                value = builder.and_(builder.lshr(codes, INT32(8 * byte)), INT32(0xFF))
-                total = builder.add(total, builder.mul(_broadcast(builder, value), weight))
+        whole = builder.bitcast(part, WORDS)
+        for byte in range(4):
+            left = _constant(WORDS, 24 - 8 * byte)
+            weight = builder.ashr(builder.shl(whole, left), _constant(WORDS, 24))
+            value = builder.and_(builder.lshr(codes, INT32(8 * byte)), INT32(0xFF))
+            total = builder.add(total, builder.mul(_broadcast(builder, value), weight))
         new.append(total)
     return new
 
@@ -340,13 +349,17 @@ def _dot_products(builder, name, codes, weights, sums):
 def make_multiply_int8(name):
     """`multiply(rows, weights, codes, groups, tile, near, far, quantizations, scales, weight_sums)`: the same for INT8.
 
-    The panel is int8 [groups, PANEL_COLUMNS, GROUP], `codes` uint8 [groups, rows, GROUP]. `quantizations` are those of
-    the rows, `scales` (float32) and `weight_sums` (int32) are [PANEL_COLUMNS]. An output is
+    The panel is int8 [groups, PANEL_COLUMNS, group] with a group as DOT_PRODUCTS says, `codes` uint8 [groups, rows,
+    group], or int16 where a group has two inputs. `quantizations` are those of the rows, `scales` (float32) and
+    `weight_sums` (int32) are [PANEL_COLUMNS]. An output is
 
         row's scale * output's scale * (sum of code * weight - zero point * sum of the weights),
 
     and the bracket is exact. `name` is the instruction that computes it, see `_dot_products`.
     """
+    group = DOT_PRODUCTS[name]
+    groups_of_step = 4 // group  # so that a step takes whole cache lines with any vectors but the shortest
+    group_weights = ir.VectorType(BYTE, group * LANES)  # of half a panel
 
     @intrinsic
     def multiply(_, rows, weights, codes, groups, tile, near, far, quantizations, scales, weight_sums):
@@ -355,12 +368,17 @@ def make_multiply_int8(name):
 
             def case(count):
                 def accumulate(weights, codes, sums):
-                    parts = [_load(builder, weights, BYTES, GROUP * LANES * half, align=1) for half in range(2)]
-                    new = []
-                    for row in range(count):
-                        value = _load(builder, codes, INT32, GROUP * row)
-                        new += _dot_products(builder, name, value, parts, sums[2 * row : 2 * row + 2])
-                    return new
+                    for number in range(groups_of_step):
+                        address = builder.add(weights, INT64(number * group * PANEL_COLUMNS))
+                        parts = [_load(builder, address, group_weights, group * LANES * i, align=1) for i in range(2)]
+                        if group == 2:
+                            parts = [builder.sext(part, SHORTS) for part in parts]
+                        new = []
+                        for row in range(count):
+                            value = _load(builder, codes, INT32, GROUP_BYTES * (number * count + row))
+                            new += _dot_products(builder, name, value, parts, sums[2 * row : 2 * row + 2])
+                        sums = new
+                    return sums
 
                 initial, halves = [], range(2)
                 totals = [_load(builder, weight_sums, WORDS, 4 * LANES * half) for half in halves]
@@ -368,8 +386,9 @@ def make_multiply_int8(name):
                     zero_point = _load(builder, quantizations, INT32, QUANTIZATION_BYTES * row + ZERO_POINT_OFFSET)
                     minus_zero_point = _broadcast(builder, builder.neg(zero_point))
                     initial += [builder.mul(minus_zero_point, totals[half]) for half in halves]
-                panel = weights, groups, near, far
-                sums = _panel_loop(builder, count, panel, codes, GROUP * PANEL_COLUMNS, initial, accumulate)
+                panel = weights, builder.udiv(groups, INT64(groups_of_step)), near, far
+                words = groups_of_step * count
+                sums = _panel_loop(builder, words, panel, codes, 4 * PANEL_COLUMNS, initial, accumulate)
                 output_scales = [_load(builder, scales, VECTOR, 4 * LANES * half) for half in halves]
                 outputs = []
                 for row in range(count):
@@ -391,20 +410,24 @@ multiply_int8 = make_multiply_int8(DOT_PRODUCT)
 
 
 def _interleaved(builder, low, high, half):
-    """Bytes of `low` and `high` in turns: within each 16 bytes the first 8 of both (`half` 0), or the last 8 (1)."""
+    """Bytes of `low` and `high` in turns: of each 16 bytes the first 8 of both (`half` 0), or the last 8 (1); WORDS."""
     order = []
     for lane in range(0, 4 * LANES, 16):
         for byte in range(lane + 8 * half, lane + 8 * half + 8):
             order += [byte, 4 * LANES + byte]
     mixed = builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(INT32, 4 * LANES), order))
-    return builder.bitcast(mixed, PAIRS)
+    return builder.bitcast(mixed, WORDS)
 
 
 def _dot_pairs(builder, inputs, rows, halves, sums):
-    """Add to the sums of each row, two vectors, the products of a pair of its inputs with that of each column."""
+    """Add to the sums of each row, two vectors, the products of a pair of its inputs with that of each column.
+
+    `halves` are two vectors of such pairs, as WORDS.
+    """
     # https://www.intel.com/content/www/us/en/docs/intrinsics-guide/, _mm512_dpbf16_ps.
     name = f"llvm.x86.avx512bf16.dpbf16ps.{32 * LANES}"
     dot = _intrinsic(builder, name, VECTOR, VECTOR, PAIRS, PAIRS)
+    halves = [builder.bitcast(half, PAIRS) for half in halves]
     new = []
     for row in range(rows):
         value = builder.bitcast(_broadcast(builder, _load(builder, inputs, INT32, 4 * row)), PAIRS)
@@ -412,22 +435,25 @@ def _dot_pairs(builder, inputs, rows, halves, sums):
     return new
 
 
-def _make_multiply_pairs(keeps):
-    """`multiply_pairs(rows, weights, inputs, pairs, tile, near, far, high_bytes, unpacked)`: a block of rows times one
-    panel, in BF16_PAIRS; arguments as of `multiply`.
+def _make_multiply_packed(precision, keeps):
+    """`multiply_packed(rows, weights, inputs, length, tile, near, far, high_bytes, unpacked)`: a block of rows times
+    one panel of 12 bits, BF16_PACKED or BF16_PAIRS; arguments as of `multiply`.
 
-    `inputs` is bf16 [pairs, rows, PAIR], the panel as `pack_pairs` has made it, `high_bytes` the address of its table.
-    If it `keeps` the weights, they are stored at `unpacked`, bf16 [pairs, PANEL_COLUMNS, PAIR].
+    `inputs` is float32 [length, rows] or, for BF16_PAIRS, bf16 [length / 2, rows, PAIR]; the panel is as
+    `pack_twelve_bits` has made it, and `high_bytes` is the address of its table. If it `keeps` the weights, they are
+    stored at `unpacked` in 16 bits: as those of BF16, or [length / 2, PANEL_COLUMNS, PAIR].
     """
 
     @intrinsic
-    def multiply_pairs(_, rows, weights, inputs, pairs, tile, near, far, high_bytes, unpacked):
+    def multiply_packed(_, rows, weights, inputs, length, tile, near, far, high_bytes, unpacked):
         def generate(context, builder, signature, arguments):
-            rows, weights, inputs, pairs, tile, near, far, high_bytes, unpacked = arguments
+            rows, weights, inputs, length, tile, near, far, high_bytes, unpacked = arguments
             nibble, four = _constant(BYTES, 15), _constant(SHORTS, 4)
+            words = 2 if precision == BF16_PAIRS else 4  # of 4 bytes that a row has of four inputs
 
             def case(count):
-                look_up = _intrinsic(builder, f"llvm.x86.avx512.pshuf.b.{32 * LANES}", BYTES, BYTES, BYTES)
+                instruction = {8: "avx2.pshuf.b", 16: "avx512.pshuf.b.512"}[LANES]
+                look_up = _intrinsic(builder, f"llvm.x86.{instruction}", BYTES, BYTES, BYTES)
                 sixteen = _load(builder, high_bytes, ir.VectorType(BYTE, NUM_HIGH_BYTES), align=1)
                 everywhere = ir.Constant(ir.VectorType(INT32, 4 * LANES), list(range(16)) * (LANES // 4))
                 table = builder.shuffle_vector(sixteen, sixteen, everywhere)
@@ -439,27 +465,35 @@ def _make_multiply_pairs(keeps):
                     for pair, part in enumerate((numbers, shifted)):
                         high = builder.call(look_up, [table, builder.and_(part, nibble)])
                         low = _load(builder, weights, BYTES, pair * 4 * LANES, align=1)
-                        halves = [_interleaved(builder, low, high, half) for half in range(2)]
+                        both = [_interleaved(builder, low, high, half) for half in range(2)]
                         if keeps:
-                            _store(builder, halves, builder.add(target, INT64(pair * 4 * PANEL_COLUMNS)))
-                        sums = _dot_pairs(builder, builder.add(inputs, INT64(4 * pair * count)), count, halves, sums)
+                            _store(builder, both, builder.add(target, INT64(pair * 4 * PANEL_COLUMNS)))
+                        address = builder.add(inputs, INT64(4 * words // 2 * pair * count))
+                        if precision == BF16_PAIRS:
+                            sums = _dot_pairs(builder, address, count, both, sums)
+                            continue
+                        for number, of_one_input in enumerate(both):
+                            of_row = builder.add(address, INT64(4 * number * count))
+                            halves = _both_halves(builder, of_one_input)
+                            sums = _multiply_add_floats(builder, of_row, count, halves, sums)
                     return [*sums, builder.add(target, INT64(2 * 4 * PANEL_COLUMNS))]
 
                 carried = [_constant(VECTOR, 0.0)] * (2 * count) + [unpacked]
-                panel = weights, builder.lshr(pairs, INT64(1)), near, far
-                carried = _panel_loop(builder, 2 * count, panel, inputs, PAIRS_STEP_BYTES, carried, accumulate)
+                panel = weights, builder.lshr(length, INT64(2)), near, far
+                carried = _panel_loop(builder, words * count, panel, inputs, PACKED_STEP_BYTES, carried, accumulate)
                 _store(builder, carried[:-1], tile)
 
-            if MULTIPLIES_PAIRS:
+            if precision == BF16_FORM:
                 _switch_on_count(builder, rows, MAX_BLOCK_ROWS, case)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 9), generate
 
-    return multiply_pairs
+    return multiply_packed
 
 
-multiply_pairs, multiply_and_keep_pairs = map(_make_multiply_pairs, (False, True))
+multiply_packed, multiply_and_keep_packed = (_make_multiply_packed(BF16_PACKED, keeps) for keeps in (False, True))
+multiply_pairs, multiply_and_keep_pairs = (_make_multiply_packed(BF16_PAIRS, keeps) for keeps in (False, True))
 
 
 @intrinsic
@@ -471,14 +505,14 @@ def multiply_kept_pairs(_, rows, weights, inputs, pairs, tile, near, far):
 
         def case(count):
             def accumulate(weights, inputs, sums):
-                halves = [builder.bitcast(_load(builder, weights, WORDS, 4 * LANES * half), PAIRS) for half in range(2)]
+                halves = [_load(builder, weights, WORDS, 4 * LANES * half) for half in range(2)]
                 return _dot_pairs(builder, inputs, count, halves, sums)
 
             zeros = [_constant(VECTOR, 0.0)] * (2 * count)
             panel = weights, pairs, near, far
             _store(builder, _panel_loop(builder, count, panel, inputs, 4 * PANEL_COLUMNS, zeros, accumulate), tile)
 
-        if MULTIPLIES_PAIRS:
+        if BF16_FORM == BF16_PAIRS:
             _switch_on_count(builder, rows, MAX_BLOCK_ROWS, case)
         return context.get_dummy_value()
 
@@ -534,7 +568,7 @@ def round_to_pairs(_, numbers, vectors, pairs, stride):
                 pairs = builder.add(pairs, stride)
             return [builder.add(numbers, INT64(4 * LANES)), pairs]
 
-        if MULTIPLIES_PAIRS:
+        if BF16_FORM == BF16_PAIRS:
             _loop(builder, "round", vectors, [numbers, pairs], body)
         return context.get_dummy_value()
 
@@ -571,7 +605,7 @@ def min_max(_, numbers, vectors, target):
 def quantize_vectors(_, numbers, vectors, inverse_scale, zero_point, codes, stride):
     """So many vectors of float32 times `inverse_scale`, plus `zero_point`, rounded and clamped to codes from 0 to 255.
 
-    GROUP codes are stored beside each other at `codes`, the next ones `stride` bytes further.
+    GROUP codes, GROUP_BYTES together, are stored beside each other at `codes`, the next ones `stride` bytes further.
     """
 
     def generate(context, builder, signature, arguments):
@@ -587,7 +621,7 @@ def quantize_vectors(_, numbers, vectors, inverse_scale, zero_point, codes, stri
             value = builder.fptosi(value, WORDS)
             value = builder.select(builder.icmp_signed("<", value, lowest), lowest, value)
             value = builder.select(builder.icmp_signed(">", value, highest), highest, value)
-            value = builder.trunc(value, ir.VectorType(BYTE, LANES))
+            value = builder.trunc(value, ir.VectorType(ir.IntType(8 * GROUP_BYTES // GROUP), LANES))
             value = builder.bitcast(value, ir.VectorType(INT32, LANES // GROUP))
             for number in range(LANES // GROUP):
                 group = builder.extract_element(value, INT32(number))
@@ -755,8 +789,8 @@ def panel_bytes(precision, width):
     """Of a panel of weights for so many inputs."""
     if precision == INT8:
         return round_up(width) * PANEL_COLUMNS
-    if precision == BF16_PAIRS:
-        return round_up(width) // (2 * PAIR) * PAIRS_STEP_BYTES
+    if precision == BF16_PAIRS or precision == BF16_PACKED:
+        return round_up(width) // (2 * PAIR) * PACKED_STEP_BYTES
     return width * PANEL_COLUMNS * (4 if precision == FP32 else 2)
 
 
@@ -794,15 +828,17 @@ def embed(model, args, row):
         for index in range(width):
             bits = (pairs[index * LANES] << shift) & np.uint32(0xFFFF0000)
             hidden[index] = float_from_bits(np.int32(bits)) + position[index]
-    elif model.precision == BF16_PAIRS:
-        weights = uint8_at(wte.weights + panel * panel_bytes(BF16_PAIRS, width))
+    elif model.precision == BF16_PAIRS or model.precision == BF16_PACKED:
+        weights = uint8_at(wte.weights + panel * panel_bytes(model.precision, width))
         high_bytes = uint8_at(wte.high_bytes + panel * NUM_HIGH_BYTES)
         for index in range(width):
-            # Where pack_pairs has put it.
-            step, pair, word = index // (2 * PAIR), index // PAIR % 2, PAIR * (column % LANES) + index % PAIR
-            place = word // 8 * 16 + column // LANES * 8 + word % 8
-            low = weights[step * PAIRS_STEP_BYTES + pair * 4 * LANES + place]
-            number = (weights[step * PAIRS_STEP_BYTES + 2 * 4 * LANES + place] >> (4 * pair)) & 15
+            # Where pack_twelve_bits has put it.
+            step, pair, outer, inner = index // (2 * PAIR), index // PAIR % 2, column // LANES, index % PAIR
+            if model.precision == BF16_PACKED:
+                outer, inner = inner, outer
+            place = column % LANES // 4 * 16 + outer * 8 + column % 4 * 2 + inner
+            low = weights[step * PACKED_STEP_BYTES + pair * 4 * LANES + place]
+            number = (weights[step * PACKED_STEP_BYTES + 2 * 4 * LANES + place] >> (4 * pair)) & 15
             bits = (np.uint32(high_bytes[number]) << np.uint32(24)) | (np.uint32(low) << np.uint32(16))
             hidden[index] = float_from_bits(np.int32(bits)) + position[index]
     else:
@@ -866,9 +902,9 @@ def quantize_row(args, numbers, row, rows, width, first, last, scratch):
     inverse_scale = np.float32(1) / scale
     zero_point = np.int32(np.float32(0.5) - minimum * inverse_scale)
     offset, stride = row_offset_and_stride(row, rows, round_up(width) // GROUP)
-    codes = args.codes + GROUP * (offset + first // GROUP * stride)
+    codes = args.codes + GROUP_BYTES * (offset + first // GROUP * stride)
     vectors = (last - first) // LANES
-    quantize_vectors(numbers + 4 * first, vectors, inverse_scale, np.float32(zero_point), codes, GROUP * stride)
+    quantize_vectors(numbers + 4 * first, vectors, inverse_scale, np.float32(zero_point), codes, GROUP_BYTES * stride)
     if first == 0:
         quantization = args.quantizations + QUANTIZATION_BYTES * row
         float32_at(quantization)[0] = scale
@@ -900,19 +936,28 @@ def multiply_panel(model, args, layer, linear, panel, rows, inputs, tile, destin
             multiply_bf16(size, weights, address, linear.in_features, tile, near, far)
         elif model.precision == FP32:
             multiply_fp32(size, weights, address, linear.in_features, tile, near, far)
-        elif model.precision == BF16_PAIRS:
+        elif model.precision == BF16_PAIRS or model.precision == BF16_PACKED:
             high_bytes = linear.high_bytes + panel * NUM_HIGH_BYTES
-            codes, unpacked = inputs + 4 * begin * groups, tile + 4 * MAX_BLOCK_ROWS * PANEL_COLUMNS
-            if num_blocks(rows) == 1:
-                multiply_pairs(size, weights, codes, groups, tile, near, far, high_bytes, unpacked)
-            elif block == 0:
-                multiply_and_keep_pairs(size, weights, codes, groups, tile, near, far, high_bytes, unpacked)
+            length, unpacked = round_up(linear.in_features), tile + 4 * MAX_BLOCK_ROWS * PANEL_COLUMNS
+            # Kept weights are a third longer than packed ones: with their first quarter nothing is prefetched.
+            near_kept = near if ahead and block == 1 else 0
+            if model.precision == BF16_PACKED:
+                if num_blocks(rows) == 1:
+                    multiply_packed(size, weights, address, length, tile, near, far, high_bytes, unpacked)
+                elif block == 0:
+                    multiply_and_keep_packed(size, weights, address, length, tile, near, far, high_bytes, unpacked)
+                else:
+                    multiply_bf16(size, unpacked, address, length, tile, near_kept, far)
             else:
-                # Kept weights are a third longer than packed ones: with their first quarter nothing is prefetched.
-                near = near if ahead and block == 1 else 0
-                multiply_kept_pairs(size, unpacked, codes, groups, tile, near, far)
+                codes = inputs + 4 * begin * groups
+                if num_blocks(rows) == 1:
+                    multiply_pairs(size, weights, codes, length, tile, near, far, high_bytes, unpacked)
+                elif block == 0:
+                    multiply_and_keep_pairs(size, weights, codes, length, tile, near, far, high_bytes, unpacked)
+                else:
+                    multiply_kept_pairs(size, unpacked, codes, groups, tile, near_kept, far)
         else:
-            codes = args.codes + begin * groups * GROUP
+            codes = args.codes + GROUP_BYTES * begin * groups
             quantizations = args.quantizations + QUANTIZATION_BYTES * begin
             scales = linear.scales + 4 * panel * PANEL_COLUMNS
             weight_sums = linear.weight_sums + 4 * panel * PANEL_COLUMNS

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FP32, BF16, INT8, BF16_PAIRS = range(4)
+FP32, BF16, INT8, BF16_PACKED, BF16_PAIRS = range(5)
 CACHE_LINE = 64  # bytes
 
 
@@ -31,11 +31,12 @@ def _simd_registers() -> tuple[int, int]:
     return 4, 12 if features.get("neon") else 6
 
 
-DOT_PRODUCTS = ("vpdpbusd", "vpmaddwd", "plain")
+DOT_PRODUCTS = {"vpdpbusd": 4, "vpmaddwd": 2, "plain": 4}
+"""The ways of multiplying 8-bit integers and adding up the products, and the inputs that each multiplies at once."""
 
 
 def _dot_product(lanes: int) -> str:
-    """The fastest of DOT_PRODUCTS on this CPU: instructions that multiply 8-bit integers and add up the products."""
+    """The fastest of DOT_PRODUCTS on this CPU."""
     features = llvm.get_host_cpu_features()
     if features.get({16: "avx512vnni", 8: "avxvnni"}.get(lanes, "")):
         return "vpdpbusd"
@@ -51,15 +52,34 @@ def _multiplies_pairs(lanes: int) -> bool:
     return is_zen and lanes == 16 and bool(llvm.get_host_cpu_features().get("avx512bf16"))
 
 
+def _bf16_form(lanes: int) -> int:
+    """The form of bf16 weights that this CPU multiplies fastest.
+
+    Weights of 12 bits are a quarter less to read, and unpacking them takes time: of the CPUs that multiply floats, only
+    those with AVX2 and without AVX-512 were measured.
+    """
+    if _multiplies_pairs(lanes):
+        return BF16_PAIRS
+    return BF16_PACKED if lanes == 8 and llvm.get_host_cpu_features().get("avx2") else BF16
+
+
 LANES, MAX_BLOCK_ROWS = _simd_registers()
-MULTIPLIES_PAIRS = _multiplies_pairs(LANES)
-PRECISION_CODES = {"fp32": FP32, "bf16": BF16_PAIRS if MULTIPLIES_PAIRS else BF16, "int8": INT8}
+BF16_FORM = _bf16_form(LANES)
+PRECISION_CODES = {"fp32": FP32, "bf16": BF16_FORM, "int8": INT8}
 DOT_PRODUCT = _dot_product(LANES)
+GROUP = DOT_PRODUCTS[DOT_PRODUCT]
+"""Inputs of an INT8 product that are multiplied at once."""
+GROUP_BYTES = 4
+"""Of their codes in a row: 4 of 8 bits, or 2 of 16."""
 PANEL_COLUMNS = 2 * LANES
 """Columns of a product that are computed at once; the weights are stored in panels [in_features, PANEL_COLUMNS]."""
 
 NUM_HIGH_BYTES = 16
-"""Different high bytes, the sign and most of the exponent, that the weights of a panel may have for BF16_PAIRS."""
+"""Different high bytes, the sign and most of the exponent, that the weights of a panel may have in 12 bits."""
+
+
+PACKED_AT_ONCE = 400_000
+"""Weights that `pack_twelve_bits` gets: what it computes with them stays in the cache."""
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
@@ -78,15 +98,15 @@ class PackedWeights(NamedTuple):
     panels: np.ndarray  # bytes
     scales: np.ndarray  # of each output, float32; 1 but for INT8
     weight_sums: np.ndarray  # of each output's packed weights, int32; 0 but for INT8
-    high_bytes: np.ndarray  # [panels, NUM_HIGH_BYTES], uint8; 0 but for BF16_PAIRS
+    high_bytes: np.ndarray  # [panels, NUM_HIGH_BYTES], uint8; 0 but for weights of 12 bits
 
 
 def pack_weights(weight: Tensor, precision: int) -> PackedWeights:
     """Pack a matrix (out, in) into panels.
 
     A panel is [in, PANEL_COLUMNS]; for BF16 [in, LANES, 2], with column i beside column LANES + i; for INT8
-    [in / 4, PANEL_COLUMNS, 4]; for BF16_PAIRS see `pack_pairs`. The last panel is padded with zeros, and for the last
-    two the inputs to whole vectors.
+    [in / GROUP, PANEL_COLUMNS, GROUP]; for the others see `pack_twelve_bits`. The last panel is padded with zeros, and
+    for INT8 and BF16_PAIRS the inputs to whole vectors; BF16_PACKED needs whole vectors.
     """
     out_features, in_features = weight.shape
     panels = -(-out_features // PANEL_COLUMNS)
@@ -96,7 +116,7 @@ def pack_weights(weight: Tensor, precision: int) -> PackedWeights:
     if precision == INT8:
         scales[:out_features] = (weight.abs().amax(dim=1).float() / 127).clamp_min(torch.finfo(torch.float32).tiny)
     inputs = round_up(in_features) if precision in (INT8, BF16_PAIRS) else in_features
-    panel_bytes = PANEL_COLUMNS * inputs * {FP32: 8, BF16: 4, INT8: 2, BF16_PAIRS: 3}[precision] // 2
+    panel_bytes = PANEL_COLUMNS * inputs * {FP32: 8, BF16: 4, INT8: 2}.get(precision, 3) // 2
     memory = aligned_zeros((panels, panel_bytes))
     full_panels = out_features // PANEL_COLUMNS
 
@@ -110,13 +130,16 @@ def pack_weights(weight: Tensor, precision: int) -> PackedWeights:
         padding = inputs - in_features, -len(rows) % PANEL_COLUMNS
         if any(padding):
             rows = F.pad(rows, (0, padding[0], 0, padding[1]))
-        if precision == BF16_PAIRS:
-            for panel in range(first, last):
-                words = rows[(panel - first) * PANEL_COLUMNS :][:PANEL_COLUMNS].contiguous().view(torch.int16)
-                memory[panel], high_bytes[panel] = pack_pairs(words.numpy().view(np.uint16))
+        if precision in (BF16_PACKED, BF16_PAIRS):
+            words = rows.contiguous().view(torch.int16).unflatten(0, (last - first, PANEL_COLUMNS))
+            chunk = max(1, PACKED_AT_ONCE // (PANEL_COLUMNS * inputs))
+            for panel in range(first, last, chunk):
+                end = min(panel + chunk, last)
+                packed = pack_twelve_bits(words[panel - first : end - first], precision)
+                memory[panel:end], high_bytes[panel:end] = packed
             return
         if precision == INT8:
-            rows = rows.contiguous().view(torch.int32)  # four inputs, which are moved as one
+            rows = rows.contiguous().view({2: torch.int16, 4: torch.int32}[GROUP])  # inputs that are moved as one
         order = (0, 3, 2, 1) if precision == BF16 else (0, 3, 1, 2)
         packed = rows.unflatten(0, (last - first, 2, LANES)).permute(order)
         torch.from_numpy(memory[first:last]).view(packed.dtype).view(packed.shape).copy_(packed)
@@ -128,8 +151,8 @@ def pack_weights(weight: Tensor, precision: int) -> PackedWeights:
     return PackedWeights(memory, scales.numpy(), weight_sums.numpy(), high_bytes)
 
 
-def pack_pairs(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pack a panel of bf16 in 12 bits a weight, which nearly all weights survive to the bit.
+def pack_twelve_bits(words: Tensor, precision: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pack panels of bf16 in 12 bits a weight, which nearly all weights survive to the bit.
 
     The high byte of a bf16 is the sign and most of the exponent. A panel has few of them, but for tiny weights: a table
     of 16 has those of the greatest weights, of 16 powers of two where they are positive and 14 where they are negative,
@@ -137,39 +160,43 @@ def pack_pairs(words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     2^-15 of the greatest weight (negative: 2^-13), where rounding to bf16 has changed that one by up to 2^-9.
 
     Args:
-        words: the bf16 as uint16 [PANEL_COLUMNS, inputs], whole vectors of inputs.
+        words: the bf16 as int16 [panels, PANEL_COLUMNS, inputs], whole vectors of inputs.
+        precision: BF16_PACKED or BF16_PAIRS.
 
     Returns:
-        For each four inputs, two pairs, three vectors of 4 * LANES bytes: the low bytes of the first pair, those of the
-        second one, and the places of their high bytes in the table, of the first pair in the low half of a byte. The
-        bytes of a vector stand as the CPU interleaves them with others, 8 at a time: both inputs of the columns 0 to 3,
-        of LANES to LANES + 3, of 4 to 7 and so on. The second array is the table, uint8 [NUM_HIGH_BYTES].
+        For each panel and each four inputs, two pairs, three vectors of 4 * LANES bytes: the low bytes of the first
+        pair, those of the second one, and the places of their high bytes in the table, of the first pair in the low
+        half of a byte. The bytes of a vector stand as the CPU interleaves them with others, 8 at a time. For BF16_PAIRS
+        these are both inputs of the columns 0 to 3, of LANES to LANES + 3, of 4 to 7 and so on; for BF16_PACKED the
+        first input of the columns 0, LANES, 1, LANES + 1 up to LANES + 3, the second one of the same, then of the
+        columns from 4 on. The second array are the tables, uint8 [panels, NUM_HIGH_BYTES].
     """
-    # Both inputs of a pair stay together: half, four columns of it, column; four inputs, pair.
-    parts = np.ascontiguousarray(words).view(np.uint32).reshape(2, LANES // 4, 4, -1, 2)
-    in_order = parts.transpose(3, 4, 1, 0, 2).reshape(-1).view(np.uint8)
-    low, high = in_order[0::2].copy(), in_order[1::2]
-    signed = np.arange(256)
-    is_negative = signed >= 0x80
-    greatest = int((high & np.uint8(0x7F)).max())
-    below = greatest - (signed & 0x7F)  # of each high byte; each step is two powers of two
-    number_kept = np.where(is_negative, 7, 8)
-    is_kept = below < number_kept
-    numbers = np.where(is_kept, below + np.where(is_negative, 8, 0), NUM_HIGH_BYTES - 1).astype(np.uint8)
-    codes = numbers[high]
-    if (codes == NUM_HIGH_BYTES - 1).any():
-        others = np.flatnonzero(codes == NUM_HIGH_BYTES - 1)
-        of_others = high[others]
-        # Half of the smallest number that is kept, and more, becomes that one.
-        is_rounded_up = (below[of_others] == number_kept[of_others]) & (low[others] >= 0x80)
-        codes[others[is_rounded_up]] = np.where(is_negative[of_others[is_rounded_up]], 14, 7)
-        low[others] = 0
-    table = np.zeros(NUM_HIGH_BYTES, dtype=np.uint8)
-    table[:8] = np.maximum(greatest - np.arange(8), 0)
-    table[8:15] = table[:7] | np.uint8(0x80)
-    low, codes = low.reshape(-1, 2, 4 * LANES), codes.reshape(-1, 2, 4 * LANES)
-    packed = np.concatenate([low, codes[:, :1] | codes[:, 1:] << np.uint8(4)], axis=1)
-    return packed.reshape(-1), table
+    half, four_columns, column, four_inputs, pair, input_of_pair = range(1, 7)
+    parts = words.unflatten(2, (-1, 2, 2)).unflatten(1, (2, LANES // 4, 4))
+    order = (half, column, input_of_pair) if precision == BF16_PAIRS else (input_of_pair, column, half)
+    in_order = parts.permute(0, four_inputs, pair, four_columns, *order).contiguous().numpy().view(np.uint8)
+    in_order = in_order.reshape(len(words), -1)
+    low, high = in_order[:, 0::2].copy(), in_order[:, 1::2].copy()
+
+    magnitudes = high & np.uint8(0x7F)
+    greatest = magnitudes.max(axis=1, keepdims=True)
+    below = greatest - magnitudes  # each step is two powers of two
+    is_negative = high >> np.uint8(7)
+    first_dropped = np.uint8(8) - is_negative
+    is_kept = below < first_dropped
+    codes = np.where(is_kept, below | is_negative << np.uint8(3), np.uint8(NUM_HIGH_BYTES - 1))
+    dropped = np.nonzero(~is_kept)
+    # Half of the smallest number that is kept, and more, becomes that one.
+    is_rounded_up = (below[dropped] == first_dropped[dropped]) & (low[dropped] >= 0x80)
+    codes[dropped] = np.where(is_rounded_up, np.where(is_negative[dropped], 14, 7), NUM_HIGH_BYTES - 1)
+    low[dropped] = 0
+
+    tables = np.zeros((len(words), NUM_HIGH_BYTES), dtype=np.uint8)
+    tables[:, :8] = np.maximum(greatest.astype(np.int64) - np.arange(8), 0)
+    tables[:, 8:15] = tables[:, :7] | np.uint8(0x80)
+    low, codes = (part.reshape(len(words), -1, 2, 4 * LANES) for part in (low, codes))
+    packed = np.concatenate([low, codes[:, :, :1] | codes[:, :, 1:] << np.uint8(4)], axis=2)
+    return packed.reshape(len(words), -1), tables
 
 
 def aligned_zeros(shape: tuple[int, ...]) -> np.ndarray:

@@ -37,14 +37,15 @@ from gpt2_chinese.decoding.decoder import Decoder
 from gpt2_chinese.decoding.engine import Engine
 from gpt2_chinese.decoding.packing import (
     BF16,
+    BF16_FORM,
+    BF16_PACKED,
     BF16_PAIRS,
     DOT_PRODUCTS,
     LANES,
     MAX_BLOCK_ROWS,
-    MULTIPLIES_PAIRS,
     PANEL_COLUMNS,
     PRECISION_CODES,
-    pack_pairs,
+    pack_twelve_bits,
     pack_weights,
 )
 from gpt2_chinese.model_folder import load_model
@@ -121,17 +122,22 @@ def test_any_shape_has_the_logits_of_transformers_with_the_same_weights(shape, p
     assert largest_difference(round_weights(model, precision), decoder, texts) < 1e-4
 
 
-# INT8 and, on some CPUs, BF16: the inputs of the products are quantized or rounded too, and the weights in 12 bits.
+# bf16 in 12 bits.
 
 
-def unpack_pairs(packed: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """What `pack_pairs` has packed: bf16 as uint16 [PANEL_COLUMNS, inputs]."""
+def unpack_twelve_bits(packed: np.ndarray, table: np.ndarray, precision: int) -> np.ndarray:
+    """What `pack_twelve_bits` has packed: bf16 as uint16 [PANEL_COLUMNS, inputs]."""
     steps = packed.reshape(-1, 3, 4 * LANES)
     unpacked = np.zeros((PANEL_COLUMNS, 4 * len(steps)), dtype=np.uint16)
     for column in range(PANEL_COLUMNS):
         for row in range(unpacked.shape[1]):
-            step, pair, word = steps[row // 4], row // 2 % 2, 2 * (column % LANES) + row % 2
-            place = word // 8 * 16 + column // LANES * 8 + word % 8
+            step, pair = steps[row // 4], row // 2 % 2
+            # Four columns of both halves of the panel have 16 bytes: 8 of the one half or input, then the other's.
+            half, parity = column // LANES, row % 2
+            place = {
+                BF16_PAIRS: half * 8 + column % 4 * 2 + parity,
+                BF16_PACKED: parity * 8 + column % 4 * 2 + half,
+            }[precision] + column % LANES // 4 * 16
             number = step[2, place] >> 4 * pair & 15
             unpacked[column, row] = int(table[number]) << 8 | int(step[pair, place])
     return unpacked
@@ -143,10 +149,67 @@ def as_floats(words: np.ndarray) -> np.ndarray:
 
 
 def in_12_bits(weight: torch.Tensor) -> torch.Tensor:
-    """A matrix (out, in) as BF16_PAIRS has it."""
-    packed = pack_weights(weight, BF16_PAIRS)
-    panels = [unpack_pairs(*panel) for panel in zip(packed.panels, packed.high_bytes, strict=True)]
+    """A matrix (out, in) as this CPU's form of 12 bits has it."""
+    packed = pack_weights(weight, BF16_FORM)
+    panels = [unpack_twelve_bits(*panel, BF16_FORM) for panel in zip(packed.panels, packed.high_bytes, strict=True)]
     return torch.from_numpy(as_floats(np.concatenate(panels))[: weight.shape[0], : weight.shape[1]].copy())
+
+
+def round_weights_to_12_bits(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """Like `round_weights`, and then each matrix `in_12_bits`."""
+    for name, module in round_weights(model, "bf16").named_modules():
+        if name.endswith(("c_attn", "c_proj", "c_fc")):  # they store (in, out)
+            module.weight.data = in_12_bits(module.weight.data.t()).t().contiguous()
+        elif name.endswith(("wte", "lm_head")):
+            module.weight.data = in_12_bits(module.weight.data)
+    return model
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_any_shape_has_the_logits_of_transformers_with_weights_of_12_bits(shape):
+    if BF16_FORM != BF16_PACKED:
+        pytest.skip("this CPU multiplies other weights")
+    model = random_model(**shape)
+    decoder = CompiledDecoder(model, max_num_seqs=3, precision="bf16")
+    source = random.Random(5)
+    vocab_size = model.config.vocab_size
+    texts = [[source.randrange(vocab_size) for _ in range(length)] for length in (2, 9, 24)]
+    has_whole_vectors = model.config.n_embd % LANES == 0 and (model.config.n_inner or 0) % LANES == 0
+    rounded = round_weights_to_12_bits(model) if has_whole_vectors else round_weights(model, "bf16")
+    assert largest_difference(rounded, decoder, texts) < 1e-4
+
+
+@pytest.mark.parametrize("precision", [BF16_PACKED, BF16_PAIRS])
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    vectors=st.sampled_from([1, 3]),
+    log_scale=st.floats(-30, 3),
+    spread=st.sampled_from([0.0, 0.5, 2.0, 6.0]),
+)
+def test_bf16_in_12_bits_is_the_nearest_number_that_a_panel_has(precision, seed, vectors, log_scale, spread):
+    generator = torch.Generator().manual_seed(seed)
+    shape = PANEL_COLUMNS, vectors * LANES
+    weights = torch.randn(shape, generator=generator) * 10 ** (
+        log_scale + spread * torch.randn(shape, generator=generator)
+    )
+    weights = (weights * (torch.rand(shape, generator=generator) < 0.95)).clamp(-1e30, 1e30).bfloat16()
+    packed, table = (array[0] for array in pack_twelve_bits(weights.view(torch.int16)[None], precision))
+
+    unpacked = as_floats(unpack_twelve_bits(packed, table, precision))
+
+    low_bytes = np.arange(256, dtype=np.uint16)
+    numbers = as_floats(table[:15, None].astype(np.uint16) << 8 | low_bytes).astype(np.float64)
+    numbers = np.unique(np.append(numbers, 0.0))
+    expected = np.float64(weights.float().numpy())
+    places = np.searchsorted(numbers, expected).clip(1, len(numbers) - 1)
+    nearest = np.minimum(np.abs(expected - numbers[places]), np.abs(expected - numbers[places - 1]))
+    assert (np.abs(expected - unpacked) == nearest).all()
+    assert (np.abs(expected - unpacked) <= np.abs(expected).max() * 2.0**-13).all()
+    if not spread:
+        assert (expected != unpacked).sum() <= 6 + 0.005 * expected.size
+
+
+# INT8 and, on some CPUs, bf16: the inputs of the products are quantized or rounded too.
 
 
 def quantize_inputs(inputs: torch.Tensor) -> torch.Tensor:
@@ -164,11 +227,8 @@ def round_inputs(inputs: torch.Tensor) -> torch.Tensor:
 def with_converted_inputs(model: GPT2LMHeadModel, precision: str) -> GPT2LMHeadModel:
     """Round the weights to 8 or 12 bits, and convert the inputs of the products: the decoder's arithmetic in floats."""
     convert = {"int8": quantize_inputs, "bf16": round_inputs}[precision]
-    for name, module in round_weights(model, precision).named_modules():
-        if precision == "bf16" and name.endswith(("c_attn", "c_proj", "c_fc")):  # they store (in, out)
-            module.weight.data = in_12_bits(module.weight.data.t()).t().contiguous()
-        elif precision == "bf16" and name.endswith(("wte", "lm_head")):
-            module.weight.data = in_12_bits(module.weight.data)
+    model = round_weights_to_12_bits(model) if precision == "bf16" else round_weights(model, precision)
+    for name, module in model.named_modules():
         if name.endswith(("c_attn", "c_proj", "c_fc", "lm_head")):
             module.register_forward_pre_hook(lambda _, arguments: (convert(arguments[0]),))
     return model
@@ -177,7 +237,7 @@ def with_converted_inputs(model: GPT2LMHeadModel, precision: str) -> GPT2LMHeadM
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("precision", ["int8", "bf16"])
 def test_any_shape_has_the_logits_of_transformers_with_converted_inputs(shape, precision):
-    if precision == "bf16" and not MULTIPLIES_PAIRS:
+    if precision == "bf16" and BF16_FORM != BF16_PAIRS:
         pytest.skip("this CPU rounds no inputs")
     model = random_model(**shape)
     decoder = CompiledDecoder(model, max_num_seqs=3, precision=precision)
@@ -194,30 +254,6 @@ def test_any_shape_has_the_logits_of_transformers_with_converted_inputs(shape, p
     source = random.Random(5)
     texts = [[source.randrange(vocab_size) for _ in range(length)] for length in (2, 9, 24)]
     assert largest_difference(model, decoder, texts) < 2 * float(rounding.max())
-
-
-@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 3]), st.floats(-30, 3), st.sampled_from([0.0, 0.5, 2.0, 6.0]))
-def test_bf16_in_12_bits_is_the_nearest_number_that_a_panel_has(seed, vectors, log_scale, spread):
-    generator = torch.Generator().manual_seed(seed)
-    shape = PANEL_COLUMNS, vectors * LANES
-    weights = torch.randn(shape, generator=generator) * 10 ** (
-        log_scale + spread * torch.randn(shape, generator=generator)
-    )
-    weights = (weights * (torch.rand(shape, generator=generator) < 0.95)).clamp(-1e30, 1e30).bfloat16()
-    packed, table = pack_pairs(weights.view(torch.int16).numpy().view(np.uint16))
-
-    unpacked = as_floats(unpack_pairs(packed, table))
-
-    low_bytes = np.arange(256, dtype=np.uint16)
-    numbers = as_floats(table[:15, None].astype(np.uint16) << 8 | low_bytes).astype(np.float64)
-    numbers = np.unique(np.append(numbers, 0.0))
-    expected = np.float64(weights.float().numpy())
-    places = np.searchsorted(numbers, expected).clip(1, len(numbers) - 1)
-    nearest = np.minimum(np.abs(expected - numbers[places]), np.abs(expected - numbers[places - 1]))
-    assert (np.abs(expected - unpacked) == nearest).all()
-    assert (np.abs(expected - unpacked) <= np.abs(expected).max() * 2.0**-13).all()
-    if not spread:
-        assert (expected != unpacked).sum() <= 6 + 0.005 * expected.size
 
 
 def test_int8_is_near_fp32():
@@ -237,7 +273,7 @@ def test_every_dot_product_instruction_gives_exact_integer_sums(name, monkeypatc
     needed = {"vpdpbusd": {16: "avx512vnni", 8: "avxvnni"}, "vpmaddwd": {16: "avx512bw", 8: "avx2", 4: "sse2"}}
     if name in needed and not features.get(needed[name].get(LANES, "")):
         pytest.skip("this CPU has no such instruction")
-    rows, groups = 2, 37
+    rows, groups, group = 2, 38, DOT_PRODUCTS[name]
     monkeypatch.setattr(decoder_kernel, "MAX_BLOCK_ROWS", rows)  # the compile time grows with the number of rows
     multiply = decoder_kernel.make_multiply_int8(name)
 
@@ -246,10 +282,10 @@ def test_every_dot_product_instruction_gives_exact_integer_sums(name, monkeypatc
         multiply(*arguments)
 
     source = np.random.default_rng(3)
-    weights = source.integers(-127, 128, (groups, PANEL_COLUMNS, 4), dtype=np.int8)
-    codes = source.integers(0, 256, (groups, rows, 4), dtype=np.uint8)
+    weights = source.integers(-127, 128, (groups, PANEL_COLUMNS, group), dtype=np.int8)
+    codes = source.integers(0, 256, (groups, rows, group), dtype=np.int16 if group == 2 else np.uint8)
     # The extremes, with either sign in both halves of the panel: 16 bits would not hold two of their products.
-    weights[:9, ::3], weights[:9, 1::3], codes[:9] = 127, -127, 255
+    weights[:18, ::3], weights[:18, 1::3], codes[:18] = 127, -127, 255
     quantizations = np.zeros(rows, dtype=[("scale", np.float32), ("zero_point", np.int32)])
     quantizations["scale"], quantizations["zero_point"] = (0.25, 3.0), (200, 7)
     scales = source.random(PANEL_COLUMNS).astype(np.float32)
@@ -264,7 +300,7 @@ def test_every_dot_product_instruction_gives_exact_integer_sums(name, monkeypatc
 
 
 @pytest.mark.slow
-def test_int8_is_exact_on_a_cpu_without_its_instruction(tmp_path):
+def test_a_cpu_without_avx512_has_exact_int8_and_12_bits(tmp_path):
     """In a process that sees a CPU without AVX-512 and compiles for it."""
     script = """
 import sys
@@ -278,8 +314,9 @@ llvm.get_host_cpu_name = lambda: "haswell"
 import test_decoder as tests
 from gpt2_chinese.decoding import packing
 assert packing.DOT_PRODUCT == "vpmaddwd" and packing.LANES == 8
-assert not packing.MULTIPLIES_PAIRS
+assert packing.BF16_FORM == packing.BF16_PACKED
 tests.test_any_shape_has_the_logits_of_transformers_with_converted_inputs({}, "int8")
+tests.test_any_shape_has_the_logits_of_transformers_with_weights_of_12_bits({})
 import pytest
 with pytest.MonkeyPatch.context() as patch:
     tests.test_logits_are_the_same_to_the_bit_alone_in_any_batch_and_with_any_number_of_threads(
