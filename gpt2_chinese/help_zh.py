@@ -226,6 +226,10 @@ FLAGS = {
         "规划教师模型（默认：无）"
     ),
     "of the teachers in what is learnt; the rest is the text's": "学习目标中教师模型的比例，其余是文本的",
+    "with --optimizer muon: peak learning rate of the vectors that the embeddings of tokens with the same first or "
+    "last character share (0: they share none)": (
+        "用于 --optimizer muon：首字或末字相同的 token 的嵌入共享一些字向量，这是字向量的最高学习率（0：不共享）"
+    ),
     "of a trigram of the tokens in what is learnt, for texts that are memorised (0: none); with --teacher both shares "
     "together are at most 1": (
         "学习目标中 token 三元语法（trigram）的比例，用于会背下的文本（0：不用）；使用 --teacher 时两个比例合计不超过 1"

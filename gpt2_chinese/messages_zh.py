@@ -1055,6 +1055,10 @@ TABLE: tuple[tuple[str, str], ...] = (
         "--teacher_share {0} 和 --ngram_share {1} 是同一个整体的两部分，合计超过 1：请调低其中一个",
     ),
     (
+        "--character_lr {} is for --optimizer muon: give that too, or leave --character_lr out",
+        "--character_lr {0} 只用于 --optimizer muon：请一并给出，或去掉 --character_lr",
+    ),
+    (
         "--plan needs --minutes, the time to plan for",
         "--plan 需要 --minutes，即要规划的时间",
     ),
@@ -1875,12 +1879,16 @@ TABLE: tuple[tuple[str, str], ...] = (
         "时间够先训练 {0} 个教师模型（{1}，各 {2} 秒），再训练一个从文本和它们学习的模型，{3} 轮",
     ),
     (
+        "characters {} vectors of first and last ones, which tokens share",
+        "字向量     {0} 个，由首字或末字相同的 token 共享",
+    ),
+    (
         "trigram    counted in {} of {} tokens",
         "三元语法   统计了 {1} 个 token 中的 {0} 个",
     ),
     (
-        "a small text: a trigram of the tokens is learnt from too",
-        "小语料：同时学习 token 的三元语法",
+        "a small text: a trigram of the tokens is learnt from too, and tokens share vectors of their characters",
+        "小语料：同时学习 token 的三元语法，token 之间共享字向量",
     ),
     (
         "{} is no state of a run: it has no {}; {}",

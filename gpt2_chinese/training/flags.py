@@ -243,6 +243,13 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--muon_lr", type=_positive_number, help="peak learning rate of Muon (default: --lr)")
     parser.add_argument(
+        "--character_lr",
+        type=_not_negative_number,
+        default=0.0,
+        help="with --optimizer muon: peak learning rate of the vectors that the embeddings of tokens with the same "
+        "first or last character share (0: they share none)",
+    )
+    parser.add_argument(
         "--weight_decay",
         type=_not_negative_number,
         default=0.0,

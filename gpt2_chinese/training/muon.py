@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
+from gpt2_chinese.training.character_vectors import CharacterVectors
 from gpt2_chinese.training.fused import TILE, Operation, run
 
 # Odd polynomials a x + b x^3 + c x^5, one after the other, that take what lies between 0.01 and 1 to 1 +- 0.27: each is
@@ -21,6 +22,7 @@ from gpt2_chinese.training.fused import TILE, Operation, run
 # Express, Amsel et al. 2025).
 POLYNOMIALS = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 WIDE = 2  # times as many columns as rows
+EMBEDDING = "transformer.wte.weight"
 
 
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -71,6 +73,8 @@ class Muon(torch.optim.Optimizer):
         muon_weight_decay: of the matrices that Muon updates.
         momentum: of Muon, in Nesterov's way.
         dtype: in which Muon orthogonalizes; bfloat16 is enough, where the device computes it.
+        characters: whose vectors the token embeddings share, if they are to; AdamW steps along them too.
+        character_lr: of AdamW for these vectors. They do not decay, but their sums, the embeddings, do.
 
     A tensor `found_inf`, set as an attribute before `step`, leaves the step out where it is not 0, on the device.
     """
@@ -87,6 +91,8 @@ class Muon(torch.optim.Optimizer):
         eps: float = 1e-6,
         momentum: float = 0.95,
         dtype: torch.dtype = torch.float32,
+        characters: CharacterVectors | None = None,
+        character_lr: float = 0.0,
     ) -> None:
         fused: list[nn.Parameter] = []
         matrices: list[nn.Parameter] = []
@@ -108,6 +114,11 @@ class Muon(torch.optim.Optimizer):
             {"params": others, "lr": lr, "weight_decay": 0.0, "parts": 0},
             {"params": decaying, "lr": lr, "weight_decay": weight_decay, "parts": 0},
         ]
+        self._characters = characters
+        if characters is not None:
+            self._embedding = next(one for name, one in model.named_parameters() if name.endswith(EMBEDDING))
+            steps = self._embedding.new_zeros(characters.number, self._embedding.shape[1])
+            groups.append({"params": [nn.Parameter(steps)], "lr": character_lr, "weight_decay": 0.0, "parts": None})
         super().__init__([group for group in groups if group["params"]], defaults)
         self._dtype = dtype
 
@@ -122,8 +133,22 @@ class Muon(torch.optim.Optimizer):
             found_inf = None
         self._step_matrices(found_inf)
         for group in self.param_groups:
+            if group["parts"] is None:
+                self._step_characters(group, found_inf)
+        for group in self.param_groups:
             if group["parts"] == 0:
                 self._step_others(group, found_inf)
+
+    def _step_characters(self, group: dict[str, Any], found_inf: torch.Tensor | None) -> None:
+        """The vectors themselves are in the embedding already, so the parameter that stands for them holds a step."""
+        if self._characters is None or self._embedding.grad is None:
+            return
+        (steps,) = group["params"]
+        steps.zero_()
+        steps.grad = self._characters.gather(self._embedding.grad)
+        self._step_others(group, found_inf)
+        steps.grad = None
+        self._embedding.add_(self._characters.spread(steps))
 
     def _step_others(self, group: dict[str, Any], found_inf: torch.Tensor | None) -> None:
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]

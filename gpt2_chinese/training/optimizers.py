@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gpt2_chinese.training.character_vectors import CharacterVectors
 from gpt2_chinese.training.muon import Muon
 
 PEAK = "highest_lr"  # of a parameter group: the rate that the schedule multiplies
@@ -22,6 +23,8 @@ def make_optimizer(
     weight_decay: float = 0.0,
     muon_weight_decay: float | None = None,
     dtype: torch.dtype = torch.float32,
+    characters: CharacterVectors | None = None,
+    character_lr: float = 0.0,
 ) -> torch.optim.Optimizer:
     """The reference's AdamW, save that torch adds eps after the bias correction (docs/differences.md); or Muon.
 
@@ -31,6 +34,7 @@ def make_optimizer(
             each weight; norms and biases do not decay.
         muon_weight_decay: of the matrices that Muon updates; `weight_decay` if None.
         dtype: in which Muon orthogonalizes.
+        characters, character_lr: as of Muon; not for AdamW alone.
     """
     made: torch.optim.Optimizer
     if optimizer == "muon":
@@ -41,6 +45,8 @@ def make_optimizer(
             weight_decay=weight_decay,
             muon_weight_decay=weight_decay if muon_weight_decay is None else muon_weight_decay,
             dtype=dtype,
+            characters=characters,
+            character_lr=character_lr,
         )
     else:
         made = torch.optim.AdamW(_decay_groups(model, weight_decay), lr=lr, betas=(0.9, 0.999), eps=1e-6, fused=True)

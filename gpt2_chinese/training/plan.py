@@ -12,6 +12,7 @@ The rules come from experiments, which docs/training.md lists. In short:
 - What is memorised is learnt from a trigram too, unless there are teachers. A small text always is, and it has
   teachers wherever a part of the time is enough for them: small, trained for a few epochs and strongly regularized,
   since a teacher that has memorised its text teaches no more than the text.
+- The tokens of a small text, most of which it shows a few times, share vectors of their characters.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ TEACHER_OVERHEAD = 3.0  # seconds, for a teacher's beginning, measurements and s
 SMALL_SHARES = {"teacher_share": 0.42, "ngram_share": 0.28}  # in what a model of a small text learns
 SHARES_TOGETHER = 0.7
 LONE_NGRAM_SHARE = 0.4  # without teachers
+CHARACTER_LR = 8.0  # of a small text, times the learning rate
 NGRAM_SHARE = 0.15  # of a text that is not small, where much is memorised and no teachers help
 SMALL_VAL_BYTES = (8_000, MAX_BYTES)  # held out of a small text, some 2,000 tokens of BPE: more is missed in training
 _PROBE_SECONDS = 1.0  # for a shape
@@ -78,7 +80,7 @@ _TRIED_WIDTHS = (128, 192, 256)
 _KINDS: dict[str, type] = {
     **dict.fromkeys(("model_config", "optimizer", "embedding_init", "schedule"), str),
     **dict.fromkeys(("epochs", "batch_size", "stride", "warmup_steps", "patience", "log_step", "max_steps"), int),
-    **dict.fromkeys(("lr", "muon_lr", "dropout", "weight_decay", "muon_weight_decay"), float),
+    **dict.fromkeys(("lr", "muon_lr", "character_lr", "dropout", "weight_decay", "muon_weight_decay"), float),
     **dict.fromkeys(("teacher_share", "ngram_share"), float),
     "val_bytes": list,
     **dict.fromkeys(("shift_windows", "document_mask", "report"), bool),
@@ -223,6 +225,8 @@ def make_plan(
     flags |= _shares_beside_given(args, given, flags)
     # A GPU's fastest attention takes no mask; what it costs there has not been measured.
     flags["document_mask"] = choose_devices(args.device)[0][0].type == "cpu"
+    if "optimizer" in given and args.optimizer != flags["optimizer"]:
+        flags.pop("character_lr", None)
     flags = {name: value for name, value in flags.items() if name not in given}
     teacher_flags = {
         name: value for name, value in teachers.flags.items() if name not in given or name == "ngram_share"
@@ -348,6 +352,7 @@ def small_teachers(facts: Facts, available: float, shape: str, speed_of: Callabl
         "weight_decay": weight_decay,
         "muon_weight_decay": muon_weight_decay,
         "ngram_share": 0.0,
+        "character_lr": 0.0,
     }
     return Teachers(number, seconds, flags)
 
@@ -418,8 +423,11 @@ def _settings(
     reasons = []
     if facts.tokens < SMALL:
         flags |= SMALL_SHARES if is_taught else {"ngram_share": LONE_NGRAM_SHARE}
+        flags["character_lr"] = CHARACTER_LR * flags["lr"]
         flags["val_bytes"] = list(SMALL_VAL_BYTES)
-        reasons.append("a small text: a trigram of the tokens is learnt from too")
+        reasons.append(
+            "a small text: a trigram of the tokens is learnt from too, and tokens share vectors of their characters"
+        )
     elif dropout >= MUCH_DROPOUT and not is_taught:
         flags["ngram_share"] = NGRAM_SHARE
         reasons.append("many epochs for such a model: a trigram of the tokens is learnt from too")

@@ -59,6 +59,7 @@ _RESUMED_FLAGS = (
     "optimizer",
     "embedding_init",
     "muon_lr",
+    "character_lr",
     "weight_decay",
     "muon_weight_decay",
     "max_grad_norm",
@@ -342,6 +343,10 @@ def prepare(
         raise ValueError(
             f"--teacher_share {args.teacher_share:g} and --ngram_share {args.ngram_share:g} are parts of one whole and "
             "more than 1 together: lower one of them"
+        )
+    if args.character_lr and args.optimizer != "muon":
+        raise ValueError(
+            f"--character_lr {args.character_lr:g} is for --optimizer muon: give that too, or leave --character_lr out"
         )
     source = Path(args.pretrained_model or project_file(args.model_config))
     config_file = find_config(source) if args.pretrained_model else source

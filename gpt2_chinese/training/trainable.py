@@ -16,7 +16,9 @@ from gpt2_chinese.best_model import model_of_run
 from gpt2_chinese.command_line import remark
 from gpt2_chinese.model_folder import load_model
 from gpt2_chinese.precision import Precision, is_bf16_fast, load_apex
+from gpt2_chinese.text.pieces import text_of_tokens
 from gpt2_chinese.training.allocator import keep_freed_memory
+from gpt2_chinese.training.character_vectors import CharacterVectors
 from gpt2_chinese.training.embedding_init import init_embedding_from_cooccurrence
 from gpt2_chinese.training.estimates import flops_per_token
 from gpt2_chinese.training.loss import WindowLoss, compiler_problem, pad_vocabulary, should_compile
@@ -79,6 +81,13 @@ def _count_ngrams(run: Run, rank: Rank) -> NgramTeacher:
     return ngram
 
 
+def _share_characters(run: Run, rank: Rank, rows: int) -> CharacterVectors:
+    characters = CharacterVectors(text_of_tokens(run.tokenizer), rows, rank.device)
+    if rank.is_main:
+        remark(f"characters {characters.number:,} vectors of first and last ones, which tokens share")
+    return characters
+
+
 def build(run: Run, rank: Rank, model: GPT2LMHeadModel, *, is_new: bool) -> Trainable:
     """Move a model to its device and prepare it for training; `is_new` for one that no checkpoint will replace."""
     args, device = run.args, rank.device
@@ -120,6 +129,8 @@ def build(run: Run, rank: Rank, model: GPT2LMHeadModel, *, is_new: bool) -> Trai
         weight_decay=args.weight_decay,
         muon_weight_decay=args.muon_weight_decay,
         dtype=torch.bfloat16 if is_bf16_fast(device) else torch.float32,
+        characters=_share_characters(run, rank, rows) if args.character_lr else None,
+        character_lr=args.character_lr,
     )
     apex = load_apex() if args.amp_backend == "apex" else None
     trained: nn.Module = window_loss

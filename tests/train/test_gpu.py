@@ -32,6 +32,7 @@ from gpt2_chinese.decoding.graph_decoder import GraphDecoder
 from gpt2_chinese.decoding.sampling import sample_tokens, sequence_seed, uniform_random
 from gpt2_chinese.model_folder import load_model, load_weights
 from gpt2_chinese.text.word_tokenizer import WordTokenizer
+from gpt2_chinese.training.character_vectors import CharacterVectors
 from gpt2_chinese.training.checkpoints import checkpoints_in
 from gpt2_chinese.training.loss import WindowLoss
 
@@ -310,6 +311,16 @@ def test_tokens_sampled_on_a_gpu_are_those_of_the_cpu_with_one_synchronization()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len([one for one in synchronizations if "synchroniz" in str(one.message)]) == 1
+
+
+def test_vectors_of_characters_get_the_same_gradients_to_the_bit_each_time():
+    texts = [chr(0x4E00 + number % 7).encode() for number in range(3000)]
+    gradient = torch.randn(len(texts), 64, device="cuda")
+    characters = CharacterVectors(texts, len(texts), gradient.device)
+    once = characters.gather(gradient)
+    assert all(torch.equal(characters.gather(gradient), once) for _ in range(20))
+    on_cpu = CharacterVectors(texts, len(texts), torch.device("cpu")).gather(gradient.cpu())
+    torch.testing.assert_close(once.cpu(), on_cpu, rtol=1e-4, atol=1e-4)
 
 
 def test_a_step_that_cuda_cannot_capture_runs_without_a_graph(capsys):

@@ -51,6 +51,8 @@ def small_run_flags(precision: str = "fp32", optimizer: str = "adamw") -> list[s
     flags = ["--epochs", "2", "--batch_size", "2", "--gradient_accumulation", "2", "--save_steps", str(SAVE_STEPS)]
     flags += ["--precision", precision, "--optimizer", optimizer, "--val_fraction", "0.1", "--val_steps", "4"]
     flags += ["--stride", "5", "--weight_decay", "0.1", "--shift_windows", "--document_mask"]
+    if optimizer == "muon":
+        flags += ["--character_lr", "0.05"]
     return [*flags, "--ngram_share", "0.3", "--patience", "20"]
 
 

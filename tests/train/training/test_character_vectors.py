@@ -1,0 +1,118 @@
+"""Vectors of characters: the embeddings move as if they were sums of vectors that tokens share."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_model import tiny_model
+from torch import nn
+
+from gpt2_chinese.precision import Precision
+from gpt2_chinese.training.character_vectors import CharacterVectors
+from gpt2_chinese.training.muon import Muon
+
+CPU = torch.device("cpu")
+TEXTS = [*(text.encode() for text in ["", "医", "医生", "生病", "病", "hat"]), "药".encode()[:2], b"\x8d"]
+FIRST = torch.tensor([0, 1, 1, 2, 3, 4, 5, 6])  # the vector of each token; those without text have their own
+LAST = torch.tensor([7, 8, 9, 10, 10, 11, 12, 13])
+
+
+def gradients(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def optimizer_of(model: nn.Module, lr: float = 1e-2, character_lr: float = 5e-2, decay: float = 0.0) -> Muon:
+    return Muon(
+        model,
+        lr=lr,
+        muon_lr=lr,
+        weight_decay=decay,
+        muon_weight_decay=decay,
+        characters=CharacterVectors(TEXTS, model.transformer.wte.weight.shape[0], CPU),
+        character_lr=character_lr,
+    )
+
+
+def test_tokens_with_the_same_first_or_last_character_share_a_vector():
+    rows = len(TEXTS) + 3
+    characters = CharacterVectors(TEXTS, rows, CPU)
+    assert characters.number == 14
+    gradient = torch.randn(rows, 5, generator=torch.Generator().manual_seed(1))
+    sums = torch.zeros(14, 5)
+    for vectors in (FIRST, LAST):
+        sums.index_add_(0, vectors, gradient[: len(TEXTS)])
+    gathered = characters.gather(gradient)
+    assert sorted(gathered.sum(dim=1).tolist()) == pytest.approx(sorted(sums.sum(dim=1).tolist()))
+    # Each token moves by as much as its two vectors do.
+    moved = characters.spread(gathered)
+    torch.testing.assert_close(moved[: len(TEXTS)], sums[FIRST] + sums[LAST])
+    assert not moved[len(TEXTS) :].any()
+
+
+def test_steps_are_adamw_s_on_a_sum_of_vectors():
+    """Beside a model whose embedding is the sum of parameters, whose gradients autograd finds."""
+    model = tiny_model()
+    begun = model.transformer.wte.weight.detach().clone()
+    optimizer = optimizer_of(model)
+    own, vectors = nn.Parameter(begun.clone()), nn.Parameter(torch.zeros(14, begun.shape[1]))
+    reference = torch.optim.AdamW(
+        [{"params": [own], "lr": 1e-2}, {"params": [vectors], "lr": 5e-2}],
+        betas=(0.9, 0.999),
+        eps=1e-6,
+        weight_decay=0.0,
+    )
+
+    def embedding() -> torch.Tensor:
+        others = begun.new_zeros(len(begun) - len(TEXTS), begun.shape[1])
+        return own + torch.cat([vectors[FIRST] + vectors[LAST], others])
+
+    for step in range(4):
+        gradients(model, step)
+        reference.zero_grad()
+        (embedding() * model.transformer.wte.weight.grad).sum().backward()
+        optimizer.step()
+        reference.step()
+    torch.testing.assert_close(model.transformer.wte.weight, embedding(), rtol=1e-5, atol=1e-6)
+    assert (model.transformer.wte.weight - own).abs().max() > 0.1
+
+
+def test_the_sums_decay():
+    model = tiny_model()
+    begun = model.transformer.wte.weight.detach().clone()
+    optimizer = optimizer_of(model, decay=0.5)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    torch.testing.assert_close(model.transformer.wte.weight, begun * (1 - 1e-2 * 0.5))
+
+
+def test_its_state_goes_on_exactly():
+    model = tiny_model()
+    optimizer = optimizer_of(model)
+    gradients(model, 1)
+    optimizer.step()
+    twin = copy.deepcopy(model)
+    again = optimizer_of(twin, lr=1.0, character_lr=1.0)
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each, one in ((model, optimizer), (twin, again)):
+        gradients(each, 2)
+        one.step()
+    for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_an_update_of_a_number_that_is_none_is_not_applied():
+    model = tiny_model()
+    optimizer = optimizer_of(model)
+    precision = Precision("fp32", CPU)
+    gradients(model, 1)
+    precision.step(optimizer, 1.0)
+    before = model.transformer.wte.weight.detach().clone()
+    gradients(model, 2)
+    model.transformer.wte.weight.grad[1, 0] = torch.nan
+    assert torch.isnan(precision.step(optimizer, 1.0))
+    assert torch.equal(model.transformer.wte.weight, before)
