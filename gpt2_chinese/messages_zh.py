@@ -933,6 +933,10 @@ TABLE: tuple[tuple[str, str], ...] = (
         "优化器     {0}，学习率 {1}，预热 {2} 步，{3}；梯度裁剪到 {4}{5}",
     ),
     (
+        "Muon at {} and AdamW (vectors of characters: {})",
+        "Muon（{0}）和 AdamW（字向量：{1}）",
+    ),
+    (
         "Muon at {} and AdamW",
         "Muon（{0}）和 AdamW",
     ),
@@ -1057,6 +1061,10 @@ TABLE: tuple[tuple[str, str], ...] = (
     (
         "--character_lr {} is for --optimizer muon: give that too, or leave --character_lr out",
         "--character_lr {0} 只用于 --optimizer muon：请一并给出，或去掉 --character_lr",
+    ),
+    (
+        "--character_lr has no form for --amp_backend apex: take torch's, or leave --character_lr out",
+        "--character_lr 不能与 --amp_backend apex 一起使用：请用 torch，或去掉 --character_lr",
     ),
     (
         "--plan needs --minutes, the time to plan for",
@@ -1879,16 +1887,20 @@ TABLE: tuple[tuple[str, str], ...] = (
         "时间够先训练 {0} 个教师模型（{1}，各 {2} 秒），再训练一个从文本和它们学习的模型，{3} 轮",
     ),
     (
-        "characters {} vectors of first and last ones, which tokens share",
-        "字向量     {0} 个，由首字或末字相同的 token 共享",
+        "characters {} vectors of first and last characters of tokens",
+        "字向量     {0} 个（token 的首字和末字）",
     ),
     (
         "trigram    counted in {} of {} tokens",
         "三元语法   统计了 {1} 个 token 中的 {0} 个",
     ),
     (
-        "a small text: a trigram of the tokens is learnt from too, and tokens share vectors of their characters",
-        "小语料：同时学习 token 的三元语法，token 之间共享字向量",
+        "a small text: a trigram of the tokens is learnt from too",
+        "小语料：同时学习 token 的三元语法",
+    ),
+    (
+        "a small text: tokens that begin or end alike share vectors of these characters (--character_lr)",
+        "小语料：首字或末字相同的 token 共享字向量（--character_lr）",
     ),
     (
         "{} is no state of a run: it has no {}; {}",

@@ -4,8 +4,8 @@ A decode step reads every weight once, whatever the size of the batch, so its ti
 memory bandwidth. The weights are kept in 32, 16, 12 or 8 bits (packing.py), keys and values in 32 or 16. The arithmetic
 is float32, but for two kinds of products, which take far less time for large batches, where the arithmetic is the
 limit: the inputs of those with 8-bit weights are quantized to 8 bits too, row by row; and where the CPU multiplies bf16
-fast, the inputs of those with bf16 weights, in 12 bits then, are rounded to bf16. The code is in decoder_kernel.py;
-compiled.py caches its machine code.
+fast, the inputs of those with bf16 weights are rounded to bf16. The code is in decoder_kernel.py; compiled.py caches
+its machine code.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from gpt2_chinese.decoding import batch_sampler, sampling
 from gpt2_chinese.decoding.decoder import Decoder, PrefilledPrompt, check_model
 from gpt2_chinese.decoding.packing import (
     BF16,
-    BF16_PACKED,
+    BF16_FLOATS,
     BF16_PAIRS,
     CACHE_LINE,
     GROUP,
@@ -177,10 +177,10 @@ class CompiledDecoder:
         Args:
             model: a transformers GPT2LMHeadModel on the CPU.
             max_num_seqs: batch slots.
-            precision: of the weights: fp32, bf16 (rounded; where `BF16_FORM` is not BF16 once more as
-                `pack_twelve_bits` says, and for BF16_PAIRS the inputs of the products too) or int8 (with a scale for
-                each output; the inputs of the products are quantized to 8 bits too, each row by itself). Keys and
-                values are bf16 but for fp32.
+            precision: of the weights: fp32, bf16 (rounded; in the `BF16_FORM` of this CPU, which may be 12 bits,
+                rounded once more as `pack_twelve_bits` says, for BF16_PAIRS with rounded inputs of the products) or
+                int8 (with a scale for each output; the inputs of the products are quantized to 8 bits too, each row by
+                itself). Keys and values are bf16 but for fp32.
             threads: as many as PyTorch uses if None.
             prefix_cache_bytes: for the keys and values of former prompts; 0 reuses nothing.
 
@@ -201,8 +201,8 @@ class CompiledDecoder:
         self.compiled_sampler: CompiledSampler | None = CompiledSampler(self.vocab_size)
         self.precision = precision
         self._precision_code = PRECISION_CODES[precision]
-        if self._precision_code == BF16_PACKED and (config.n_embd % LANES or (config.n_inner or 0) % LANES):
-            self._precision_code = BF16
+        if self._precision_code == BF16_FLOATS and (config.n_embd % LANES or _n_inner(config) % LANES):
+            self._precision_code = BF16  # their inputs, which are no whole vectors, would have to be padded
         self._owned: list[np.ndarray] = []  # the arrays that the addresses point to
         self._allocate_kv_cache(config)
         self.prefix_cache: PrefixCache | None = None
@@ -299,11 +299,11 @@ class CompiledDecoder:
     def _allocate_step_buffers(self, config: Any, threads: int) -> None:
         """The StepArgs as an array, and what they point to."""
         n_embd, n_head = config.n_embd, config.n_head
-        n_inner = config.n_inner or 4 * n_embd
+        n_inner = _n_inner(config)
         head_stride = round_up(n_embd // n_head)
         max_rows = max(self.max_num_seqs, min(PREFILL_CHUNK, self.n_ctx))
         tile = MAX_BLOCK_ROWS * PANEL_COLUMNS
-        if self._precision_code in (BF16_PACKED, BF16_PAIRS):
+        if self._precision_code in (BF16_FLOATS, BF16_PAIRS):
             tile += round_up(max(n_embd, n_inner)) // 2 * PANEL_COLUMNS  # the weights of a panel, in bf16
         code_bytes = 2 * round_up(n_embd)
         if self._precision_code != BF16_PAIRS:
@@ -572,6 +572,11 @@ def make_cpu_decoder(
     except Exception as error:  # whatever a compiler raises: decoding works without it, only slower
         remark(f"note: decoding with PyTorch in float32, which is slower: {error}", file=sys.stderr)
         return Decoder(model.float(), max_num_seqs)
+
+
+def _n_inner(config: Any) -> int:
+    """The width between the products of the MLP."""
+    return int(config.n_inner or 4 * config.n_embd)
 
 
 def lazy_zeros(shape: Sequence[int], dtype: type) -> np.ndarray:

@@ -13,7 +13,7 @@ a product is one sum in one register, in ascending order of the inputs.
 With INT8 weights a product is one of integers: the inputs of a row are quantized to 256 steps between their minimum
 and maximum (`quantize_row`), and 8-bit integers are multiplied and added up in 32 bits, exactly, by the instruction
 that the CPU has for it. With BF16_PAIRS weights, bf16 in 12 bits, the inputs are rounded to bf16, and an instruction
-multiplies two pairs and adds both products to a sum in float32; BF16_PACKED weights, of 12 bits too, are multiplied in
+multiplies two pairs and adds both products to a sum in float32; BF16_FLOATS weights, of 12 bits too, are multiplied in
 float32. Keys and values are kept in bf16, but for FP32 weights. All other arithmetic is float32.
 """
 
@@ -33,8 +33,8 @@ from numba.np.unsafe.ndarray import to_fixed_tuple
 from gpt2_chinese.decoding.compiled_decoder import COUNTER_BYTES, RELU, Layer, Linear, ModelArgs, Quantization, StepArgs
 from gpt2_chinese.decoding.packing import (
     BF16,
+    BF16_FLOATS,
     BF16_FORM,
-    BF16_PACKED,
     BF16_PAIRS,
     CACHE_LINE,
     DOT_PRODUCT,
@@ -237,11 +237,11 @@ def _load_panel_row(builder, precision, address):
     return _both_halves(builder, _load(builder, address, WORDS))
 
 
-def _both_halves(builder, both):
+def _both_halves(builder, words):
     """Words of two bf16, the low half one in the left half of the panel, the high half one in the right half, as two
     vectors of float.
     """
-    parts = builder.shl(both, _constant(WORDS, 16)), builder.and_(both, _constant(WORDS, 0xFFFF0000))
+    parts = builder.shl(words, _constant(WORDS, 16)), builder.and_(words, _constant(WORDS, 0xFFFF0000))
     return [builder.bitcast(part, VECTOR) for part in parts]
 
 
@@ -437,7 +437,7 @@ def _dot_pairs(builder, inputs, rows, halves, sums):
 
 def _make_multiply_packed(precision, keeps):
     """`multiply_packed(rows, weights, inputs, length, tile, near, far, high_bytes, unpacked)`: a block of rows times
-    one panel of 12 bits, BF16_PACKED or BF16_PAIRS; arguments as of `multiply`.
+    one panel of 12 bits, BF16_FLOATS or BF16_PAIRS; arguments as of `multiply`.
 
     `inputs` is float32 [length, rows] or, for BF16_PAIRS, bf16 [length / 2, rows, PAIR]; the panel is as
     `pack_twelve_bits` has made it, and `high_bytes` is the address of its table. If it `keeps` the weights, they are
@@ -465,14 +465,14 @@ def _make_multiply_packed(precision, keeps):
                     for pair, part in enumerate((numbers, shifted)):
                         high = builder.call(look_up, [table, builder.and_(part, nibble)])
                         low = _load(builder, weights, BYTES, pair * 4 * LANES, align=1)
-                        both = [_interleaved(builder, low, high, half) for half in range(2)]
+                        unpacked_pair = [_interleaved(builder, low, high, half) for half in range(2)]
                         if keeps:
-                            _store(builder, both, builder.add(target, INT64(pair * 4 * PANEL_COLUMNS)))
+                            _store(builder, unpacked_pair, builder.add(target, INT64(pair * 4 * PANEL_COLUMNS)))
                         address = builder.add(inputs, INT64(4 * words // 2 * pair * count))
                         if precision == BF16_PAIRS:
-                            sums = _dot_pairs(builder, address, count, both, sums)
+                            sums = _dot_pairs(builder, address, count, unpacked_pair, sums)
                             continue
-                        for number, of_one_input in enumerate(both):
+                        for number, of_one_input in enumerate(unpacked_pair):
                             of_row = builder.add(address, INT64(4 * number * count))
                             halves = _both_halves(builder, of_one_input)
                             sums = _multiply_add_floats(builder, of_row, count, halves, sums)
@@ -483,7 +483,7 @@ def _make_multiply_packed(precision, keeps):
                 carried = _panel_loop(builder, words * count, panel, inputs, PACKED_STEP_BYTES, carried, accumulate)
                 _store(builder, carried[:-1], tile)
 
-            if precision == BF16_FORM:
+            if precision in (BF16_FLOATS, BF16_PAIRS):
                 _switch_on_count(builder, rows, MAX_BLOCK_ROWS, case)
             return context.get_dummy_value()
 
@@ -492,13 +492,12 @@ def _make_multiply_packed(precision, keeps):
     return multiply_packed
 
 
-multiply_packed, multiply_and_keep_packed = (_make_multiply_packed(BF16_PACKED, keeps) for keeps in (False, True))
-multiply_pairs, multiply_and_keep_pairs = (_make_multiply_packed(BF16_PAIRS, keeps) for keeps in (False, True))
+multiply_packed, multiply_and_keep_packed = (_make_multiply_packed(BF16_FORM, keeps) for keeps in (False, True))
 
 
 @intrinsic
 def multiply_kept_pairs(_, rows, weights, inputs, pairs, tile, near, far):
-    """The same with the weights that `multiply_and_keep_pairs` has kept."""
+    """The same with the weights that `multiply_and_keep_packed` has kept, for BF16_PAIRS."""
 
     def generate(context, builder, signature, arguments):
         rows, weights, inputs, pairs, tile, near, far = arguments
@@ -789,7 +788,7 @@ def panel_bytes(precision, width):
     """Of a panel of weights for so many inputs."""
     if precision == INT8:
         return round_up(width) * PANEL_COLUMNS
-    if precision == BF16_PAIRS or precision == BF16_PACKED:
+    if precision == BF16_PAIRS or precision == BF16_FLOATS:
         return round_up(width) // (2 * PAIR) * PACKED_STEP_BYTES
     return width * PANEL_COLUMNS * (4 if precision == FP32 else 2)
 
@@ -828,13 +827,13 @@ def embed(model, args, row):
         for index in range(width):
             bits = (pairs[index * LANES] << shift) & np.uint32(0xFFFF0000)
             hidden[index] = float_from_bits(np.int32(bits)) + position[index]
-    elif model.precision == BF16_PAIRS or model.precision == BF16_PACKED:
+    elif model.precision == BF16_PAIRS or model.precision == BF16_FLOATS:
         weights = uint8_at(wte.weights + panel * panel_bytes(model.precision, width))
         high_bytes = uint8_at(wte.high_bytes + panel * NUM_HIGH_BYTES)
         for index in range(width):
             # Where pack_twelve_bits has put it.
             step, pair, outer, inner = index // (2 * PAIR), index // PAIR % 2, column // LANES, index % PAIR
-            if model.precision == BF16_PACKED:
+            if model.precision == BF16_FLOATS:
                 outer, inner = inner, outer
             place = column % LANES // 4 * 16 + outer * 8 + column % 4 * 2 + inner
             low = weights[step * PACKED_STEP_BYTES + pair * 4 * LANES + place]
@@ -936,26 +935,21 @@ def multiply_panel(model, args, layer, linear, panel, rows, inputs, tile, destin
             multiply_bf16(size, weights, address, linear.in_features, tile, near, far)
         elif model.precision == FP32:
             multiply_fp32(size, weights, address, linear.in_features, tile, near, far)
-        elif model.precision == BF16_PAIRS or model.precision == BF16_PACKED:
+        elif model.precision == BF16_PAIRS or model.precision == BF16_FLOATS:
             high_bytes = linear.high_bytes + panel * NUM_HIGH_BYTES
             length, unpacked = round_up(linear.in_features), tile + 4 * MAX_BLOCK_ROWS * PANEL_COLUMNS
             # Kept weights are a third longer than packed ones: with their first quarter nothing is prefetched.
             near_kept = near if ahead and block == 1 else 0
-            if model.precision == BF16_PACKED:
-                if num_blocks(rows) == 1:
-                    multiply_packed(size, weights, address, length, tile, near, far, high_bytes, unpacked)
-                elif block == 0:
-                    multiply_and_keep_packed(size, weights, address, length, tile, near, far, high_bytes, unpacked)
-                else:
-                    multiply_bf16(size, unpacked, address, length, tile, near_kept, far)
+            if model.precision == BF16_PAIRS:
+                address = inputs + 4 * begin * groups
+            if num_blocks(rows) == 1:
+                multiply_packed(size, weights, address, length, tile, near, far, high_bytes, unpacked)
+            elif block == 0:
+                multiply_and_keep_packed(size, weights, address, length, tile, near, far, high_bytes, unpacked)
+            elif model.precision == BF16_FLOATS:
+                multiply_bf16(size, unpacked, address, length, tile, near_kept, far)
             else:
-                codes = inputs + 4 * begin * groups
-                if num_blocks(rows) == 1:
-                    multiply_pairs(size, weights, codes, length, tile, near, far, high_bytes, unpacked)
-                elif block == 0:
-                    multiply_and_keep_pairs(size, weights, codes, length, tile, near, far, high_bytes, unpacked)
-                else:
-                    multiply_kept_pairs(size, unpacked, codes, groups, tile, near_kept, far)
+                multiply_kept_pairs(size, unpacked, address, groups, tile, near_kept, far)
         else:
             codes = args.codes + GROUP_BYTES * begin * groups
             quantizations = args.quantizations + QUANTIZATION_BYTES * begin

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FP32, BF16, INT8, BF16_PACKED, BF16_PAIRS = range(5)
+# The last two are bf16 in 12 bits, multiplied as floats or as pairs of bf16.
+FP32, BF16, INT8, BF16_FLOATS, BF16_PAIRS = range(5)
 CACHE_LINE = 64  # bytes
 
 
@@ -56,11 +57,11 @@ def _bf16_form(lanes: int) -> int:
     """The form of bf16 weights that this CPU multiplies fastest.
 
     Weights of 12 bits are a quarter less to read, and unpacking them takes time: of the CPUs that multiply floats, only
-    those with AVX2 and without AVX-512 were measured.
+    one with AVX2 and without AVX-512 was measured, AMD's Zen 3.
     """
     if _multiplies_pairs(lanes):
         return BF16_PAIRS
-    return BF16_PACKED if lanes == 8 and llvm.get_host_cpu_features().get("avx2") else BF16
+    return BF16_FLOATS if lanes == 8 else BF16
 
 
 LANES, MAX_BLOCK_ROWS = _simd_registers()
@@ -70,7 +71,7 @@ DOT_PRODUCT = _dot_product(LANES)
 GROUP = DOT_PRODUCTS[DOT_PRODUCT]
 """Inputs of an INT8 product that are multiplied at once."""
 GROUP_BYTES = 4
-"""Of their codes in a row: 4 of 8 bits, or 2 of 16."""
+"""Of the codes that stand for a group: 4 of 8 bits, or 2 of 16."""
 PANEL_COLUMNS = 2 * LANES
 """Columns of a product that are computed at once; the weights are stored in panels [in_features, PANEL_COLUMNS]."""
 
@@ -79,7 +80,7 @@ NUM_HIGH_BYTES = 16
 
 
 PACKED_AT_ONCE = 400_000
-"""Weights that `pack_twelve_bits` gets: what it computes with them stays in the cache."""
+"""Weights at most that `pack_twelve_bits` gets at a time, so that what it computes with them stays in the cache."""
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
@@ -106,7 +107,7 @@ def pack_weights(weight: Tensor, precision: int) -> PackedWeights:
 
     A panel is [in, PANEL_COLUMNS]; for BF16 [in, LANES, 2], with column i beside column LANES + i; for INT8
     [in / GROUP, PANEL_COLUMNS, GROUP]; for the others see `pack_twelve_bits`. The last panel is padded with zeros, and
-    for INT8 and BF16_PAIRS the inputs to whole vectors; BF16_PACKED needs whole vectors.
+    for INT8 and BF16_PAIRS the inputs to whole vectors; BF16_FLOATS needs whole vectors.
     """
     out_features, in_features = weight.shape
     panels = -(-out_features // PANEL_COLUMNS)
@@ -130,7 +131,7 @@ def pack_weights(weight: Tensor, precision: int) -> PackedWeights:
         padding = inputs - in_features, -len(rows) % PANEL_COLUMNS
         if any(padding):
             rows = F.pad(rows, (0, padding[0], 0, padding[1]))
-        if precision in (BF16_PACKED, BF16_PAIRS):
+        if precision in (BF16_FLOATS, BF16_PAIRS):
             words = rows.contiguous().view(torch.int16).unflatten(0, (last - first, PANEL_COLUMNS))
             chunk = max(1, PACKED_AT_ONCE // (PANEL_COLUMNS * inputs))
             for panel in range(first, last, chunk):
@@ -161,15 +162,15 @@ def pack_twelve_bits(words: Tensor, precision: int) -> tuple[np.ndarray, np.ndar
 
     Args:
         words: the bf16 as int16 [panels, PANEL_COLUMNS, inputs], whole vectors of inputs.
-        precision: BF16_PACKED or BF16_PAIRS.
+        precision: BF16_FLOATS or BF16_PAIRS.
 
     Returns:
         For each panel and each four inputs, two pairs, three vectors of 4 * LANES bytes: the low bytes of the first
         pair, those of the second one, and the places of their high bytes in the table, of the first pair in the low
         half of a byte. The bytes of a vector stand as the CPU interleaves them with others, 8 at a time. For BF16_PAIRS
-        these are both inputs of the columns 0 to 3, of LANES to LANES + 3, of 4 to 7 and so on; for BF16_PACKED the
+        these are both inputs of the columns 0 to 3, of LANES to LANES + 3, of 4 to 7 and so on; for BF16_FLOATS the
         first input of the columns 0, LANES, 1, LANES + 1 up to LANES + 3, the second one of the same, then of the
-        columns from 4 on. The second array are the tables, uint8 [panels, NUM_HIGH_BYTES].
+        columns from 4 on. The second array is the tables, uint8 [panels, NUM_HIGH_BYTES].
     """
     half, four_columns, column, four_inputs, pair, input_of_pair = range(1, 7)
     parts = words.unflatten(2, (-1, 2, 2)).unflatten(1, (2, LANES // 4, 4))

@@ -23,42 +23,42 @@ class CharacterVectors:
     """Which tokens share a first and which a last character.
 
     Attributes:
-        number: of the vectors.
+        num_vectors: those of first and those of last characters together.
     """
 
-    def __init__(self, texts: Sequence[bytes], rows: int, device: torch.device) -> None:
+    def __init__(self, texts: Sequence[bytes], device: torch.device) -> None:
         """
         Args:
             texts: of the tokens, UTF-8 or parts of it (`text_of_tokens`).
-            rows: of the embedding; those behind the tokens have no vectors.
         """
         found: dict[tuple[int, str | int], int] = {}
-        vector_of = np.zeros((len(texts), 2), dtype=np.int64)
+        vectors_of = np.zeros((len(texts), 2), dtype=np.int64)
         for token, text in enumerate(texts):
-            for place in range(2):
-                vector_of[token, place] = found.setdefault((place, _character(token, text, place)), len(found))
-        self.number = len(found)
-        self._rows = rows
-        in_order = np.argsort(vector_of, axis=None, kind="stable")
-        starts = np.searchsorted(vector_of.reshape(-1)[in_order], np.arange(self.number))
-        self._vector_of, self._tokens, self._starts = (
-            torch.from_numpy(array).to(device) for array in (vector_of, in_order // 2, starts)
+            for place, character in enumerate(_first_and_last(token, text)):
+                vectors_of[token, place] = found.setdefault((place, character), len(found))
+        self.num_vectors = len(found)
+        in_order = np.argsort(vectors_of, axis=None, kind="stable")
+        starts = np.searchsorted(vectors_of.reshape(-1)[in_order], np.arange(self.num_vectors))
+        self._vectors_of, self._tokens, self._starts = (
+            torch.from_numpy(array).to(device) for array in (vectors_of, in_order // 2, starts)
         )
 
     def gather(self, gradient: Tensor) -> Tensor:
-        """The gradients of the vectors [number, width], from that of the embedding [rows, width]: sums over tokens."""
+        """The gradients of the vectors [num_vectors, width], sums over tokens of that of the embedding [rows, width].
+
+        The embedding may have more rows than there are tokens.
+        """
         return F.embedding_bag(self._tokens, gradient, self._starts, mode="sum")
 
     def spread(self, steps: Tensor) -> Tensor:
-        """What steps of the vectors [number, width] are to the embedding, [rows, width]."""
-        moved = F.embedding_bag(self._vector_of, steps, mode="sum")
-        return F.pad(moved, (0, 0, 0, self._rows - len(moved)))
+        """What steps of the vectors [num_vectors, width] are to the tokens' embeddings, [tokens, width]."""
+        return F.embedding_bag(self._vectors_of, steps, mode="sum")
 
 
-def _character(token: int, text: bytes, place: int) -> str | int:
-    """The first character (place 0) or the last one (1); of a token that is no text, the token."""
+def _first_and_last(token: int, text: bytes) -> tuple[str | int, str | int]:
+    """The first and the last character; of a token that is no text, the token."""
     try:
         characters = text.decode("utf-8")
     except UnicodeDecodeError:
-        return token
-    return characters[-place] if characters else token
+        characters = ""
+    return (characters[0], characters[-1]) if characters else (token, token)

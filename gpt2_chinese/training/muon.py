@@ -22,7 +22,8 @@ from gpt2_chinese.training.fused import TILE, Operation, run
 # Express, Amsel et al. 2025).
 POLYNOMIALS = ((8.0934, -23.6204, 17.4462), (3.6366, -2.7219, 0.5365), (2.6613, -1.9772, 0.4526))
 WIDE = 2  # times as many columns as rows
-EMBEDDING = "transformer.wte.weight"
+ADAMW, SHARED = 0, -1  # instead of the matrices side by side in a parameter: AdamW's, and vectors of characters
+TOKEN_EMBEDDING = "transformer.wte.weight"
 
 
 def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -73,8 +74,8 @@ class Muon(torch.optim.Optimizer):
         muon_weight_decay: of the matrices that Muon updates.
         momentum: of Muon, in Nesterov's way.
         dtype: in which Muon orthogonalizes; bfloat16 is enough, where the device computes it.
-        characters: whose vectors the token embeddings share, if they are to; AdamW steps along them too.
-        character_lr: of AdamW for these vectors. They do not decay, but their sums, the embeddings, do.
+        characters: if given, the token embeddings share vectors of characters, which AdamW updates.
+        character_lr: of these vectors. They do not decay, but the embeddings do.
 
     A tensor `found_inf`, set as an attribute before `step`, leaves the step out where it is not 0, on the device.
     """
@@ -110,15 +111,14 @@ class Muon(torch.optim.Optimizer):
             # queries, keys and values are three matrices side by side
             {"params": fused, "lr": muon_lr, "weight_decay": muon_weight_decay, "parts": 3},
             {"params": matrices, "lr": muon_lr, "weight_decay": muon_weight_decay, "parts": 1},
-            # AdamW
-            {"params": others, "lr": lr, "weight_decay": 0.0, "parts": 0},
-            {"params": decaying, "lr": lr, "weight_decay": weight_decay, "parts": 0},
+            {"params": others, "lr": lr, "weight_decay": 0.0, "parts": ADAMW},
+            {"params": decaying, "lr": lr, "weight_decay": weight_decay, "parts": ADAMW},
         ]
         self._characters = characters
         if characters is not None:
-            self._embedding = next(one for name, one in model.named_parameters() if name.endswith(EMBEDDING))
-            steps = self._embedding.new_zeros(characters.number, self._embedding.shape[1])
-            groups.append({"params": [nn.Parameter(steps)], "lr": character_lr, "weight_decay": 0.0, "parts": None})
+            self._embedding = next(one for name, one in model.named_parameters() if name.endswith(TOKEN_EMBEDDING))
+            steps = self._embedding.new_zeros(characters.num_vectors, self._embedding.shape[1])
+            groups.append({"params": [nn.Parameter(steps)], "lr": character_lr, "weight_decay": 0.0, "parts": SHARED})
         super().__init__([group for group in groups if group["params"]], defaults)
         self._dtype = dtype
 
@@ -133,10 +133,9 @@ class Muon(torch.optim.Optimizer):
             found_inf = None
         self._step_matrices(found_inf)
         for group in self.param_groups:
-            if group["parts"] is None:
+            if group["parts"] == SHARED:
                 self._step_characters(group, found_inf)
-        for group in self.param_groups:
-            if group["parts"] == 0:
+            elif group["parts"] == ADAMW:
                 self._step_others(group, found_inf)
 
     def _step_characters(self, group: dict[str, Any], found_inf: torch.Tensor | None) -> None:
@@ -148,7 +147,8 @@ class Muon(torch.optim.Optimizer):
         steps.grad = self._characters.gather(self._embedding.grad)
         self._step_others(group, found_inf)
         steps.grad = None
-        self._embedding.add_(self._characters.spread(steps))
+        moved = self._characters.spread(steps)
+        self._embedding[: len(moved)].add_(moved)
 
     def _step_others(self, group: dict[str, Any], found_inf: torch.Tensor | None) -> None:
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -180,7 +180,7 @@ class Muon(torch.optim.Optimizer):
         # The matrices of one shape, lying on their longer side, are multiplied at once.
         shapes: dict[tuple[int, int], list[_Matrices]] = defaultdict(list)
         for group in self.param_groups:
-            for parameter in group["params"] if group["parts"] else []:
+            for parameter in group["params"] if group["parts"] > 0 else []:
                 if parameter.grad is None:
                     continue
                 state = self.state[parameter]

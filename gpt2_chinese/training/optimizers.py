@@ -34,7 +34,7 @@ def make_optimizer(
             each weight; norms and biases do not decay.
         muon_weight_decay: of the matrices that Muon updates; `weight_decay` if None.
         dtype: in which Muon orthogonalizes.
-        characters, character_lr: as of Muon; not for AdamW alone.
+        characters, character_lr: as of Muon, for `optimizer` "muon" only.
     """
     made: torch.optim.Optimizer
     if optimizer == "muon":
@@ -49,6 +49,7 @@ def make_optimizer(
             character_lr=character_lr,
         )
     else:
+        assert characters is None
         made = torch.optim.AdamW(_decay_groups(model, weight_decay), lr=lr, betas=(0.9, 0.999), eps=1e-6, fused=True)
     for group in made.param_groups:
         group[PEAK] = group["lr"]

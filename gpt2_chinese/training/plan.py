@@ -225,8 +225,11 @@ def make_plan(
     flags |= _shares_beside_given(args, given, flags)
     # A GPU's fastest attention takes no mask; what it costs there has not been measured.
     flags["document_mask"] = choose_devices(args.device)[0][0].type == "cpu"
-    if "optimizer" in given and args.optimizer != flags["optimizer"]:
-        flags.pop("character_lr", None)
+    if facts.tokens < SMALL and "character_lr" not in given and _kept(args, given, flags, "optimizer") == "muon":
+        flags["character_lr"] = CHARACTER_LR * _kept(args, given, flags, "lr")
+        reasons.append(
+            "a small text: tokens that begin or end alike share vectors of these characters (--character_lr)"
+        )
     flags = {name: value for name, value in flags.items() if name not in given}
     teacher_flags = {
         name: value for name, value in teachers.flags.items() if name not in given or name == "ngram_share"
@@ -258,6 +261,11 @@ def _shares_beside_given(args: argparse.Namespace, given: set[str], flags: dict[
         for name, other in (names, names[::-1])
         if set(names) <= flags.keys() and other in given and name not in given
     }
+
+
+def _kept(args: argparse.Namespace, given: set[str], flags: dict[str, Any], name: str) -> Any:
+    """The value of a flag: what was given, or what is planned."""
+    return getattr(args, name) if name in given else flags[name]
 
 
 def _updates(epochs: float, facts: Facts, windows: int, shape: str) -> int:
@@ -423,11 +431,8 @@ def _settings(
     reasons = []
     if facts.tokens < SMALL:
         flags |= SMALL_SHARES if is_taught else {"ngram_share": LONE_NGRAM_SHARE}
-        flags["character_lr"] = CHARACTER_LR * flags["lr"]
         flags["val_bytes"] = list(SMALL_VAL_BYTES)
-        reasons.append(
-            "a small text: a trigram of the tokens is learnt from too, and tokens share vectors of their characters"
-        )
+        reasons.append("a small text: a trigram of the tokens is learnt from too")
     elif dropout >= MUCH_DROPOUT and not is_taught:
         flags["ngram_share"] = NGRAM_SHARE
         reasons.append("many epochs for such a model: a trigram of the tokens is learnt from too")

@@ -65,7 +65,8 @@ def describe(run: Run, model: GPT2LMHeadModel) -> Iterator[str]:
         f"run        {args.epochs} epochs of {run.updates_per_epoch:,} updates{limit} = {run.total_steps:,} updates of "
         f"{args.batch_size} x {args.gradient_accumulation} windows"
     )
-    optimizer = "AdamW" if args.optimizer == "adamw" else f"Muon at {args.muon_lr or args.lr:g} and AdamW"
+    characters = f" (vectors of characters: {args.character_lr:g})" if args.character_lr else ""
+    optimizer = "AdamW" if args.optimizer == "adamw" else f"Muon at {args.muon_lr or args.lr:g} and AdamW{characters}"
     yield (
         f"optimizer  {optimizer}, learning rate {args.lr:g} after {run.warmup_steps:,} updates of warm-up, "
         f"{_SCHEDULES[args.schedule].format(decay_fraction=args.decay_fraction)}; "

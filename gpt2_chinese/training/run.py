@@ -322,6 +322,8 @@ def prepare(
         ValueError, FileNotFoundError: a flag or a file is wrong; the message names it and what mends it.
     """
     # 1) what costs nothing to check: the devices, the places to write to, the model's shape
+    if args.character_lr and args.amp_backend == "apex":
+        raise ValueError("--character_lr has no form for --amp_backend apex: take torch's, or leave --character_lr out")
     devices, note = choose_devices(args.device)
     if note:
         say(f"note: {note}")

@@ -81,10 +81,10 @@ def _count_ngrams(run: Run, rank: Rank) -> NgramTeacher:
     return ngram
 
 
-def _share_characters(run: Run, rank: Rank, rows: int) -> CharacterVectors:
-    characters = CharacterVectors(text_of_tokens(run.tokenizer), rows, rank.device)
+def _share_characters(run: Run, rank: Rank) -> CharacterVectors:
+    characters = CharacterVectors(text_of_tokens(run.tokenizer), rank.device)
     if rank.is_main:
-        remark(f"characters {characters.number:,} vectors of first and last ones, which tokens share")
+        remark(f"characters {characters.num_vectors:,} vectors of first and last characters of tokens")
     return characters
 
 
@@ -129,7 +129,7 @@ def build(run: Run, rank: Rank, model: GPT2LMHeadModel, *, is_new: bool) -> Trai
         weight_decay=args.weight_decay,
         muon_weight_decay=args.muon_weight_decay,
         dtype=torch.bfloat16 if is_bf16_fast(device) else torch.float32,
-        characters=_share_characters(run, rank, rows) if args.character_lr else None,
+        characters=_share_characters(run, rank) if args.character_lr else None,
         character_lr=args.character_lr,
     )
     apex = load_apex() if args.amp_backend == "apex" else None

@@ -35,6 +35,7 @@ from gpt2_chinese.text.word_tokenizer import WordTokenizer
 from gpt2_chinese.training.character_vectors import CharacterVectors
 from gpt2_chinese.training.checkpoints import checkpoints_in
 from gpt2_chinese.training.loss import WindowLoss
+from gpt2_chinese.training.muon import Muon
 
 pytestmark = [
     pytest.mark.gpu,
@@ -66,8 +67,11 @@ def losses(name: str) -> list[float]:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_fp32_losses_are_those_of_the_cpu_up_to_rounding_although_the_vocabulary_is_padded(train, optimizer):
-    run(train, "cpu", "--precision", "fp32", "--optimizer", optimizer, device="cpu")
-    run(train, "gpu", "--precision", "fp32", "--optimizer", optimizer)
+    flags = ["--precision", "fp32", "--optimizer", optimizer]
+    if optimizer == "muon":
+        flags += ["--character_lr", "1e-2"]
+    run(train, "cpu", *flags, device="cpu")
+    run(train, "gpu", *flags)
     np.testing.assert_allclose(losses("gpu"), losses("cpu"), rtol=2e-3 if optimizer == "muon" else 1e-4)
     assert load_model("gpu/final_model")[0].config.vocab_size == 35
     measured = [scalars(f"{name}/tb")["validation_bits_per_character"] for name in ("gpu", "cpu")]
@@ -316,11 +320,26 @@ def test_tokens_sampled_on_a_gpu_are_those_of_the_cpu_with_one_synchronization()
 def test_vectors_of_characters_get_the_same_gradients_to_the_bit_each_time():
     texts = [chr(0x4E00 + number % 7).encode() for number in range(3000)]
     gradient = torch.randn(len(texts), 64, device="cuda")
-    characters = CharacterVectors(texts, len(texts), gradient.device)
+    characters = CharacterVectors(texts, gradient.device)
     once = characters.gather(gradient)
     assert all(torch.equal(characters.gather(gradient), once) for _ in range(20))
-    on_cpu = CharacterVectors(texts, len(texts), torch.device("cpu")).gather(gradient.cpu())
+    on_cpu = CharacterVectors(texts, torch.device("cpu")).gather(gradient.cpu())
     torch.testing.assert_close(once.cpu(), on_cpu, rtol=1e-4, atol=1e-4)
+
+
+def test_vectors_of_characters_do_not_move_by_numbers_that_are_none():
+    model = tiny_model().cuda()
+    characters = CharacterVectors([b"a", b"ab", b"b"], torch.device("cuda"))
+    optimizer = Muon(model, lr=1e-2, muon_lr=1e-2, characters=characters, character_lr=1e-2)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = model.transformer.wte.weight.detach().clone()
+    optimizer.found_inf = torch.ones((), device="cuda")
+    optimizer.step()
+    assert torch.equal(model.transformer.wte.weight, before)
+    optimizer.found_inf = torch.zeros((), device="cuda")
+    optimizer.step()
+    assert not torch.equal(model.transformer.wte.weight, before)
 
 
 def test_a_step_that_cuda_cannot_capture_runs_without_a_graph(capsys):

@@ -37,8 +37,8 @@ from gpt2_chinese.decoding.decoder import Decoder
 from gpt2_chinese.decoding.engine import Engine
 from gpt2_chinese.decoding.packing import (
     BF16,
+    BF16_FLOATS,
     BF16_FORM,
-    BF16_PACKED,
     BF16_PAIRS,
     DOT_PRODUCTS,
     LANES,
@@ -105,6 +105,7 @@ SHAPES: list[dict] = [
     {"n_embd": 128, "n_head": 1, "n_layer": 1},
     {"n_embd": 160, "n_head": 2, "n_layer": 1},
     {"n_embd": 33, "n_head": 3, "n_inner": 50},
+    {"n_embd": 96, "n_head": 3, "n_inner": 50, "n_layer": 1},
     {"n_embd": 60, "n_head": 4, "activation_function": "relu", "scale_attn_by_inverse_layer_idx": True},
     {"tie_word_embeddings": False},
 ]
@@ -136,7 +137,7 @@ def unpack_twelve_bits(packed: np.ndarray, table: np.ndarray, precision: int) ->
             half, parity = column // LANES, row % 2
             place = {
                 BF16_PAIRS: half * 8 + column % 4 * 2 + parity,
-                BF16_PACKED: parity * 8 + column % 4 * 2 + half,
+                BF16_FLOATS: parity * 8 + column % 4 * 2 + half,
             }[precision] + column % LANES // 4 * 16
             number = step[2, place] >> 4 * pair & 15
             unpacked[column, row] = int(table[number]) << 8 | int(step[pair, place])
@@ -167,19 +168,20 @@ def round_weights_to_12_bits(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_any_shape_has_the_logits_of_transformers_with_weights_of_12_bits(shape):
-    if BF16_FORM != BF16_PACKED:
+    if BF16_FORM != BF16_FLOATS:
         pytest.skip("this CPU multiplies other weights")
     model = random_model(**shape)
     decoder = CompiledDecoder(model, max_num_seqs=3, precision="bf16")
     source = random.Random(5)
     vocab_size = model.config.vocab_size
     texts = [[source.randrange(vocab_size) for _ in range(length)] for length in (2, 9, 24)]
-    has_whole_vectors = model.config.n_embd % LANES == 0 and (model.config.n_inner or 0) % LANES == 0
+    has_whole_vectors = all(width % LANES == 0 for width in (model.config.n_embd, model.config.n_inner or LANES))
+    assert (decoder._precision_code == BF16_FLOATS) == has_whole_vectors
     rounded = round_weights_to_12_bits(model) if has_whole_vectors else round_weights(model, "bf16")
     assert largest_difference(rounded, decoder, texts) < 1e-4
 
 
-@pytest.mark.parametrize("precision", [BF16_PACKED, BF16_PAIRS])
+@pytest.mark.parametrize("precision", [BF16_FLOATS, BF16_PAIRS])
 @given(
     seed=st.integers(0, 2**32 - 1),
     vectors=st.sampled_from([1, 3]),
@@ -314,14 +316,15 @@ llvm.get_host_cpu_name = lambda: "haswell"
 import test_decoder as tests
 from gpt2_chinese.decoding import packing
 assert packing.DOT_PRODUCT == "vpmaddwd" and packing.LANES == 8
-assert packing.BF16_FORM == packing.BF16_PACKED
+assert packing.BF16_FORM == packing.BF16_FLOATS
 tests.test_any_shape_has_the_logits_of_transformers_with_converted_inputs({}, "int8")
 tests.test_any_shape_has_the_logits_of_transformers_with_weights_of_12_bits({})
 import pytest
-with pytest.MonkeyPatch.context() as patch:
-    tests.test_logits_are_the_same_to_the_bit_alone_in_any_batch_and_with_any_number_of_threads(
-        "int8", {"n_embd": 144, "n_head": 12, "n_layer": 1}, 2, patch
-    )
+for precision in ("int8", "bf16"):
+    with pytest.MonkeyPatch.context() as patch:
+        tests.test_logits_are_the_same_to_the_bit_alone_in_any_batch_and_with_any_number_of_threads(
+            precision, {"n_embd": 144, "n_head": 12, "n_layer": 1}, 2, patch
+        )
 """
     if not llvm.get_host_cpu_features().get("avx2"):
         pytest.skip("this CPU has no AVX2")
@@ -370,6 +373,7 @@ def test_reference_checkpoint_gives_the_reference_logits(reference, monkeypatch)
     [
         ({}, 3),
         ({"n_embd": 144, "n_head": 12, "n_layer": 1, "n_inner": 100}, 2),
+        ({"n_embd": 144, "n_head": 12, "n_layer": 1, "n_inner": 96}, 2),
         ({"n_embd": 132, "n_head": 12, "n_layer": 1}, 5),
     ],
     ids=str,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
+from small_run import assert_same_weights, run, weights, write_documents
 from tiny_model import tiny_model
 from torch import nn
 
-from gpt2_chinese.precision import Precision
+from gpt2_chinese.training import trainable
 from gpt2_chinese.training.character_vectors import CharacterVectors
 from gpt2_chinese.training.muon import Muon
 
@@ -32,25 +31,22 @@ def optimizer_of(model: nn.Module, lr: float = 1e-2, character_lr: float = 5e-2,
         muon_lr=lr,
         weight_decay=decay,
         muon_weight_decay=decay,
-        characters=CharacterVectors(TEXTS, model.transformer.wte.weight.shape[0], CPU),
+        characters=CharacterVectors(TEXTS, CPU),
         character_lr=character_lr,
     )
 
 
 def test_tokens_with_the_same_first_or_last_character_share_a_vector():
-    rows = len(TEXTS) + 3
-    characters = CharacterVectors(TEXTS, rows, CPU)
-    assert characters.number == 14
-    gradient = torch.randn(rows, 5, generator=torch.Generator().manual_seed(1))
+    characters = CharacterVectors(TEXTS, CPU)
+    assert characters.num_vectors == 14
+    gradient = torch.randn(len(TEXTS) + 3, 5, generator=torch.Generator().manual_seed(1))
     sums = torch.zeros(14, 5)
     for vectors in (FIRST, LAST):
         sums.index_add_(0, vectors, gradient[: len(TEXTS)])
     gathered = characters.gather(gradient)
     assert sorted(gathered.sum(dim=1).tolist()) == pytest.approx(sorted(sums.sum(dim=1).tolist()))
     # Each token moves by as much as its two vectors do.
-    moved = characters.spread(gathered)
-    torch.testing.assert_close(moved[: len(TEXTS)], sums[FIRST] + sums[LAST])
-    assert not moved[len(TEXTS) :].any()
+    torch.testing.assert_close(characters.spread(gathered), sums[FIRST] + sums[LAST])
 
 
 def test_steps_are_adamw_s_on_a_sum_of_vectors():
@@ -90,29 +86,29 @@ def test_the_sums_decay():
     torch.testing.assert_close(model.transformer.wte.weight, begun * (1 - 1e-2 * 0.5))
 
 
-def test_its_state_goes_on_exactly():
-    model = tiny_model()
-    optimizer = optimizer_of(model)
-    gradients(model, 1)
-    optimizer.step()
-    twin = copy.deepcopy(model)
-    again = optimizer_of(twin, lr=1.0, character_lr=1.0)
-    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for each, one in ((model, optimizer), (twin, again)):
-        gradients(each, 2)
-        one.step()
-    for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(mine, other)
+def test_a_run_with_vectors_of_characters_learns_other_embeddings_with_a_padded_vocabulary_too(train, monkeypatch):
+    write_documents([20] * 20)
+    flags = ["--optimizer", "muon", "--lr", "1e-3"]
+    for name, more in (("plain", []), ("shared", ["--character_lr", "0.05"])):
+        assert run(train, *flags, *more, output_dir=name, writer_dir=f"{name}/tb") == 0
+    monkeypatch.setattr(trainable, "PADDED_DEVICES", {"cpu"})
+    assert run(train, *flags, "--character_lr", "0.05", output_dir="padded", writer_dir="padded/tb") == 0
+    assert_same_weights(weights("shared/final_model"), weights("padded/final_model"), rtol=1e-4, atol=1e-6)
+    plain, shared = (weights(f"{name}/final_model")["transformer.wte.weight"] for name in ("plain", "shared"))
+    assert (plain - shared).abs().max() > 0.05
 
 
-def test_an_update_of_a_number_that_is_none_is_not_applied():
-    model = tiny_model()
-    optimizer = optimizer_of(model)
-    precision = Precision("fp32", CPU)
-    gradients(model, 1)
-    precision.step(optimizer, 1.0)
-    before = model.transformer.wte.weight.detach().clone()
-    gradients(model, 2)
-    model.transformer.wte.weight.grad[1, 0] = torch.nan
-    assert torch.isnan(precision.step(optimizer, 1.0))
-    assert torch.equal(model.transformer.wte.weight, before)
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--optimizer", "adamw"], "--character_lr 0.1 is for --optimizer muon"),
+        (
+            ["--optimizer", "muon", "--amp_backend", "apex"],
+            "--character_lr has no form for --amp_backend apex",
+        ),
+    ],
+)
+def test_vectors_of_characters_are_muon_s_and_torch_s(train, flags, message):
+    write_documents([20] * 20)
+    with pytest.raises(ValueError, match=message):
+        run(train, "--character_lr", "0.1", *flags)

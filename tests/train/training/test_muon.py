@@ -11,6 +11,7 @@ from tiny_model import tiny_model
 from torch import nn
 
 from gpt2_chinese.precision import Precision
+from gpt2_chinese.training.character_vectors import CharacterVectors
 from gpt2_chinese.training.muon import Muon, orthogonalize
 from gpt2_chinese.training.optimizers import make_optimizer
 
@@ -89,14 +90,15 @@ def test_steps_are_torch_s_on_the_matrices_and_adamw_s_on_the_rest():
             torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("characters", [None, CharacterVectors([b"a", b"ab", b"b"], torch.device("cpu"))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_its_state_goes_on_exactly(dtype):
+def test_its_state_goes_on_exactly(dtype, characters):
     model = tiny_model()
-    optimizer = Muon(model, lr=1e-2, muon_lr=1e-2, dtype=dtype)
+    optimizer = Muon(model, lr=1e-2, muon_lr=1e-2, dtype=dtype, characters=characters, character_lr=1e-2)
     gradients(model, 1)
     optimizer.step()
     twin = copy.deepcopy(model)
-    again = Muon(twin, lr=1.0, muon_lr=1.0, dtype=dtype)
+    again = Muon(twin, lr=1.0, muon_lr=1.0, dtype=dtype, characters=characters, character_lr=1.0)
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for each in (model, twin):
         gradients(each, 2)

@@ -221,12 +221,15 @@ def test_a_small_text_has_small_short_teachers_and_a_trigram(train):
     one, own = next(plan.teacher_runs(args))
     assert (one.ngram_share, one.epochs, one.model_config) == (0, SMALL_TEACHER_EPOCHS, shape)
     assert one.character_lr == 0 and args.character_lr == 8 * args.lr
+    assert planned("--lr", "1e-3", minutes=10).flags["character_lr"] == 8e-3
     assert one.dropout > args.dropout == own.flags["dropout"] > 0
     given = planned("--ngram_share", "0.8", minutes=10)
     assert 0 < given.flags["teacher_share"] < 0.2 and given.teacher_flags["ngram_share"] == 0
     given = planned("--teacher", "mine", minutes=10)
     assert given.flags["teacher_share"] + given.flags["ngram_share"] < 0.9
-    assert "character_lr" not in planned("--optimizer", "adamw", minutes=10).flags
+    for flag, value in (("--optimizer", "adamw"), ("--character_lr", "0")):
+        without = planned(flag, value, minutes=10)
+        assert "character_lr" not in without.flags and not any("--character_lr" in why for why in without.reasons)
     lone = planned("--teacher", "", minutes=10)
     assert lone.teachers == 0 and lone.flags["ngram_share"] > plan.flags["ngram_share"] and not lone.teacher_flags
 
