@@ -142,10 +142,10 @@ def test_kills_at_random_moments_change_no_bit_and_lose_one_interval_at_most(tra
 
 @pytest.mark.slow
 @pytest.mark.skipif("KILLS" not in os.environ, reason="takes minutes: by hand, with KILLS=12")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_kills_of_two_ranks_change_no_bit(train, precision):
+@pytest.mark.parametrize(("precision", "optimizer"), [("fp32", "adamw"), ("bf16", "adamw"), ("fp32", "muon")])
+def test_kills_of_two_ranks_change_no_bit(train, precision, optimizer):
     write_shape(**DROPOUT)
-    flags = small_run_flags(precision)
+    flags = small_run_flags(precision, optimizer)
     assert run(train, *flags, "--output_dir", "whole", "--writer_dir", "whole/tb", device="cpu,cpu") == 0
     generator = random.Random(8)
     kills, resumed = 0, 0

@@ -331,7 +331,7 @@ def test_one_accumulated_update_equals_a_larger_batch_to_1e_6(train):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("switches", [[], ["--document_mask"]])
+@pytest.mark.parametrize("switches", [[], ["--document_mask"], ["--optimizer", "muon", "--character_lr", "0.05"]])
 def test_two_gloo_ranks_equal_one_process_with_windows_that_do_not_divide(train, capfd, switches):
     write_corpus([37])  # 11 windows: updates of 5, 5 and 1, of which the second rank has 2, 2 and none
     flags = {"epochs": 2, "batch_size": 5, "stride": 3}
