@@ -111,6 +111,7 @@ class Plan:
         teachers: models that are trained before, for the last one to learn from.
         teacher_seconds: of each.
         teacher_flags: theirs that are others than the last model's.
+        most_updates: that were allowed by --max_steps; 0 is no limit.
         is_settled: the number of updates was decided before the run was interrupted; not written.
     """
 
@@ -121,6 +122,7 @@ class Plan:
     teachers: int = 0
     teacher_seconds: float = 0.0
     teacher_flags: dict[str, Any] = field(default_factory=dict)
+    most_updates: int = 0
     is_settled: bool = False
 
     def apply(self, args: argparse.Namespace) -> None:
@@ -174,6 +176,7 @@ class Plan:
             or not all(isinstance(reason, str) for reason in plan.reasons)
             or any(type(number) not in (int, float) or not math.isfinite(number) for number in numbers)
             or type(plan.teachers) is not int
+            or type(plan.most_updates) is not int
             or not 0 <= plan.teachers <= MAX_TEACHERS
         ):
             raise ValueError(f"{what}; {mend}")
@@ -250,7 +253,8 @@ def make_plan(
         *_untried(facts, shape, args),
     ]
     seconds = deadline - time.time() - teachers.number * teachers.seconds
-    return Plan(flags, why, deadline, seconds, teachers.number, teachers.seconds, teacher_flags)
+    most_updates = args.max_steps if "max_steps" in given else 0
+    return Plan(flags, why, deadline, seconds, teachers.number, teachers.seconds, teacher_flags, most_updates)
 
 
 def _shares_beside_given(args: argparse.Namespace, given: set[str], flags: dict[str, Any]) -> dict[str, float]:

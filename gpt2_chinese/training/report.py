@@ -225,7 +225,7 @@ class Reporter:
     def updates_in_time(self, state: TrainingState, loss: Tensor) -> int:
         """How many updates a planned run shall have, if all take as long as those since this was asked before.
 
-        Reading `loss` waits for the last one.
+        At most those that --max_steps allows. Reading `loss` waits for the last one.
         """
         run, plan = self._run, self._run.plan
         assert plan is not None
@@ -236,13 +236,14 @@ class Reporter:
         windows = len(run.starts) * run.config.n_ctx
         measuring = per_update * run.updates_per_epoch * run.corpus.held_out_tokens / windows / 3  # forward passes only
         saving = SAVING_SECONDS + self._parameters * 32 / SAVED_BYTES
-        return state.step + updates_until(
+        found = state.step + updates_until(
             plan.deadline - (REPORT_SECONDS if run.args.report else 0),
             time.time(),
             per_update=per_update,
             per_epoch=measuring + saving,
             updates_per_epoch=run.updates_per_epoch,
         )
+        return min(found, plan.most_updates or found)
 
     def planned(self, state: TrainingState) -> None:
         """The number of updates has been decided, or corrected."""

@@ -172,6 +172,14 @@ def test_a_run_that_is_over_before_its_speed_is_known_keeps_its_first_estimate(t
     assert json.loads(Path("model/metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"] == 12
 
 
+def test_the_updates_that_a_flag_allows_are_not_exceeded_once_the_speed_is_known(train):
+    pieces()
+    flags = ["--minutes", "5", "--device", "cpu", "--precision", "fp32", "--val_fraction", "0", "--batch_size", "2"]
+    flags += ["--model_config", "shape.json", "--teacher", "", "--max_steps", "34", "--no-report", "--log_step", "1"]
+    assert train.main([*flags, "--compile", "off"]) == 0
+    assert json.loads(Path("model/metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"] == 34
+
+
 def test_an_interrupted_planned_run_keeps_its_plan_and_ends_as_if_it_had_not_been(train, monkeypatch, capsys):
     pieces()
     flags = ["--minutes", "5", "--device", "cpu", "--precision", "fp32", "--val_fraction", "0.1", "--patience", "0"]
