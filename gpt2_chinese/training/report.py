@@ -65,8 +65,10 @@ def describe(run: Run, model: GPT2LMHeadModel) -> Iterator[str]:
         f"run        {args.epochs} epochs of {run.updates_per_epoch:,} updates{limit} = {run.total_steps:,} updates of "
         f"{args.batch_size} x {args.gradient_accumulation} windows"
     )
-    characters = f" (vectors of characters: {args.character_lr:g})" if args.character_lr else ""
-    optimizer = "AdamW" if args.optimizer == "adamw" else f"Muon at {args.muon_lr or args.lr:g} and AdamW{characters}"
+    muon_lr = args.muon_lr or args.lr
+    optimizer = "AdamW" if args.optimizer == "adamw" else f"Muon at {muon_lr:g} and AdamW"
+    if args.character_lr:
+        optimizer = f"Muon at {muon_lr:g} and AdamW (vectors of characters: {args.character_lr:g})"
     yield (
         f"optimizer  {optimizer}, learning rate {args.lr:g} after {run.warmup_steps:,} updates of warm-up, "
         f"{_SCHEDULES[args.schedule].format(decay_fraction=args.decay_fraction)}; "
