@@ -1116,6 +1116,10 @@ TABLE: tuple[tuple[str, str], ...] = (
         "{0}：这里每秒 {1} 个 token，时间内 {2} 轮",
     ),
     (
+        "many epochs for such a model: a trigram of the tokens and a cache of each document are learnt from too",
+        "对这样的模型训练轮数多：同时学习 token 的三元语法和每个文档的缓存",
+    ),
+    (
         "several epochs: dropout {}, weight decay {} and {} (Muon), windows at other places in each",
         "训练多轮：dropout {0}，权重衰减 {1} 和 {2}（Muon），每轮的窗口位置不同",
     ),
@@ -1300,6 +1304,18 @@ TABLE: tuple[tuple[str, str], ...] = (
     (
         "the number of updates",
         "总步数",
+    ),
+    (
+        "what --ngram_share adds",
+        "--ngram_share 加入的内容",
+    ),
+    (
+        "a trigram",
+        "三元语法",
+    ),
+    (
+        "a trigram and a cache",
+        "三元语法和缓存",
     ),
     (
         "the span of windows",
@@ -1895,8 +1911,8 @@ TABLE: tuple[tuple[str, str], ...] = (
         "三元语法   统计了 {1} 个 token 中的 {0} 个",
     ),
     (
-        "a small text: a trigram of the tokens is learnt from too",
-        "小语料：同时学习 token 的三元语法",
+        "a small text: a trigram of the tokens and a cache of each document are learnt from too",
+        "小语料：同时学习 token 的三元语法和每个文档的缓存",
     ),
     (
         "a small text: tokens that begin or end alike share vectors of these characters (--character_lr)",

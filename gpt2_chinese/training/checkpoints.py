@@ -42,6 +42,7 @@ ADDED_SETTINGS: dict[str, Any] = {
     "--teacher": "",
     "--teacher_share": 0.6,
     "--ngram_share": 0.0,
+    "what --ngram_share adds": "a trigram",
     "--character_lr": 0.0,
     "the span of windows": "a piece",
     "--val_bytes": None,

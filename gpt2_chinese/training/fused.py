@@ -128,19 +128,28 @@ def add_softmax(logits: Tensor, distributions: Tensor, factor: float) -> None:
 
 
 def write_ngrams(
-    distributions: Tensor, weight: float, unigram: Tensor, rows: Sequence[Tensor], levels: Sequence[Tensor]
+    distributions: Tensor,
+    weight: float,
+    unigram: Tensor,
+    rows: Sequence[Tensor],
+    levels: Sequence[Tensor],
+    tokens: Tensor,
+    first: int,
 ) -> None:
-    """Fill distributions [N, V] with those of a trigram, times a weight.
+    """Fill distributions [N, V] with those of a trigram and of a cache, times a weight.
 
     Args:
         unigram: float32 [V].
-        rows: for each of N: the context of bigrams, that of trigrams or -1, the only token that may follow or -1
-            (int64); the weights of the unigram and of the bigrams (float32).
+        rows: for each of N: the context of bigrams, that of trigrams or -1, the only token that may follow or -1, how
+            many tokens the cache has (int64); the weights of the unigram, of the bigrams and of the cache (float32).
         levels: of the bigrams and then of the trigrams: where each context's n-grams begin, their last tokens (int64),
             and their probabilities (float32).
+        tokens: int64, that caches have: a row's last one is at `first` plus its number, the others are before it.
     """
     count, columns = distributions.shape
     portions = -(-count // SUM_ROWS)
     room = torch.empty(portions, columns)
-    first = (distributions, columns, room, count, unigram, torch.tensor([weight]))
-    run(Operation.WRITE_NGRAMS, distributions.dtype, portions, distributions.numel(), *first, *rows, *levels)
+    given = (distributions, columns, room, count, unigram, torch.tensor([weight]))
+    run(
+        Operation.WRITE_NGRAMS, distributions.dtype, portions, distributions.numel(), *given, *rows, *levels, tokens, first
+    )

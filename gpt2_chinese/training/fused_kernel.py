@@ -112,6 +112,20 @@ def add_context(shares, weight, context, offsets, tokens, of_tokens):
         shares[tokens[place]] += weight * of_tokens[place]
 
 
+@compiled
+def add_cache(shares, weight, last, seen, tokens):
+    """Add what the `seen` tokens up to the place `last` say about the next one (ngram_teacher.py has the formula)."""
+    first = last - seen + 1
+    times = 0
+    for place in range(first + 1, last + 1):
+        times += tokens[place - 1] == tokens[last]
+    share = weight / np.float32(times + 1)
+    of_one = share / np.float32(seen)
+    for place in range(first, last + 1):
+        follows = place > first and tokens[place - 1] == tokens[last]
+        shares[tokens[place]] += of_one + (share if follows else np.float32(0))
+
+
 def _operations(at, load, store):
     """The operations on numbers of one type: `entry(operation, args, begin, end)`."""
 
@@ -398,11 +412,12 @@ def _operations(at, load, store):
 
     @compiled
     def write_ngrams(args, begin, end):
-        """The distributions of a trigram: the unigram in its weight, and what bigrams and trigrams add."""
+        """The distributions of a trigram: the unigram in its weight, and what bigrams, trigrams and a cache add."""
         distributions, columns, room, rows = at(args[0]), args[1], args[2], args[3]
         unigram, weight = float32_at(args[4]), float32_at(args[5])[0]
-        bigram_of, trigram_of, certain = int64_at(args[6]), int64_at(args[7]), int64_at(args[8])
-        of_unigram, of_bigrams = float32_at(args[9]), float32_at(args[10])
+        bigram_of, trigram_of, certain, seen = int64_at(args[6]), int64_at(args[7]), int64_at(args[8]), int64_at(args[9])
+        of_unigram, of_bigrams, of_cache = float32_at(args[10]), float32_at(args[11]), float32_at(args[12])
+        tokens, first = int64_at(args[19]), args[20]
         for portion in range(begin, end):
             shares = float32_at(room + 4 * columns * portion)
             for row in range(portion * SUM_ROWS, end_of_portion(portion, rows)):
@@ -412,9 +427,12 @@ def _operations(at, load, store):
                 if certain[row] >= 0:
                     shares[certain[row]] += weight
                 else:
-                    add_context(shares, weight * of_bigrams[row], bigram_of[row], args[11], args[12], args[13])
+                    add_context(shares, weight * of_bigrams[row], bigram_of[row], args[13], args[14], args[15])
                     if trigram_of[row] >= 0:
-                        add_context(shares, weight, trigram_of[row], args[14], args[15], args[16])
+                        of_trigrams = weight * (np.float32(1) - of_cache[row])
+                        add_context(shares, of_trigrams, trigram_of[row], args[16], args[17], args[18])
+                    if of_cache[row] > 0:
+                        add_cache(shares, weight * of_cache[row], first + row, seen[row], tokens)
                 for column in range(columns):
                     store(distributions, row * columns + column, shares[column])
 

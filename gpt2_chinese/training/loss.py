@@ -30,6 +30,8 @@ from gpt2_chinese.training.ngram_teacher import NgramTeacher, Predictions
 
 HEAD_ROWS = 512  # of logits at a time on a CPU, at most
 _LOGITS_BYTES = 32 << 20  # of them, unless `SUM_ROWS` of them have more
+CACHE_SHARE = 0.2  # of what is learnt from an n-gram and teachers, at most: the n-gram's cache,
+MOST_OF_NGRAM = 0.5  # and no more than this part of what is learnt from the n-gram
 _HEAD_COLUMNS = 8192  # of the vocabulary, whose gradient is added up at a time
 
 
@@ -256,7 +258,9 @@ class WindowLoss(nn.Module):
         if self._ngram is None:
             return None
         part = self._ngram_share / (self._ngram_share + self._teacher_share)
-        return NgramTarget(self._ngram.predictions(input_ids), part)
+        # The cache's share is in all that is taught, for the teachers have not learnt it either.
+        cache_share = min(MOST_OF_NGRAM, CACHE_SHARE / part)
+        return NgramTarget(self._ngram.predictions(input_ids, cache_share), part)
 
     @torch.no_grad()
     def _taught(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> list[torch.Tensor]:

@@ -1,9 +1,15 @@
-"""A trigram of the training text's tokens, whose predictions a model learns beside the text.
+"""A trigram of the training text's tokens, with a cache, whose predictions a model learns beside the text.
 
 A small text shows most contexts once. A model that learns from it alone memorises the one token that followed; mixed
 into the target, the distribution of an n-gram with interpolated Kneser-Ney smoothing (ngram.py has the formulas, for
 characters) is a label smoothing that depends on the context. Neural models were regularized so by noise in their input
 (Xie et al. 2017, Data noising as smoothing in neural network language models); here the smoothed target is exact.
+
+A document repeats its words, which a model of a small text is slow to learn. So a part of each distribution is a cache
+(Kuhn and De Mori 1990, A cache-based natural language model for speech recognition) of the tokens that stand before in
+the document, as far as the window shows them: with n of them and the last one m times among the earlier ones,
+
+    cache(w) = (how often w followed the last one there + (how often w stands there) / n) / (m + 1).
 
 Documents are sequences of tokens, marks included. The first token of a document is context only, and no n-gram goes
 from one document into the next; what stands behind a document's end is left to the text.
@@ -23,6 +29,8 @@ from gpt2_chinese.training.ngram import discounts
 
 MAX_TOKENS = 8_000_000
 """Of the training text that are counted, some 100 bytes each; of more, documents at equal distances."""
+CACHE_TRUST = 10
+"""Tokens before which make a cache half as weighty as it can be: n of them have n / (n + 10) of its share."""
 
 
 class _Level(NamedTuple):
@@ -114,8 +122,12 @@ class NgramTeacher:
         return (*self._bigrams[:3], *self._trigrams[:3])
 
     @torch.compiler.disable
-    def predictions(self, input_ids: torch.Tensor) -> Predictions:
-        """What follows each token but the last of int64 windows [windows, n_ctx], one row after the other."""
+    def predictions(self, input_ids: torch.Tensor, cache_share: float = 0.0) -> Predictions:
+        """What follows each token but the last of int64 windows [windows, n_ctx], one row after the other.
+
+        Args:
+            cache_share: of the cache in a distribution, at most, from 0 to 1.
+        """
         here, target = input_ids[:, :-1], input_ids[:, 1:].flatten()
         key = torch.full_like(here, -1)
         key[:, 1:] = here[:, :-1] * self._vocab_size + here[:, 1:]
@@ -129,8 +141,11 @@ class NgramTeacher:
         # Behind the end of a document comes another, of which counting says nothing.
         is_end = (bigram == self._marks.end) & (target == self._marks.begin)
         certain = torch.where(is_end, target, -1)
+        seen = _tokens_before(here, self._marks).flatten()
+        of_cache = torch.where(is_end, 0.0, cache_share * seen / (seen + CACHE_TRUST))
+        of_bigrams = of_bigrams * (1 - of_cache)
         of_unigram = torch.where(is_end, 0.0, of_bigrams * self._bigrams.backoff[bigram])
-        return Predictions(self, bigram, trigram, certain, of_unigram, of_bigrams)
+        return Predictions(self, bigram, trigram, certain, seen, of_unigram, of_bigrams, of_cache)
 
 
 class Predictions(NamedTuple):
@@ -140,26 +155,34 @@ class Predictions(NamedTuple):
         bigram: the context of bigrams, which is the token before; int64 [N], as the next two.
         trigram: the context of trigrams, -1 where the text does not have it.
         certain: the one token that can follow, or -1.
+        seen: how many tokens of the document the cache has, the last one included: those of this row's and of so many
+            rows before; int64 [N].
         of_unigram: the weight of the unigram, float32 [N].
         of_bigrams: the weight of bigrams and unigram together, float32 [N].
+        of_cache: the weight of the cache, float32 [N]; the trigram has the rest.
     """
 
     teacher: NgramTeacher
     bigram: torch.Tensor
     trigram: torch.Tensor
     certain: torch.Tensor
+    seen: torch.Tensor
     of_unigram: torch.Tensor
     of_bigrams: torch.Tensor
+    of_cache: torch.Tensor
 
     @torch.compiler.disable
     def dense(self, part: slice, weight: float, dtype: torch.dtype) -> torch.Tensor:
         """Some of the rows, times a weight, [rows, V]."""
         rows = [tensor[part].contiguous() for tensor in self[1:]]
+        first = part.indices(len(self.bigram))[0]
         if self.of_unigram.device.type == "cpu" and dtype in DTYPES:
             dense = torch.empty(len(rows[0]), len(self.teacher.unigram), dtype=dtype)
-            write_ngrams(dense, weight, self.teacher.unigram, rows, self.teacher.levels)
+            write_ngrams(dense, weight, self.teacher.unigram, rows, self.teacher.levels, self.bigram, first)
             return dense
-        return _dense_by_torch(self.teacher, *rows).mul_(weight).to(dtype)
+        dense = _dense_by_torch(self.teacher, *rows[:3], *rows[4:])
+        _add_cache_by_torch(dense, self.bigram, first, rows[3], rows[6])
+        return dense.mul_(weight).to(dtype)
 
 
 def _dense_by_torch(
@@ -169,8 +192,9 @@ def _dense_by_torch(
     certain: torch.Tensor,
     of_unigram: torch.Tensor,
     of_bigrams: torch.Tensor,
+    of_cache: torch.Tensor,
 ) -> torch.Tensor:
-    """The same in PyTorch's operations, for a GPU; float32 [rows, V]."""
+    """The trigram's part in PyTorch's operations, for a GPU; float32 [rows, V]."""
     dense = torch.outer(of_unigram, teacher.unigram)
     is_open = certain < 0
     ended = (~is_open).nonzero()[:, 0]
@@ -178,7 +202,7 @@ def _dense_by_torch(
     bigrams, trigrams = teacher.levels[:3], teacher.levels[3:]
     for (begins, followers, of_followers), context, factor in (
         (bigrams, bigram, of_bigrams),
-        (trigrams, trigram, torch.ones_like(of_unigram)),
+        (trigrams, trigram, 1 - of_cache),
     ):
         row = (is_open & (context >= 0)).nonzero()[:, 0]
         first = begins[context[row]]
@@ -189,6 +213,31 @@ def _dense_by_torch(
         places = row * dense.shape[1] + followers[entries]
         dense.view(-1).index_add_(0, places, of_followers[entries] * factor[row])
     return dense
+
+
+def _tokens_before(here: torch.Tensor, marks: Marks) -> torch.Tensor:
+    """How many tokens of the same document a window shows up to each of its tokens [windows, n], itself included."""
+    is_mark = (here == marks.begin) | (here == marks.end)
+    places = torch.arange(here.shape[1], device=here.device)
+    last_mark = torch.where(is_mark, places, -1).cummax(1).values
+    return places - last_mark
+
+
+def _add_cache_by_torch(
+    dense: torch.Tensor, tokens: torch.Tensor, first: int, seen: torch.Tensor, of_cache: torch.Tensor
+) -> None:
+    """Add the cache's part to rows of distributions, of which `first` is the first one; for a GPU.
+
+    Args:
+        tokens: of all rows, one after the other.
+    """
+    row = torch.repeat_interleave(torch.arange(len(seen), device=seen.device), seen)
+    back = torch.arange(len(row), device=row.device) - torch.repeat_interleave(seen.cumsum(0) - seen, seen)
+    place = first + row - back
+    followed = (tokens[place - 1] == tokens[first + row]) & (back < seen[row] - 1)
+    times = torch.zeros_like(of_cache).index_add_(0, row, followed.float())
+    share = (followed + 1 / seen[row]) / (times[row] + 1) * of_cache[row]
+    dense.view(-1).index_add_(0, row * dense.shape[1] + tokens[place], share)
 
 
 def _sample(

@@ -436,10 +436,12 @@ def _settings(
     if facts.tokens < SMALL:
         flags |= SMALL_SHARES if is_taught else {"ngram_share": LONE_NGRAM_SHARE}
         flags["val_bytes"] = list(SMALL_VAL_BYTES)
-        reasons.append("a small text: a trigram of the tokens is learnt from too")
+        reasons.append("a small text: a trigram of the tokens and a cache of each document are learnt from too")
     elif dropout >= MUCH_DROPOUT and not is_taught:
         flags["ngram_share"] = NGRAM_SHARE
-        reasons.append("many epochs for such a model: a trigram of the tokens is learnt from too")
+        reasons.append(
+            "many epochs for such a model: a trigram of the tokens and a cache of each document are learnt from too"
+        )
     if dropout:
         reasons.append(
             f"several epochs: dropout {dropout}, weight decay {weight_decay} and {muon_weight_decay} (Muon), windows "

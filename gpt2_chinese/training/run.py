@@ -204,6 +204,7 @@ class Run:
             "the model's shape": json.loads(json.dumps(shape)),
             **{f"--{name}": getattr(self.args, name) for name in _RESUMED_FLAGS},
             "--stride": self.stride,
+            "what --ngram_share adds": "a trigram and a cache" if self.args.ngram_share else "a trigram",
             "the span of windows": "the whole text" if self.args.shift_windows else "a piece",
             "--warmup_steps": self.warmup_steps,
             "--precision": self.precision,

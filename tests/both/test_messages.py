@@ -77,6 +77,8 @@ def told_texts(path: Path) -> list[str]:
         if not isinstance(call, ast.Call):
             continue
         name = call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
+        if name == "append" and isinstance(call.func, ast.Attribute) and ast.unparse(call.func.value) == "reasons":
+            name = "say"  # a plan says why
         if isinstance(node, ast.Raise) or name in TELLING:
             found += [text for argument in call.args if (text := template(argument)) is not None]
     return found

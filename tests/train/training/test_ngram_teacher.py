@@ -13,8 +13,8 @@ from tiny_model import tiny_model
 
 from gpt2_chinese.text.vocabulary import Marks
 from gpt2_chinese.training import ngram_teacher
-from gpt2_chinese.training.loss import HeadLoss, NgramTarget, WindowLoss
-from gpt2_chinese.training.ngram_teacher import NgramTeacher, _dense_by_torch
+from gpt2_chinese.training.loss import CACHE_SHARE, MOST_OF_NGRAM, HeadLoss, NgramTarget, WindowLoss
+from gpt2_chinese.training.ngram_teacher import CACHE_TRUST, NgramTeacher
 
 VOCAB_SIZE = 12
 ONE_MARK, TWO_MARKS = (0, 0), (0, 1)
@@ -36,8 +36,8 @@ def teacher_of(
     return NgramTeacher(tokens, starts, vocab_size=vocab_size, marks=named)
 
 
-def distributions(teacher: NgramTeacher, windows: list[list[int]]) -> torch.Tensor:
-    return teacher.predictions(torch.tensor(windows)).dense(slice(None), 1.0, torch.float32)
+def distributions(teacher: NgramTeacher, windows: list[list[int]], cache_share: float = 0.0) -> torch.Tensor:
+    return teacher.predictions(torch.tensor(windows), cache_share).dense(slice(None), 1.0, torch.float32)
 
 
 @pytest.mark.parametrize("marks", [ONE_MARK, TWO_MARKS])
@@ -76,9 +76,37 @@ def test_a_gpu_s_operations_give_the_same_as_the_compiled_code():
     documents = [(generator.integers(0, 40, 50) ** 2 // 45 + 2).tolist() for _ in range(30)]
     teacher = teacher_of(documents, vocab_size=50)
     tokens, _ = stream_of(documents, ONE_MARK)
-    predictions = teacher.predictions(torch.from_numpy(tokens[: 40 * 30].reshape(40, 30)))
-    expected = _dense_by_torch(teacher, *predictions[1:])
-    torch.testing.assert_close(predictions.dense(slice(None), 1.0, torch.float32), expected)
+    predictions = teacher.predictions(torch.from_numpy(tokens[: 40 * 30].reshape(40, 30)), 0.3)
+    for part in (slice(None), slice(7, 200)):
+        found = predictions.dense(part, 0.5, torch.float32)
+        # A type that the compiled code does not have takes the other way.
+        torch.testing.assert_close(found, predictions.dense(part, 0.5, torch.float64).float())
+
+
+def cached(before: list[int], token: int) -> float:
+    """The cache's probability of a token, straight from the formula; `before` has the document's tokens."""
+    follow = [after for one, after in zip(before, before[1:], strict=False) if one == before[-1]]
+    return (follow.count(token) + before.count(token) / len(before)) / (len(follow) + 1)
+
+
+@pytest.mark.parametrize("marks", [ONE_MARK, TWO_MARKS])
+@given(
+    st.lists(st.lists(st.integers(2, 5), max_size=9), min_size=1, max_size=4), st.integers(0, 6), st.floats(0.01, 1)
+)
+def test_a_part_of_it_is_what_stands_before_in_the_document(marks, documents, cut, cache_share):
+    teacher = teacher_of([[2, 3, 4, 2, 3], [5, 3, 2, 4]], marks)
+    window = stream_of(documents, marks)[0].tolist()[cut:]
+    if len(window) < 2:
+        return
+    without, found = distributions(teacher, [window]), distributions(teacher, [window], cache_share)
+    torch.testing.assert_close(found.sum(1), torch.ones(len(window) - 1), rtol=1e-5, atol=0)
+    before: list[int] = []
+    for place, token in enumerate(window[:-1]):
+        before = [] if token in marks else [*before, token]
+        of_cache = cache_share * len(before) / (len(before) + CACHE_TRUST)
+        for other in range(VOCAB_SIZE):
+            expected = (1 - of_cache) * without[place, other] + (of_cache * cached(before, other) if before else 0)
+            assert found[place, other] == pytest.approx(float(expected), rel=1e-4, abs=1e-7)
 
 
 def test_a_window_that_begins_inside_a_document_knows_one_token_less():
@@ -91,10 +119,10 @@ def test_a_window_that_begins_inside_a_document_knows_one_token_less():
 def test_rows_of_several_windows_lie_one_after_the_other_and_can_be_taken_in_parts():
     teacher = teacher_of([[2, 3, 4, 2, 3], [5, 3, 2, 4]])
     windows = [[0, 2, 3, 4], [3, 2, 4, 0], [2, 0, 0, 5]]
-    predictions = teacher.predictions(torch.tensor(windows))
+    predictions = teacher.predictions(torch.tensor(windows), 0.4)
     whole = predictions.dense(slice(None), 0.5, torch.float32)
     for row, window in enumerate(windows):
-        torch.testing.assert_close(whole[3 * row : 3 * row + 3], 0.5 * distributions(teacher, [window]))
+        torch.testing.assert_close(whole[3 * row : 3 * row + 3], 0.5 * distributions(teacher, [window], 0.4))
     parts = [predictions.dense(slice(begin, begin + 4), 0.5, torch.float32) for begin in range(0, 9, 4)]
     assert torch.equal(torch.cat(parts), whole)
     assert predictions.dense(slice(None), 0.5, torch.bfloat16).dtype == torch.bfloat16
@@ -119,7 +147,8 @@ def mixed_losses(model, input_ids: torch.Tensor, ngram: NgramTeacher, teacher, s
     """The loss of the text, and the mixed one, straight from the definition."""
     logits = model(input_ids).logits[:, :-1].flatten(0, 1)
     of_text = F.cross_entropy(logits, input_ids[:, 1:].flatten(), reduction="sum")
-    expected = ngram.predictions(input_ids).dense(slice(None), 1.0, torch.float32)
+    cache_share = min(MOST_OF_NGRAM, CACHE_SHARE * sum(shares) / shares[1])
+    expected = ngram.predictions(input_ids, cache_share).dense(slice(None), 1.0, torch.float32)
     of_ngram = F.cross_entropy(logits, expected, reduction="sum")
     with torch.no_grad():
         taught = torch.softmax(teacher(input_ids).logits[:, :-1].flatten(0, 1), 1)
@@ -154,7 +183,7 @@ def test_in_bf16_the_gradient_is_near_that_in_fp32():
     hidden, head = torch.randn(30, 16, generator=generator), torch.randn(VOCAB_SIZE, 16, generator=generator)
     windows = torch.randint(2, 6, (2, 16), generator=generator)
     targets = windows[:, 1:].flatten()
-    target = NgramTarget(teacher_of([[2, 3, 4, 2, 3], [5, 3, 2, 4]]).predictions(windows), 1.0)
+    target = NgramTarget(teacher_of([[2, 3, 4, 2, 3], [5, 3, 2, 4]]).predictions(windows, 0.3), 1.0)
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
         hidden.grad, _ = None, hidden.requires_grad_()
@@ -174,7 +203,7 @@ def test_the_gradient_is_the_same_wherever_its_numbers_lie_in_memory():
     found = set()
     for _ in range(2000):
         neighbours = [*neighbours[-50:], torch.empty(int(torch.randint(1, 5000, (1,), generator=generator)))]
-        target = NgramTarget(teacher.predictions(windows), 0.4)
+        target = NgramTarget(teacher.predictions(windows, 0.3), 0.4)
         mine = hidden.clone().requires_grad_()
         copies = [tensor.clone() for tensor in (*taught, *taught)]
         HeadLoss.apply(mine, head.clone(), windows[:, 1:].flatten(), 0.7, None, target, *copies).backward()

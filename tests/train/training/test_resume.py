@@ -376,17 +376,26 @@ def test_a_measurement_is_broken_off_nothing_is_saved_twice_and_the_run_resumes(
     assert points() == points("whole")
 
 
-@pytest.mark.parametrize("shifts", [False, True])
-def test_a_checkpoint_of_an_earlier_version_is_resumed_unless_its_windows_lay_elsewhere(train, monkeypatch, shifts):
-    flags = ["--epochs", "2", "--batch_size", "2", "--save_steps", "3", *(["--shift_windows"] if shifts else [])]
+@pytest.mark.parametrize(
+    ("more", "refused"),
+    [
+        ([], None),
+        (["--shift_windows"], "the span of windows was a piece, is the whole text"),
+        (["--ngram_share", "0.3"], "what --ngram_share adds was a trigram, is a trigram and a cache"),
+    ],
+)
+def test_a_checkpoint_of_an_earlier_version_is_resumed_unless_it_was_trained_otherwise(
+    train, monkeypatch, more, refused
+):
+    flags = ["--epochs", "2", "--batch_size", "2", "--save_steps", "3", *more]
     assert run(train, *flags, output_dir="whole") == 0
     of_now = Run.settings
     with monkeypatch.context() as patch, stopped_after(train, monkeypatch, 7):
-        had = {*SETTINGS_OF_THE_FIRST_VERSION, *(["--shift_windows"] if shifts else [])}
+        had = {*SETTINGS_OF_THE_FIRST_VERSION, *more[:1]}
         patch.setattr(Run, "settings", lambda self: {k: v for k, v in of_now(self).items() if k in had})
         assert run(train, *flags) == 143
-    if shifts:
-        with pytest.raises(ValueError, match="the span of windows was a piece, is the whole text"):
+    if refused:
+        with pytest.raises(ValueError, match=refused):
             run(train, *flags, "--resume")
     else:
         assert run(train, *flags, "--resume") == 0
