@@ -232,7 +232,8 @@ FLAGS = {
     ),
     "of a trigram of the tokens, and a cache of those before in the document, in what is learnt, for texts that are "
     "memorised (0: none); with --teacher both shares together are at most 1": (
-        "学习目标中 token 三元语法（trigram）和文档缓存的比例，用于会背下的文本（0：不用）；使用 --teacher 时两个比例合计不超过 1"
+        "学习目标中 token 三元语法（trigram）和文档缓存的比例，用于会背下的文本（0：不用）；使用 --teacher 时"
+        "两个比例合计不超过 1"
     ),
     "stop after so many updates in a row whose loss or gradient is not finite; none of them is applied": (
         "损失或梯度连续这么多步不是有限数就停止；这些步都不会更新权重"

@@ -282,8 +282,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
         "--ngram_share",
         type=_fraction,
         default=0.0,
-        help="of a trigram of the tokens, and a cache of those before in the document, in what is learnt, for texts that "
-        "are memorised (0: none); with --teacher both shares together are at most 1",
+        help="of a trigram of the tokens, and a cache of those before in the document, in what is learnt, for texts "
+        "that are memorised (0: none); with --teacher both shares together are at most 1",
     )
     parser.add_argument(
         "--max_bad_updates",

@@ -150,6 +150,5 @@ def write_ngrams(
     portions = -(-count // SUM_ROWS)
     room = torch.empty(portions, columns)
     given = (distributions, columns, room, count, unigram, torch.tensor([weight]))
-    run(
-        Operation.WRITE_NGRAMS, distributions.dtype, portions, distributions.numel(), *given, *rows, *levels, tokens, first
-    )
+    operation, dtype, numbers = Operation.WRITE_NGRAMS, distributions.dtype, distributions.numel()
+    run(operation, dtype, portions, numbers, *given, *rows, *levels, tokens, first)

@@ -415,9 +415,9 @@ def _operations(at, load, store):
         """The distributions of a trigram: the unigram in its weight, and what bigrams, trigrams and a cache add."""
         distributions, columns, room, rows = at(args[0]), args[1], args[2], args[3]
         unigram, weight = float32_at(args[4]), float32_at(args[5])[0]
-        bigram_of, trigram_of, certain, seen = int64_at(args[6]), int64_at(args[7]), int64_at(args[8]), int64_at(args[9])
+        bigram_of, trigram_of, certain = int64_at(args[6]), int64_at(args[7]), int64_at(args[8])
+        seen, tokens, first = int64_at(args[9]), int64_at(args[19]), args[20]
         of_unigram, of_bigrams, of_cache = float32_at(args[10]), float32_at(args[11]), float32_at(args[12])
-        tokens, first = int64_at(args[19]), args[20]
         for portion in range(begin, end):
             shares = float32_at(room + 4 * columns * portion)
             for row in range(portion * SUM_ROWS, end_of_portion(portion, rows)):

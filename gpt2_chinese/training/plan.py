@@ -64,8 +64,9 @@ TEACHING_GAIN = 0.07  # bits per character
 TAUGHT_WIDTH = 256
 TAUGHT_EPOCHS = 17  # in the time, from which on two teachers and their pupil are better than one model
 PUPIL_SHARE = 0.2  # of an update's time, that each teacher adds to it
-SMALL_TEACHER_EPOCHS = 6  # of a small text, by teachers of the smallest shape
+SMALL_TEACHER_EPOCHS = (6, 4)  # of a small text, by teachers of the smallest shape; 4 where 6 leave time for one only
 SMALL_TEACHERS_TIME = 0.45  # of the run, at most
+SMALL_PUPIL_EPOCHS = 8  # that a larger pupil has to have; a guess: 2x128 had 8, 3x192 had 9
 TEACHER_OVERHEAD = 3.0  # seconds, for a teacher's beginning, measurements and saving
 SMALL_SHARES = {"teacher_share": 0.42, "ngram_share": 0.28}  # in what a model of a small text learns
 SHARES_TOGETHER = 0.7
@@ -220,6 +221,10 @@ def make_plan(
     teachers = Teachers()
     if is_small and may_be_taught:
         teachers = small_teachers(facts, available, shapes[0], speed_of)
+        if teachers.number:
+            shape = shape_of_small_pupil(facts, available, shapes[: shapes.index(shape) + 1], speed_of, teachers)
+            speed = speed_of(shape, facts.vocab_size)
+            epochs = facts.seconds * (1 - SPARED) * speed / facts.tokens
     elif is_taught:
         teachers = large_teachers(available, epochs)
     left = 1 - teachers.number * teachers.seconds / facts.seconds
@@ -352,14 +357,17 @@ def small_teachers(facts: Facts, available: float, shape: str, speed_of: Callabl
     Args:
         available: seconds, for them and the last model.
     """
-    seconds = SMALL_TEACHER_EPOCHS * facts.tokens / speed_of(shape, facts.vocab_size) + TEACHER_OVERHEAD
-    number = min(MAX_TEACHERS, int(SMALL_TEACHERS_TIME * available / seconds))
-    if number < 2:
+    for epochs in SMALL_TEACHER_EPOCHS:
+        seconds = epochs * facts.tokens / speed_of(shape, facts.vocab_size) + TEACHER_OVERHEAD
+        number = min(MAX_TEACHERS, int(SMALL_TEACHERS_TIME * available / seconds))
+        if number >= 2:
+            break
+    else:
         return Teachers()
     dropout, weight_decay, muon_weight_decay = 0.2, 1.0, 3.0
     flags = {
         "model_config": shape,
-        "epochs": SMALL_TEACHER_EPOCHS,
+        "epochs": epochs,
         "dropout": dropout,
         "weight_decay": weight_decay,
         "muon_weight_decay": muon_weight_decay,
@@ -367,6 +375,21 @@ def small_teachers(facts: Facts, available: float, shape: str, speed_of: Callabl
         "character_lr": 0.0,
     }
     return Teachers(number, seconds, flags)
+
+
+def shape_of_small_pupil(
+    facts: Facts, available: float, shapes: list[str], speed_of: Callable[[str, int], float], teachers: Teachers
+) -> str:
+    """The largest shape that sees a small text `SMALL_PUPIL_EPOCHS` times in what its teachers leave of the time.
+
+    Args:
+        available: seconds, for them and the last model.
+        shapes: paths of configurations, the smallest first; it is taken if all are too slow.
+    """
+    seconds = (available - teachers.number * teachers.seconds) / (1 + PUPIL_SHARE * teachers.number)
+    needed = SMALL_PUPIL_EPOCHS * facts.tokens
+    fast_enough = [shape for shape in shapes if seconds * speed_of(shape, facts.vocab_size) >= needed]
+    return fast_enough[-1] if fast_enough else shapes[0]
 
 
 def enough_epochs(config: GPT2Config) -> float:

@@ -90,9 +90,7 @@ def cached(before: list[int], token: int) -> float:
 
 
 @pytest.mark.parametrize("marks", [ONE_MARK, TWO_MARKS])
-@given(
-    st.lists(st.lists(st.integers(2, 5), max_size=9), min_size=1, max_size=4), st.integers(0, 6), st.floats(0.01, 1)
-)
+@given(st.lists(st.lists(st.integers(2, 5), max_size=9), min_size=1, max_size=4), st.integers(0, 6), st.floats(0.01, 1))
 def test_a_part_of_it_is_what_stands_before_in_the_document(marks, documents, cut, cache_share):
     teacher = teacher_of([[2, 3, 4, 2, 3], [5, 3, 2, 4]], marks)
     window = stream_of(documents, marks)[0].tolist()[cut:]

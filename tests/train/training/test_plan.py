@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ from gpt2_chinese.training.plan import (
     layer_parameters,
     make_plan,
     regularization,
+    shape_of_small_pupil,
+    small_teachers,
     teachers_for,
     updates_until,
 )
@@ -218,16 +221,19 @@ def test_a_small_text_has_small_short_teachers_and_a_trigram(train):
     plan = planned("--no-report", minutes=10)
     shape = planning._path_of(SHAPES[0])
     facts = planning._facts(parse_args(["--minutes", "10"]), 600)
-    seconds = SMALL_TEACHER_EPOCHS * facts.tokens / speed_of(shape, facts.vocab_size) + TEACHER_OVERHEAD
+    many, few = (
+        epochs * facts.tokens / speed_of(shape, facts.vocab_size) + TEACHER_OVERHEAD for epochs in SMALL_TEACHER_EPOCHS
+    )
+    seconds = many
     assert plan.teachers == MAX_TEACHERS and plan.teacher_seconds == seconds
     for minutes in (0.5, 1, 2):
         short = planned(minutes=minutes)
-        assert short.teachers in (0, *range(2, MAX_TEACHERS + 1)) and short.teacher_seconds in (0, seconds)
-        assert short.teachers * seconds <= 0.45 * (60 * minutes - planning.REPORT_SECONDS)
+        assert short.teachers in (0, *range(2, MAX_TEACHERS + 1)) and short.teacher_seconds in (0, few, many)
+        assert short.teachers * short.teacher_seconds <= 0.45 * (60 * minutes - planning.REPORT_SECONDS)
     args = parse_args(["--minutes", "10"])
     plan.apply(args)
     one, own = next(plan.teacher_runs(args))
-    assert (one.ngram_share, one.epochs, one.model_config) == (0, SMALL_TEACHER_EPOCHS, shape)
+    assert (one.ngram_share, one.epochs, one.model_config) == (0, SMALL_TEACHER_EPOCHS[0], shape)
     assert one.character_lr == 0 and args.character_lr == 8 * args.lr
     assert planned("--lr", "1e-3", minutes=10).flags["character_lr"] == 8e-3
     assert one.dropout > args.dropout == own.flags["dropout"] > 0
@@ -240,6 +246,19 @@ def test_a_small_text_has_small_short_teachers_and_a_trigram(train):
         assert "character_lr" not in without.flags and not any("--character_lr" in why for why in without.reasons)
     lone = planned("--teacher", "", minutes=10)
     assert lone.teachers == 0 and lone.flags["ngram_share"] > plan.flags["ngram_share"] and not lone.teacher_flags
+
+
+def test_on_a_slow_machine_a_small_text_has_two_short_teachers_and_a_small_pupil():
+    facts, shapes = Facts(55_000, 322, 3000, 105.0), [planning._path_of(shape) for shape in SHAPES[:2]]
+
+    def times(factor: float) -> Callable[[str, int], float]:
+        return lambda shape, vocab_size: factor * {"2x128": 1.0, "3x192": 0.45}[Path(shape).stem]
+
+    for speed, number, epochs, shape in ((40_000, 3, 6, "3x192"), (15_000, 2, 4, "2x128"), (5_000, 0, 0, "")):
+        teachers = small_teachers(facts, 95.0, shapes[0], times(speed))
+        assert (teachers.number, teachers.flags.get("epochs", 0)) == (number, epochs)
+        if number:
+            assert Path(shape_of_small_pupil(facts, 95.0, shapes, times(speed), teachers)).stem == shape
 
 
 def test_the_time_of_a_plan_is_that_of_its_teachers_and_the_last_model(train, monkeypatch):
