@@ -64,8 +64,9 @@ TEACHING_GAIN = 0.07  # bits per character
 TAUGHT_WIDTH = 256
 TAUGHT_EPOCHS = 17  # in the time, from which on two teachers and their pupil are better than one model
 PUPIL_SHARE = 0.2  # of an update's time, that each teacher adds to it
-SMALL_TEACHER_EPOCHS = (6, 4)  # of a small text, by teachers of the smallest shape; 4 where 6 leave time for one only
-SMALL_TEACHERS_TIME = 0.45  # of the run, at most
+# Teachers of a small text, of the smallest shape: their epochs, and the part of the run that all of them have at most;
+# the second one where the first one allows no two teachers.
+SMALL_TEACHERS = ((6, 0.45), (4, 0.55))
 SMALL_PUPIL_EPOCHS = 8  # that a larger pupil has to have; a guess: 2x128 had 8, 3x192 had 9
 TEACHER_OVERHEAD = 3.0  # seconds, for a teacher's beginning, measurements and saving
 SMALL_SHARES = {"teacher_share": 0.42, "ngram_share": 0.28}  # in what a model of a small text learns
@@ -357,9 +358,9 @@ def small_teachers(facts: Facts, available: float, shape: str, speed_of: Callabl
     Args:
         available: seconds, for them and the last model.
     """
-    for epochs in SMALL_TEACHER_EPOCHS:
+    for epochs, part in SMALL_TEACHERS:
         seconds = epochs * facts.tokens / speed_of(shape, facts.vocab_size) + TEACHER_OVERHEAD
-        number = min(MAX_TEACHERS, int(SMALL_TEACHERS_TIME * available / seconds))
+        number = min(MAX_TEACHERS, int(part * available / seconds))
         if number >= 2:
             break
     else:
