@@ -1137,6 +1137,14 @@ TABLE: tuple[tuple[str, str], ...] = (
         "预计：若文本与 medical_qa.txt 相似（百万词的现代散文），约每字符 {0} 比特；文本更少或是诗词则更多",
     ),
     (
+        "{} tokens and the shape {}",
+        "{0} 个 token 和结构 {1}",
+    ),
+    (
+        "the shape {}",
+        "结构 {0}",
+    ),
+    (
         "not tried before: {}; the plan is an extrapolation",
         "没有试过：{0}；这个规划是外推",
     ),

@@ -166,8 +166,13 @@ def check_settings(path: Path, saved: Mapping[str, Any], current: Mapping[str, A
     """
     saved = ADDED_SETTINGS | dict(saved)
     differing = [name for name in current if saved.get(name) != current[name]]
+    if "--ngram_share" in differing:
+        differing = [name for name in differing if name != "what --ngram_share adds"]  # which may be nothing
     if differing:
-        named = "; ".join(f"{name} was {saved.get(name)}, is {current[name]}" for name in differing)
+        named = ""
+        for name in differing:
+            was, now = saved.get(name), current[name]
+            named = f"{named}; {name} was {was}, is {now}" if named else f"{name} was {was}, is {now}"
         raise ValueError(
             f"{path} cannot be resumed: {named}. Give what it was made with, or take another --output_dir, "
             "or start over with --resume none"

@@ -144,8 +144,10 @@ def write_ngrams(
             many tokens the cache has (int64); the weights of the unigram, of the bigrams and of the cache (float32).
         levels: of the bigrams and then of the trigrams: where each context's n-grams begin, their last tokens (int64),
             and their probabilities (float32).
-        tokens: int64, that caches have: a row's last one is at `first` plus its number, the others are before it.
+        tokens: int64, of which the caches are made: a row's last one is at `first` plus its number, the others are
+            before it.
     """
+    assert 0 <= first and first + len(distributions) <= len(tokens)  # the compiled code would not notice
     count, columns = distributions.shape
     portions = -(-count // SUM_ROWS)
     room = torch.empty(portions, columns)

@@ -30,8 +30,8 @@ from gpt2_chinese.training.ngram_teacher import NgramTeacher, Predictions
 
 HEAD_ROWS = 512  # of logits at a time on a CPU, at most
 _LOGITS_BYTES = 32 << 20  # of them, unless `SUM_ROWS` of them have more
-CACHE_SHARE = 0.2  # of what is learnt from an n-gram and teachers, at most: the n-gram's cache,
-MOST_OF_NGRAM = 0.5  # and no more than this part of what is learnt from the n-gram
+CACHE_SHARE = 0.2  # of the n-gram's cache in what is learnt from the n-gram and teachers, at most
+MOST_OF_NGRAM = 0.5  # that its cache can be
 _HEAD_COLUMNS = 8192  # of the vocabulary, whose gradient is added up at a time
 
 
@@ -258,7 +258,7 @@ class WindowLoss(nn.Module):
         if self._ngram is None:
             return None
         part = self._ngram_share / (self._ngram_share + self._teacher_share)
-        # The cache's share is in all that is taught, for the teachers have not learnt it either.
+        # A share of all that is taught, for a plan's teachers have not learnt from a cache.
         cache_share = min(MOST_OF_NGRAM, CACHE_SHARE / part)
         return NgramTarget(self._ngram.predictions(input_ids, cache_share), part)
 

@@ -9,10 +9,12 @@ A document repeats its words, which a model of a small text is slow to learn. So
 (Kuhn and De Mori 1990, A cache-based natural language model for speech recognition) of the tokens that stand before in
 the document, as far as the window shows them: with n of them and the last one m times among the earlier ones,
 
-    cache(w) = (how often w followed the last one there + (how often w stands there) / n) / (m + 1).
+    cache(w) = (how often w followed the last one there + (how often w stands there) / n) / (m + 1),
 
-Documents are sequences of tokens, marks included. The first token of a document is context only, and no n-gram goes
-from one document into the next; what stands behind a document's end is left to the text.
+with the weight n / (n + 10) times its share; the trigram has the rest. The marks of documents are not in the cache.
+
+To the trigram documents are sequences of tokens, marks included. The first token of a document is context only, and no
+n-gram goes from one document into the next; what stands behind a document's end is left to the text.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from gpt2_chinese.training.ngram import discounts
 
 MAX_TOKENS = 8_000_000
 """Of the training text that are counted, some 100 bytes each; of more, documents at equal distances."""
+CACHE_ROWS = 512  # whose caches are written out at a time on a GPU
 CACHE_TRUST = 10
 """Tokens before which make a cache half as weighty as it can be: n of them have n / (n + 10) of its share."""
 
@@ -155,8 +158,8 @@ class Predictions(NamedTuple):
         bigram: the context of bigrams, which is the token before; int64 [N], as the next two.
         trigram: the context of trigrams, -1 where the text does not have it.
         certain: the one token that can follow, or -1.
-        seen: how many tokens of the document the cache has, the last one included: those of this row's and of so many
-            rows before; int64 [N].
+        seen: how many tokens of the document the cache has: that of this row and those of the `seen - 1` rows before;
+            int64 [N].
         of_unigram: the weight of the unigram, float32 [N].
         of_bigrams: the weight of bigrams and unigram together, float32 [N].
         of_cache: the weight of the cache, float32 [N]; the trigram has the rest.
@@ -173,7 +176,7 @@ class Predictions(NamedTuple):
 
     @torch.compiler.disable
     def dense(self, part: slice, weight: float, dtype: torch.dtype) -> torch.Tensor:
-        """Some of the rows, times a weight, [rows, V]."""
+        """Some of the rows, one after the other, times a weight, [rows, V]."""
         rows = [tensor[part].contiguous() for tensor in self[1:]]
         first = part.indices(len(self.bigram))[0]
         if self.of_unigram.device.type == "cpu" and dtype in DTYPES:
@@ -228,16 +231,23 @@ def _add_cache_by_torch(
 ) -> None:
     """Add the cache's part to rows of distributions, of which `first` is the first one; for a GPU.
 
+    What is added up are whole numbers, exact in float32, so that a GPU, which adds in any order, gives the same bits.
+
     Args:
         tokens: of all rows, one after the other.
     """
-    row = torch.repeat_interleave(torch.arange(len(seen), device=seen.device), seen)
-    back = torch.arange(len(row), device=row.device) - torch.repeat_interleave(seen.cumsum(0) - seen, seen)
-    place = first + row - back
-    followed = (tokens[place - 1] == tokens[first + row]) & (back < seen[row] - 1)
-    times = torch.zeros_like(of_cache).index_add_(0, row, followed.float())
-    share = (followed + 1 / seen[row]) / (times[row] + 1) * of_cache[row]
-    dense.view(-1).index_add_(0, row * dense.shape[1] + tokens[place], share)
+    for begin in range(0, len(seen), CACHE_ROWS):
+        part = slice(begin, begin + CACHE_ROWS)
+        counts = torch.zeros_like(dense[part])
+        number, own_first = seen[part], first + begin
+        row = torch.repeat_interleave(torch.arange(len(number), device=seen.device), number)
+        back = torch.arange(len(row), device=row.device) - torch.repeat_interleave(number.cumsum(0) - number, number)
+        place = own_first + row - back
+        followed = (tokens[place - 1] == tokens[own_first + row]) & (back < number[row] - 1)
+        times = torch.zeros_like(of_cache[part]).index_add_(0, row, followed.float())
+        of_token = (followed * number[row] + 1).float()  # times n (m + 1)
+        counts.view(-1).index_add_(0, row * dense.shape[1] + tokens[place], of_token)
+        dense[part] += counts * (of_cache[part] / (number.clamp(min=1) * (times + 1)))[:, None]
 
 
 def _sample(

@@ -4,15 +4,17 @@ give the fewest bits per character of unseen text in the time.
 The rules come from experiments, which docs/training.md lists. In short:
 
 - The largest shape that sees the text `enough_epochs` times, or `ENOUGH_TOKENS` tokens a parameter, is the best one: a
-  larger one learns less in the time, a smaller one has learnt what it can.
+  larger one learns less in the time, a smaller one has learnt what it can. Where a small text has teachers, it is the
+  largest one that sees the text `SMALL_PUPIL_EPOCHS` times beside them.
 - A model memorises a small text however slowly it learns: parameters are bounded by the tokens, and so are the epochs.
 - With several epochs, windows at other places in each help; dropout and weight decay too, as far as a model memorises.
 - Tokens that attend to their own document only help, the more the shorter documents are.
 - Where there is time for three times as many epochs as a model can use, two of them are its teachers.
-- What is memorised is learnt from a trigram too, unless there are teachers. A small text always is, and it has
-  teachers wherever a part of the time is enough for them: small, trained for a few epochs and strongly regularized,
-  since a teacher that has memorised its text teaches no more than the text.
-- The tokens of a small text, most of which it shows a few times, share vectors of their characters.
+- What is memorised is learnt from a trigram and a cache too, unless there are teachers. A small text always is, and it
+  has teachers wherever a part of the time is enough for them: small, trained for a few epochs and strongly
+  regularized, since a teacher that has memorised its text teaches no more than the text.
+- The tokens of a text of less than `CHARACTER_TOKENS`, which shows most of them a few times, share vectors of their
+  characters.
 """
 
 from __future__ import annotations
@@ -52,7 +54,6 @@ SMALL = 200_000  # tokens of a text that is memorised soon; between the two that
 VERY_SMALL = 40_000  # a guess, for texts that would have too few updates
 BATCH_SIZE, SMALL_BATCH_SIZE, VERY_SMALL_BATCH_SIZE = 16, 8, 4  # windows of an update
 MAX_PARAMETERS = 30  # of the layers, for each token of the text
-MUCH_DROPOUT = 0.1  # where much is memorised
 LITTLE, MUCH = 8.0, 20.0  # epochs times parameters for a token: below, dropout only slows down; above, it wants more
 WARMUP_STEPS = 30
 MEASURED_UPDATES = 30  # after them the number of updates is decided, from how long they took,
@@ -65,15 +66,16 @@ TAUGHT_WIDTH = 256
 TAUGHT_EPOCHS = 17  # in the time, from which on two teachers and their pupil are better than one model
 PUPIL_SHARE = 0.2  # of an update's time, that each teacher adds to it
 # Teachers of a small text, of the smallest shape: their epochs, and the part of the run that all of them have at most;
-# the second one where the first one allows no two teachers.
+# the second line where the first one allows no two teachers. Their pupil then has some five epochs at least.
 SMALL_TEACHERS = ((6, 0.45), (4, 0.55))
 SMALL_PUPIL_EPOCHS = 8  # that a larger pupil has to have; a guess: 2x128 had 8, 3x192 had 9
 TEACHER_OVERHEAD = 3.0  # seconds, for a teacher's beginning, measurements and saving
 SMALL_SHARES = {"teacher_share": 0.42, "ngram_share": 0.28}  # in what a model of a small text learns
 SHARES_TOGETHER = 0.7
 LONE_NGRAM_SHARE = 0.4  # without teachers
-CHARACTER_LR = 8.0  # of a small text, times the learning rate
-NGRAM_SHARE = 0.15  # of a text that is not small, where much is memorised and no teachers help
+CHARACTER_LR = 8.0  # of a very small text, times the learning rate
+CHARACTER_TOKENS = 100_000  # below which vectors of characters pay: with 55,000 they did, with 145,000 no more
+NGRAM_SHARE = 0.15  # of a text that is not small, where something is memorised and no teachers help
 SMALL_VAL_BYTES = (8_000, MAX_BYTES)  # held out of a small text, some 2,000 tokens of BPE: more is missed in training
 _PROBE_SECONDS = 1.0  # for a shape
 _TRIED_TOKENS = (50_000, 1_600_000)
@@ -234,7 +236,11 @@ def make_plan(
     flags |= _shares_beside_given(args, given, flags)
     # A GPU's fastest attention takes no mask; what it costs there has not been measured.
     flags["document_mask"] = choose_devices(args.device)[0][0].type == "cpu"
-    if facts.tokens < SMALL and "character_lr" not in given and _kept(args, given, flags, "optimizer") == "muon":
+    if (
+        facts.tokens < CHARACTER_TOKENS
+        and "character_lr" not in given
+        and _kept(args, given, flags, "optimizer") == "muon"
+    ):
         flags["character_lr"] = CHARACTER_LR * _kept(args, given, flags, "lr")
         reasons.append(
             "a small text: tokens that begin or end alike share vectors of these characters (--character_lr)"
@@ -381,13 +387,14 @@ def small_teachers(facts: Facts, available: float, shape: str, speed_of: Callabl
 def shape_of_small_pupil(
     facts: Facts, available: float, shapes: list[str], speed_of: Callable[[str, int], float], teachers: Teachers
 ) -> str:
-    """The largest shape that sees a small text `SMALL_PUPIL_EPOCHS` times in what its teachers leave of the time.
+    """The largest shape that sees a small text `SMALL_PUPIL_EPOCHS` times in what its teachers leave of the time, or
+    the smallest one if none does.
 
     Args:
         available: seconds, for them and the last model.
-        shapes: paths of configurations, the smallest first; it is taken if all are too slow.
+        shapes: paths of configurations, the smallest first.
     """
-    seconds = (available - teachers.number * teachers.seconds) / (1 + PUPIL_SHARE * teachers.number)
+    seconds = (available - teachers.number * teachers.seconds) * (1 - SPARED) / (1 + PUPIL_SHARE * teachers.number)
     needed = SMALL_PUPIL_EPOCHS * facts.tokens
     fast_enough = [shape for shape in shapes if seconds * speed_of(shape, facts.vocab_size) >= needed]
     return fast_enough[-1] if fast_enough else shapes[0]
@@ -461,7 +468,7 @@ def _settings(
         flags |= SMALL_SHARES if is_taught else {"ngram_share": LONE_NGRAM_SHARE}
         flags["val_bytes"] = list(SMALL_VAL_BYTES)
         reasons.append("a small text: a trigram of the tokens and a cache of each document are learnt from too")
-    elif dropout >= MUCH_DROPOUT and not is_taught:
+    elif dropout and not is_taught:
         flags["ngram_share"] = NGRAM_SHARE
         reasons.append(
             "many epochs for such a model: a trigram of the tokens and a cache of each document are learnt from too"
@@ -510,7 +517,7 @@ def regularization(
     memorised = epochs * parameters / tokens
     if memorised < LITTLE:
         return 0.0, 0.03, 0.1
-    return (0.05, 0.3, 0.5) if memorised < MUCH else (MUCH_DROPOUT, 0.3, 0.5)
+    return (0.05, 0.3, 0.5) if memorised < MUCH else (0.1, 0.3, 0.5)
 
 
 def batch_size(tokens: int) -> int:
@@ -541,12 +548,14 @@ def _expectation(facts: Facts, shape: str, epochs: float, teachers: int) -> list
 
 def _untried(facts: Facts, shape: str, args: argparse.Namespace) -> list[str]:
     """What this plan has that no experiment had."""
-    found = []
-    if not _TRIED_TOKENS[0] <= facts.tokens <= _TRIED_TOKENS[1]:
-        found.append(f"{facts.tokens:,} tokens")
-    if read_config(shape).n_embd not in _TRIED_WIDTHS:
-        found.append(f"the shape {Path(shape).stem}")
-    return [f"not tried before: {' and '.join(found)}; the plan is an extrapolation"] if found else []
+    name, has_tried_size = Path(shape).stem, _TRIED_TOKENS[0] <= facts.tokens <= _TRIED_TOKENS[1]
+    if read_config(shape).n_embd in _TRIED_WIDTHS:
+        if has_tried_size:
+            return []
+        what = f"{facts.tokens:,} tokens"
+    else:
+        what = f"the shape {name}" if has_tried_size else f"{facts.tokens:,} tokens and the shape {name}"
+    return [f"not tried before: {what}; the plan is an extrapolation"]
 
 
 class Probe:

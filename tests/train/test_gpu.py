@@ -124,6 +124,7 @@ def test_compiled_losses_are_the_eager_ones_up_to_rounding(train, capsys, precis
         ["--fp16"],
         ["--precision", "bf16", "--optimizer", "muon"],
         ["--precision", "bf16", "--gradient_checkpointing"],
+        ["--precision", "fp32", "--ngram_share", "0.4", "--document_mask"],
         pytest.param(["--precision", "bf16", "--compile", "on"], marks=pytest.mark.slow),
     ],
 )

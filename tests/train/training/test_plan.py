@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from small_run import assert_same_weights, stopped_after, weights, write_documents
 
+from gpt2_chinese.messages import translated
 from gpt2_chinese.model_folder import read_config
 from gpt2_chinese.training import plan as planning
 from gpt2_chinese.training.flags import given_flags, parse_args
@@ -254,11 +256,50 @@ def test_on_a_slow_machine_a_small_text_has_two_short_teachers_and_a_small_pupil
     def times(factor: float) -> Callable[[str, int], float]:
         return lambda shape, vocab_size: factor * {"2x128": 1.0, "3x192": 0.45}[Path(shape).stem]
 
-    for speed, number, epochs, shape in ((40_000, 3, 6, "3x192"), (15_000, 2, 4, "2x128"), (5_000, 0, 0, "")):
+    for speed, number, epochs, shape in (
+        (40_000, 3, 6, "3x192"),
+        (17_000, 3, 4, "2x128"),
+        (15_000, 2, 4, "2x128"),
+        (10_000, 2, 4, "2x128"),  # which sees the text less than eight times
+        (5_000, 0, 0, ""),
+    ):
         teachers = small_teachers(facts, 95.0, shapes[0], times(speed))
         assert (teachers.number, teachers.flags.get("epochs", 0)) == (number, epochs)
         if number:
             assert Path(shape_of_small_pupil(facts, 95.0, shapes, times(speed), teachers)).stem == shape
+
+
+def test_a_plan_for_a_slow_machine_takes_the_pupil_s_shape_and_says_its_speed(train, monkeypatch):
+    pieces()
+    monkeypatch.setattr(planning, "_facts", lambda args, seconds: Facts(55_000, 322, 3000, seconds))
+    args = parse_args(["--minutes", "2"])
+    plan = make_plan(args, {"minutes"}, lambda shape, size: {"2x128": 12_500, "3x192": 7_000}[Path(shape).stem], print)
+    assert (plan.teachers, plan.teacher_flags["epochs"]) == (2, 4)
+    assert Path(plan.flags["model_config"]).stem == "2x128"
+    assert any("2x128: 12,500 tokens/s here" in why for why in plan.reasons)
+    lone = make_plan(args, {"minutes", "teacher"}, lambda shape, size: 12_500 if "2x128" in shape else 7_000, print)
+    assert lone.teachers == 0 and Path(lone.flags["model_config"]).stem == "3x192"
+
+
+@pytest.mark.parametrize(("tokens", "shares"), [(55_000, True), (145_000, False), (900_000, False)])
+def test_only_few_tokens_share_vectors_of_characters(train, monkeypatch, tokens, shares):
+    pieces()
+    monkeypatch.setattr(planning, "_facts", lambda args, seconds: Facts(tokens, 322, 3000, seconds))
+    plan = make_plan(parse_args(["--minutes", "5"]), {"minutes"}, speed_of, print)
+    assert ("character_lr" in plan.flags) == shares
+
+
+@pytest.mark.parametrize(
+    ("tokens", "minutes", "shape"), [(55_000, 10, None), (20_000, 10, None), (900_000, 60, None), (20_000, 1, "6x384")]
+)
+def test_every_reason_of_a_plan_has_its_chinese(train, monkeypatch, tokens, minutes, shape):
+    pieces()
+    monkeypatch.setattr(planning, "_facts", lambda args, seconds: Facts(tokens, 322, 3000, seconds))
+    flags = ["--minutes", str(minutes), *(["--model_config", planning._path_of(shape)] if shape else [])]
+    plan = make_plan(parse_args(flags), given_flags(flags), speed_of, print)
+    for reason in plan.reasons:
+        words = re.findall("[A-Za-z_]{3,}", re.sub(r"--\w+|medical_qa.txt|dropout|Muon|token", "", translated(reason)))
+        assert not words, reason
 
 
 def test_the_time_of_a_plan_is_that_of_its_teachers_and_the_last_model(train, monkeypatch):
@@ -277,7 +318,7 @@ def test_the_time_of_a_plan_is_that_of_its_teachers_and_the_last_model(train, mo
     assert all(own.teachers == 0 and own.seconds == plan.teacher_seconds for _, own in runs)
 
 
-@pytest.mark.parametrize(("epochs", "is_taught", "share"), [(7, False, NGRAM_SHARE), (2, False, 0), (7, True, 0)])
+@pytest.mark.parametrize(("epochs", "is_taught", "share"), [(7, False, NGRAM_SHARE), (1.6, False, 0), (7, True, 0)])
 def test_what_a_model_memorises_it_learns_from_a_trigram_too(epochs, is_taught, share):
     facts = Facts(700_000, 6_500, 4_800, 600)
     flags, why = planning._settings(facts, "config/plan/4x256.json", epochs, Teachers(), is_taught=is_taught)
