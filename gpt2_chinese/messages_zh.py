@@ -1137,6 +1137,10 @@ TABLE: tuple[tuple[str, str], ...] = (
         "预计：若文本与 medical_qa.txt 相似（百万词的现代散文），约每字符 {0} 比特；文本更少或是诗词则更多",
     ),
     (
+        "much text for the time: less is held out, so that measuring it takes 2 % of the time at most",
+        "对这段时间来说语料很多：少留验证集，让测量最多占 2 % 的时间",
+    ),
+    (
         "{} tokens and the shape {}",
         "{0} 个 token 和结构 {1}",
     ),

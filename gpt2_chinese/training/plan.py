@@ -42,7 +42,7 @@ from gpt2_chinese.precision import Precision, choose_devices, choose_precision
 from gpt2_chinese.text.pieces import HOW_TO_FIX, MANIFEST, read_manifest
 from gpt2_chinese.training.allocator import keep_freed_memory
 from gpt2_chinese.training.estimates import flops_per_token
-from gpt2_chinese.training.hold_out import MAX_BYTES
+from gpt2_chinese.training.hold_out import MAX_BYTES, MIN_BYTES
 from gpt2_chinese.training.loss import WindowLoss
 from gpt2_chinese.training.optimizers import make_optimizer
 
@@ -77,6 +77,9 @@ CHARACTER_LR = 8.0  # of a very small text, times the learning rate
 CHARACTER_TOKENS = 100_000  # below which vectors of characters pay: with 55,000 they did, with 145,000 no more
 NGRAM_SHARE = 0.15  # of a text that is not small, where something is memorised and no teachers help
 SMALL_VAL_BYTES = (8_000, MAX_BYTES)  # held out of a small text, some 2,000 tokens of BPE: more is missed in training
+MEASURING = 0.02  # of the time, for a measurement of the validation set, at most
+MEASURED_FASTER = 1.5  # tokens are measured, in windows that overlap by half, than trained
+BYTES_OF_A_TOKEN = 4  # of Chinese text, roughly
 _PROBE_SECONDS = 1.0  # for a shape
 _TRIED_TOKENS = (50_000, 1_600_000)
 _TRIED_WIDTHS = (128, 192, 256)
@@ -234,6 +237,10 @@ def make_plan(
     epochs_left = epochs * left / (1 + PUPIL_SHARE * teachers.number)
     flags, reasons = _settings(facts, shape, epochs_left, teachers, is_taught=teachers.number > 0 or bool(args.teacher))
     flags |= _shares_beside_given(args, given, flags)
+    most_bytes = int(BYTES_OF_A_TOKEN * MEASURING * facts.seconds * MEASURED_FASTER * speed)
+    if "val_bytes" not in flags and most_bytes < BYTES_OF_A_TOKEN * args.val_fraction * facts.tokens:
+        flags["val_bytes"] = [MIN_BYTES, max(MIN_BYTES, min(MAX_BYTES, most_bytes))]
+        reasons.append("much text for the time: less is held out, so that measuring it takes 2 % of the time at most")
     # A GPU's fastest attention takes no mask; what it costs there has not been measured.
     flags["document_mask"] = choose_devices(args.device)[0][0].type == "cpu"
     if (

@@ -281,6 +281,18 @@ def test_a_plan_for_a_slow_machine_takes_the_pupil_s_shape_and_says_its_speed(tr
     assert lone.teachers == 0 and Path(lone.flags["model_config"]).stem == "3x192"
 
 
+def test_a_measurement_of_much_text_takes_a_small_part_of_the_time(train, monkeypatch):
+    pieces()
+    args = parse_args(["--minutes", "2"])
+    for tokens, speed, most in ((1_000_000, 37_000, None), (5_000_000, 1_600, 20_000), (250_000_000, 37_000, 600_000)):
+        monkeypatch.setattr(planning, "_facts", lambda args, seconds, tokens=tokens: Facts(tokens, 15, 9000, 100.0))
+        plan = make_plan(args, {"minutes"}, lambda shape, size, speed=speed: speed, print)
+        given = plan.flags.get("val_bytes")
+        assert (given is None) == (most is None)
+        if given:
+            assert planning.MIN_BYTES <= given[1] <= most and any("less is held out" in why for why in plan.reasons)
+
+
 @pytest.mark.parametrize(("tokens", "shares"), [(55_000, True), (145_000, False), (900_000, False)])
 def test_only_few_tokens_share_vectors_of_characters(train, monkeypatch, tokens, shares):
     pieces()
