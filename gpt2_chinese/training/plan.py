@@ -58,7 +58,9 @@ LITTLE, MUCH = 8.0, 20.0  # epochs times parameters for a token: below, dropout 
 WARMUP_STEPS = 30
 MEASURED_UPDATES = 30  # after them the number of updates is decided, from how long they took,
 CORRECTED_EVERY = 1.25  # and corrected when there have been so many times as many
-REPORT_SECONDS = 12  # at the end, for model/report.html
+REPORT_SECONDS = 12  # at the end, for model/report.html,
+REPORT_SECONDS_PER_MILLION = 6.5  # and for each million tokens after the first, which are counted and searched
+REPORTED_TOKENS = 13_000_000  # some 20 million characters; of more text the report reads a sample
 SPARED = 0.015  # of the time, for saving and for what other programs take
 MAX_TEACHERS = 4
 TEACHING_GAIN = 0.07  # bits per character
@@ -222,7 +224,7 @@ def make_plan(
     may_be_taught, is_small = "teacher" not in given, facts.tokens < SMALL
     shape, speed, is_taught = choose_shape(facts, shapes, speed_of, may_be_taught=may_be_taught and not is_small)
     epochs = facts.seconds * (1 - SPARED) * speed / facts.tokens  # in all of the time
-    reserved = REPORT_SECONDS if args.report or "report" not in given else 0
+    reserved = report_seconds(facts.tokens) if args.report or "report" not in given else 0.0
     available = max(0.0, deadline - time.time() - reserved)
     teachers = Teachers()
     if is_small and may_be_taught:
@@ -274,6 +276,11 @@ def make_plan(
     seconds = deadline - time.time() - teachers.number * teachers.seconds
     most_updates = args.max_steps if "max_steps" in given else 0
     return Plan(flags, why, deadline, seconds, teachers.number, teachers.seconds, teacher_flags, most_updates)
+
+
+def report_seconds(tokens: int) -> float:
+    """What a plan keeps of its time for the report of a text of so many tokens."""
+    return REPORT_SECONDS + REPORT_SECONDS_PER_MILLION * max(0, min(tokens, REPORTED_TOKENS) - 1_000_000) / 1e6
 
 
 def _shares_beside_given(args: argparse.Namespace, given: set[str], flags: dict[str, Any]) -> dict[str, float]:
@@ -623,9 +630,10 @@ def updates_until(deadline: float, now: float, *, per_update: float, per_epoch: 
     Args:
         deadline, now: Unix times, in seconds.
         per_update: seconds of an update.
-        per_epoch: seconds that measuring and saving take at the end of each epoch.
+        per_epoch: seconds that measuring and saving take at the end of each epoch, and at the end of the run.
     """
-    return max(1, int((deadline - now) * (1 - SPARED) / (per_update + per_epoch / updates_per_epoch)))
+    seconds = (deadline - now) * (1 - SPARED) - per_epoch
+    return max(1, int(seconds / (per_update + per_epoch / updates_per_epoch)))
 
 
 def decides_after(step: int) -> bool:

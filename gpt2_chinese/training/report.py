@@ -23,7 +23,7 @@ from gpt2_chinese.model_folder import BEST_MODEL, read_config
 from gpt2_chinese.training.estimates import memory_estimate, peak_flops, will_overfit
 from gpt2_chinese.training.flags import PRETRAINED_LR
 from gpt2_chinese.training.metrics import Metrics
-from gpt2_chinese.training.plan import MEASURED_UPDATES, REPORT_SECONDS, TEACHERS, updates_until
+from gpt2_chinese.training.plan import MEASURED_UPDATES, TEACHERS, report_seconds, updates_until
 from gpt2_chinese.training.ranks import Rank
 from gpt2_chinese.training.run import CHECKPOINTS, METRICS, Run, epoch_name
 from gpt2_chinese.training.state import TrainingState
@@ -239,7 +239,7 @@ class Reporter:
         measuring = per_update * run.updates_per_epoch * run.corpus.held_out_tokens / windows / 3  # forward passes only
         saving = SAVING_SECONDS + self._parameters * 32 / SAVED_BYTES
         found = state.step + updates_until(
-            plan.deadline - (REPORT_SECONDS if run.args.report else 0),
+            plan.deadline - (report_seconds(len(run.corpus.tokens)) if run.args.report else 0),
             time.time(),
             per_update=per_update,
             per_epoch=measuring + saving,

@@ -126,6 +126,9 @@ def test_a_plan_without_pieces_or_time_says_what_to_do(train):
 def test_the_updates_fill_the_time_but_for_what_is_spared():
     updates = updates_until(1000.0, 400.0, per_update=0.5, per_epoch=10.0, updates_per_epoch=100)
     assert 0.95 * 600 < updates * (0.5 + 0.1) < 600
+    # A run that does not come to an epoch's end is measured all the same.
+    updates = updates_until(1000.0, 400.0, per_update=0.5, per_epoch=30.0, updates_per_epoch=100_000)
+    assert 0.95 * 600 < updates * 0.5 + 30 < 600
     assert updates_until(1000.0, 2000.0, per_update=1.0, per_epoch=0.0, updates_per_epoch=1) == 1
 
 
@@ -279,6 +282,11 @@ def test_a_plan_for_a_slow_machine_takes_the_pupil_s_shape_and_says_its_speed(tr
     assert any("2x128: 12,500 tokens/s here" in why for why in plan.reasons)
     lone = make_plan(args, {"minutes", "teacher"}, lambda shape, size: 12_500 if "2x128" in shape else 7_000, print)
     assert lone.teachers == 0 and Path(lone.flags["model_config"]).stem == "3x192"
+
+
+def test_more_time_is_kept_for_the_report_of_a_larger_text_up_to_what_it_reads():
+    found = [planning.report_seconds(tokens) for tokens in (50_000, 1_000_000, 5_000_000, 13_000_000, 250_000_000)]
+    assert found == [12, 12, 38, 90, 90]
 
 
 def test_a_measurement_of_much_text_takes_a_small_part_of_the_time(train, monkeypatch):
