@@ -51,7 +51,7 @@ from gpt2_chinese.training.state import TrainingState
 from gpt2_chinese.training.stopping import Interrupted, StopSignal, stop_signal
 from gpt2_chinese.training.trainable import Trainable, build
 from gpt2_chinese.training.validation import evaluate_folder, validate
-from gpt2_chinese.training.windows import document_positions, share_of_rank, to_device, window_batch
+from gpt2_chinese.training.windows import MicroBatch, share_of_rank
 
 
 def train(rank: Rank, run: Run, model: GPT2LMHeadModel, resume: Path | None) -> int:
@@ -81,28 +81,18 @@ def train(rank: Rank, run: Run, model: GPT2LMHeadModel, resume: Path | None) -> 
             # 1) this rank's windows, and the learning rate; a rank without a window of its own has a weight of 0
             windows = run.windows(state.step)
             shares = share_of_rank(windows, rank.number, rank.world_size, args.batch_size)
-            micro_batches = [
-                to_device(window_batch(run.corpus.tokens, starts, n_ctx), rank.device)
-                for starts in shares or [windows[:1]]
-            ]
-            position_ids = None
-            if args.document_mask:
-                position_ids = [
-                    to_device(document_positions(run.document_starts, starts, n_ctx), rank.device)
-                    for starts in shares or [windows[:1]]
-                ]
+            micro_batches = [run.micro_batch(starts, rank.device) for starts in shares or [windows[:1]]]
             lr_factor = run.learning_rate_factor(state.step - state.skipped)
             set_learning_rate(trainable.optimizer, lr_factor)
 
             # 2) the update
             with memory_advice(
-                len(micro_batches[0]), n_ctx, batch_size=args.batch_size, accumulation=args.gradient_accumulation
+                len(micro_batches[0].input_ids), n_ctx, batch_size=args.batch_size, accumulation=args.gradient_accumulation
             ):
                 loss, grad_norm = train_update(
                     trainable.window_loss,
                     trainable.optimizer,
                     micro_batches,
-                    position_ids=position_ids,
                     predicted_tokens=len(windows) * (n_ctx - 1),
                     precision=trainable.precision,
                     max_grad_norm=args.max_grad_norm,
@@ -193,9 +183,8 @@ class Update(NamedTuple):
 def train_update(
     window_loss: nn.Module,
     optimizer: torch.optim.Optimizer,
-    micro_batches: Sequence[torch.Tensor],
+    micro_batches: Sequence[MicroBatch],
     *,
-    position_ids: Sequence[torch.Tensor] | None = None,
     predicted_tokens: int,
     precision: Precision,
     max_grad_norm: float,
@@ -206,14 +195,12 @@ def train_update(
 
     Args:
         window_loss: `WindowLoss`, or DistributedDataParallel around it.
-        micro_batches: this rank's, at least one; int64 [windows, n_ctx], on the device.
-        position_ids: of each micro-batch, as `WindowLoss` takes them.
+        micro_batches: this rank's, at least one.
         predicted_tokens: of the update, over all ranks.
         weight: 0 for a rank that has no window of its own and only takes part in the exchange of gradients.
     """
-    total = torch.zeros((), device=micro_batches[0].device)
-    positions = [None] * len(micro_batches) if position_ids is None else position_ids
-    for number, windows in enumerate(zip(micro_batches, positions, strict=True), start=1):
+    total = torch.zeros((), device=micro_batches[0].input_ids.device)
+    for number, windows in enumerate(micro_batches, start=1):
         exchange: AbstractContextManager[Any] = nullcontext()
         if isinstance(window_loss, DistributedDataParallel) and number < len(micro_batches):
             exchange = window_loss.no_sync()  # gradients meet once per update

@@ -1330,6 +1330,18 @@ TABLE: tuple[tuple[str, str], ...] = (
         "三元语法和缓存",
     ),
     (
+        "when --teacher is asked",
+        "--teacher 的预测何时计算",
+    ),
+    (
+        "once",
+        "只算一次",
+    ),
+    (
+        "in every window",
+        "每个窗口都算",
+    ),
+    (
         "the span of windows",
         "窗口所在的范围",
     ),
@@ -1919,6 +1931,10 @@ TABLE: tuple[tuple[str, str], ...] = (
         "字向量     {0} 个（token 的首字和末字）",
     ),
     (
+        "teachers   their predictions of the text are stored, {} MiB",
+        "教师模型   已存下对全部文本的预测，{0} MiB",
+    ),
+    (
         "trigram    counted in {} of {} tokens",
         "三元语法   统计了 {1} 个 token 中的 {0} 个",
     ),
@@ -2004,6 +2020,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("counting characters", "统计字"),
     ("tokenizing", "分词"),
     ("measuring", "测量"),
+    ("asking the teachers", "计算教师模型的预测"),
     ("reading pieces", "读取分片"),
     (" documents", " 篇"),
     (" batches", " 批"),

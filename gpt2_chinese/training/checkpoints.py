@@ -41,6 +41,7 @@ ADDED_SETTINGS: dict[str, Any] = {
     "--document_mask": False,
     "--teacher": "",
     "--teacher_share": 0.6,
+    "when --teacher is asked": "in every window",
     "--ngram_share": 0.0,
     "what --ngram_share adds": "a trigram",
     "--character_lr": 0.0,

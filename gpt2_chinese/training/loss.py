@@ -43,7 +43,7 @@ class HeadLoss(torch.autograd.Function):
 
     With teachers the gradient is that of `(1 - share) * (loss of the text) + share * (cross-entropy with the teachers'
     distribution)` (Hinton et al. 2015, at temperature 1); the value stays the loss of the text. That distribution is
-    the mean of several models', or an n-gram's, or a mean of these two.
+    the mean of several models', computed here or stored, or an n-gram's, or a mean of these two.
     """
 
     @staticmethod
@@ -55,6 +55,7 @@ class HeadLoss(torch.autograd.Function):
         share: float = 0.0,
         of_head: list[torch.Tensor] | None = None,
         ngram: NgramTarget | None = None,
+        stored: StoredTarget | None = None,
         *taught: torch.Tensor,
     ) -> torch.Tensor:
         """Sum of the losses, in nats, of hidden states [N, n_embd] under a head [V, n_embd] for targets [N].
@@ -65,10 +66,13 @@ class HeadLoss(torch.autograd.Function):
             share: of the teachers in the gradient; 0 without teachers.
             of_head: gets the head's gradient in the backward pass, instead of the head: for `TiedLookup`.
             ngram: what an n-gram predicts in the N rows, and its part of `share`.
-            taught: the hidden states [N, its n_embd] and the head [V, its n_embd] of each teacher, one after the other.
+            stored: what the teachers predict in the N rows, where that is stored.
+            taught: otherwise the hidden states [N, its n_embd] and the head [V, its n_embd] of each teacher, one after
+                the other.
         """
         dtype = matrix_type() if torch.is_autocast_enabled("cpu") else head.dtype
-        assert taught or ngram or not share
+        is_taught = bool(taught) or ngram is not None or stored is not None
+        assert is_taught or not share
         weights = head.to(dtype)
         loss = torch.zeros((), dtype=torch.float32)
         hidden_gradient = torch.empty(hidden.shape, dtype=dtype)
@@ -80,7 +84,7 @@ class HeadLoss(torch.autograd.Function):
                 part = slice(first, first + rows_at_once)
                 rows = hidden[part].to(dtype)
                 logits = _logits(rows, weights)
-                distributions = _mean_distribution(taught, ngram, part, dtype) if taught or ngram else None
+                distributions = _mean_distribution(taught, ngram, stored, part, dtype) if is_taught else None
                 loss += cross_entropy_in_place(logits, targets[part], distributions, share).sum()
                 gradient = logits.to(dtype)
                 hidden_gradient[part] = gradient @ weights
@@ -92,7 +96,7 @@ class HeadLoss(torch.autograd.Function):
                     head_gradient[columns] += gradient[:, columns].T @ rows
         ctx.save_for_backward(hidden_gradient, head_gradient)
         ctx.dtypes = hidden.dtype, head.dtype
-        ctx.of_head, ctx.others = of_head, 4 + len(taught)
+        ctx.of_head, ctx.others = of_head, 5 + len(taught)
         return loss
 
     @staticmethod
@@ -144,16 +148,31 @@ class NgramTarget(NamedTuple):
     share: float
 
 
+class StoredTarget(NamedTuple):
+    """What teachers predict in N rows: the row `places[i]` of `distributions` (see `WindowLoss`), int64 [N]."""
+
+    distributions: torch.Tensor
+    places: torch.Tensor
+
+
 def _mean_distribution(
-    taught: Sequence[torch.Tensor], ngram: NgramTarget | None, rows: slice, dtype: torch.dtype
+    taught: Sequence[torch.Tensor],
+    ngram: NgramTarget | None,
+    stored: StoredTarget | None,
+    rows: slice,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """The teachers' distribution over the vocabulary, [rows, V] of the type of `_logits`."""
     pairs = list(zip(taught[::2], taught[1::2], strict=True))
     mean: torch.Tensor | None = None
     of_models = 1.0
+    dtype_of_logits = dtype if dtype in DTYPES else torch.float32
     if ngram is not None:
-        mean = ngram.predictions.dense(rows, ngram.share, dtype if dtype in DTYPES else torch.float32)
+        mean = ngram.predictions.dense(rows, ngram.share, dtype_of_logits)
         of_models -= ngram.share
+    if stored is not None:
+        told = stored.distributions[stored.places[rows]]
+        return told.to(dtype_of_logits) if mean is None else mean.add_(told, alpha=of_models)
     for hidden, head in pairs:
         logits = _logits(hidden[rows].to(dtype), head.to(dtype))
         mean = torch.zeros_like(logits) if mean is None else mean
@@ -171,6 +190,8 @@ class WindowLoss(nn.Module):
         rows: of the embedding, those that are tokens (see `pad_vocabulary`); None for all.
         recompute: compute activations and logits again in the backward pass instead of keeping them.
         teachers: models of the same vocabulary whose mean distribution is learnt too, on the device.
+        distributions: what teachers predict after each token of the text, [tokens, V], on the device; instead of
+            `teachers`.
         teacher_share: of the teachers in the gradient, from 0 to 1 (see `HeadLoss`).
         ngram: that is learnt from too, on the device.
         ngram_share: of the n-gram in the gradient; with `teacher_share` 1 at most.
@@ -183,14 +204,13 @@ class WindowLoss(nn.Module):
         rows: int | None = None,
         recompute: bool = False,
         teachers: Sequence[GPT2LMHeadModel] = (),
+        distributions: torch.Tensor | None = None,
         teacher_share: float = 0.0,
         ngram: NgramTeacher | None = None,
         ngram_share: float = 0.0,
     ) -> None:
         super().__init__()
-        # Registered without a mask function, so transformers passes no mask, compiled or not.
-        AttentionInterface.register(CAUSAL_ATTENTION, causal_attention)
-        model.set_attn_implementation(CAUSAL_ATTENTION)
+        use_causal_attention(model, *teachers)
         for module in list(model.modules()):
             if isinstance(getattr(module, "act", None), NewGELUActivation):
                 # The same formula as one operation; without a compiler it is eight, a seventh of an update's time.
@@ -205,12 +225,12 @@ class WindowLoss(nn.Module):
         self._compiled: Callable[..., torch.Tensor] | None = None
         self._compiled_shape: tuple[int, ...] = ()
         self._teachers = tuple(teachers)  # in a tuple they are no parameters of this module
-        self._teacher_share = teacher_share if teachers else 0.0
+        self._distributions = distributions  # no buffer of this module either
+        self._teacher_share = teacher_share if teachers or distributions is not None else 0.0
         self._ngram = ngram if ngram_share else None
         self._ngram_share = ngram_share if ngram else 0.0
         assert self._teacher_share + self._ngram_share <= 1
-        for teacher in teachers:
-            teacher.set_attn_implementation(CAUSAL_ATTENTION)
+        assert not teachers or distributions is None
 
     def compile_for(self, shape: tuple[int, ...]) -> None:
         """Compile for windows of this shape; others, as the last ones of an epoch, are not worth another minute."""
@@ -225,16 +245,22 @@ class WindowLoss(nn.Module):
 
         self._compiled, self._compiled_shape = first_call, shape
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        starts: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Take int64 [windows, n_ctx]; the first token of a window is not predicted, the last predicts nothing.
 
         Args:
             position_ids: of the same shape; where they begin anew, tokens do not attend to those before. None counts
                 from the window's begin.
+            starts: where the windows begin in the text, int64 [windows]; wanted where `distributions` were given.
         """
         compiled = self._compiled if tuple(input_ids.shape) == self._compiled_shape else None
         if input_ids.is_cuda:
-            return (compiled or self._loss)(input_ids, position_ids)
+            return (compiled or self._loss)(input_ids, position_ids, starts)
         head: torch.Tensor
         embedding, head = _vocabulary_weights(self.model)
         of_head: list[torch.Tensor] | None = None
@@ -252,7 +278,15 @@ class WindowLoss(nn.Module):
         taught = self._taught(input_ids, position_ids)
         targets = input_ids[:, 1:].flatten()
         share, ngram = self._teacher_share + self._ngram_share, self._ngram_target(input_ids)
-        return HeadLoss.apply(hidden.flatten(0, 1), head, targets, share, of_head, ngram, *taught)
+        stored = self._stored_target(input_ids, starts)
+        return HeadLoss.apply(hidden.flatten(0, 1), head, targets, share, of_head, ngram, stored, *taught)
+
+    def _stored_target(self, input_ids: torch.Tensor, starts: torch.Tensor | None) -> StoredTarget | None:
+        if self._distributions is None:
+            return None
+        assert starts is not None
+        places = starts[:, None] + torch.arange(input_ids.shape[1] - 1, device=starts.device)
+        return StoredTarget(self._distributions, places.flatten())
 
     def _ngram_target(self, input_ids: torch.Tensor) -> NgramTarget | None:
         if self._ngram is None:
@@ -262,37 +296,36 @@ class WindowLoss(nn.Module):
         cache_share = min(MOST_OF_NGRAM, CACHE_SHARE / part)
         return NgramTarget(self._ngram.predictions(input_ids, cache_share), part)
 
-    @torch.no_grad()
     def _taught(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> list[torch.Tensor]:
-        """The hidden states [windows * (n_ctx - 1), n_embd] and the head of each teacher."""
-        taught = []
-        for teacher in self._teachers:
-            if can_be_written_out(teacher):
-                embedded = F.embedding(input_ids, teacher.transformer.wte.weight)
-                hidden = written_out_states(teacher, position_ids, embedded)
-            else:
-                hidden = hidden_states(teacher, input_ids, position_ids)
-            taught += [hidden[:, :-1].flatten(0, 1), teacher.lm_head.weight[: self._rows]]
-        return taught
+        return states_of_teachers(self._teachers, self._rows, input_ids, position_ids)
 
     def _hidden(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, embedded: torch.Tensor
     ) -> torch.Tensor:
         return hidden_states(self.model, input_ids, position_ids, embedded)
 
-    def _loss(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+    def _loss(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        starts: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         hidden = hidden_states(self.model, input_ids, position_ids)
         if not self._recompute:
-            return self._head_loss(hidden, input_ids, position_ids)
-        positions = [None] * len(input_ids) if position_ids is None else position_ids.split(1)
+            return self._head_loss(hidden, input_ids, position_ids, starts)
+        others = ([None] * len(input_ids) if given is None else given.split(1) for given in (position_ids, starts))
         losses = [
             checkpoint(self._head_loss, *row, use_reentrant=False)
-            for row in zip(hidden.split(1), input_ids.split(1), positions, strict=True)
+            for row in zip(hidden.split(1), input_ids.split(1), *others, strict=True)
         ]
         return torch.stack(losses).sum()
 
     def _head_loss(
-        self, hidden: torch.Tensor, input_ids: torch.Tensor, position_ids: torch.Tensor | None
+        self,
+        hidden: torch.Tensor,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        starts: torch.Tensor | None,
     ) -> torch.Tensor:
         # Sliced before the head: the logits are most of the memory.
         logits = self.model.lm_head(hidden[:, :-1])[..., : self._rows].float().flatten(0, 1)
@@ -304,6 +337,8 @@ class WindowLoss(nn.Module):
                 torch.softmax(states @ head.to(states.dtype).T, 1, dtype=torch.float32)
                 for states, head in zip(taught[::2], taught[1::2], strict=True)
             ]
+            if (stored := self._stored_target(input_ids, starts)) is not None:
+                distributions = [stored.distributions[stored.places].float()]
             ngram = self._ngram_target(input_ids)
         if distributions:
             mean = torch.stack(distributions).mean(0)
@@ -312,6 +347,35 @@ class WindowLoss(nn.Module):
             expected = ngram.predictions.dense(slice(None), 1.0, torch.float32)
             mixed = mixed + self._ngram_share * (F.cross_entropy(logits, expected, reduction="sum") - loss)
         return loss.detach() + mixed - mixed.detach() if distributions or ngram is not None else loss
+
+
+def use_causal_attention(*models: GPT2LMHeadModel) -> None:
+    """Let models attend as in training."""
+    # Registered without a mask function, so transformers passes no mask, compiled or not.
+    AttentionInterface.register(CAUSAL_ATTENTION, causal_attention)
+    for model in models:
+        model.set_attn_implementation(CAUSAL_ATTENTION)
+
+
+@torch.no_grad()
+def states_of_teachers(
+    teachers: Sequence[GPT2LMHeadModel], rows: int, input_ids: torch.Tensor, position_ids: torch.Tensor | None
+) -> list[torch.Tensor]:
+    """The hidden states [windows * (n_ctx - 1), n_embd] and the first rows of the head of each teacher.
+
+    Args:
+        teachers: after `use_causal_attention`.
+        position_ids: as for `WindowLoss`.
+    """
+    taught = []
+    for teacher in teachers:
+        if can_be_written_out(teacher):
+            embedded = F.embedding(input_ids, teacher.transformer.wte.weight)
+            hidden = written_out_states(teacher, position_ids, embedded)
+        else:
+            hidden = hidden_states(teacher, input_ids, position_ids)
+        taught += [hidden[:, :-1].flatten(0, 1), teacher.lm_head.weight[:rows]]
+    return taught
 
 
 def hidden_states(

@@ -37,9 +37,20 @@ from gpt2_chinese.training.hold_out import MAX_BYTES, MIN_BYTES, HoldOut
 from gpt2_chinese.training.optimizers import learning_rate_factor
 from gpt2_chinese.training.plan import PLAN, Plan, decides_after
 from gpt2_chinese.training.state import TrainingState
+from gpt2_chinese.training.teachers import stored_bytes
 from gpt2_chinese.training.token_cache import Corpus, read_pieces
 from gpt2_chinese.training.vocabulary_transfer import transfer_vocabulary
-from gpt2_chinese.training.windows import effective_stride, epoch_order, joined_pieces, shifted_starts, window_starts
+from gpt2_chinese.training.windows import (
+    MicroBatch,
+    document_positions,
+    effective_stride,
+    epoch_order,
+    joined_pieces,
+    shifted_starts,
+    to_device,
+    window_batch,
+    window_starts,
+)
 
 DEFAULT_VOCABULARY = Path("vocab/vocab_user.txt")
 MAX_DEFAULT_WARMUP = 2000  # updates, unless --warmup_steps says otherwise
@@ -181,6 +192,23 @@ class Run:
         may_decide = self.plan is not None and not self.plan.is_settled and step < self.total_steps
         return may_decide and decides_after(step)
 
+    def micro_batch(self, starts: npt.NDArray[np.int64], device: torch.device) -> MicroBatch:
+        """The windows that begin there."""
+        n_ctx = self.config.n_ctx
+        positions = document_positions(self.document_starts, starts, n_ctx) if self.args.document_mask else None
+        return MicroBatch(
+            to_device(window_batch(self.corpus.tokens, starts, n_ctx), device),
+            None if positions is None else to_device(positions, device),
+            to_device(torch.from_numpy(starts), device) if self.stored_bytes else None,
+        )
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the teachers' predictions, if they are stored (see teachers.py)."""
+        if not self.args.teacher:
+            return 0
+        return stored_bytes(len(self.corpus.tokens), self.config.vocab_size, self.args.epochs)
+
     def limit_updates(self, max_steps: int) -> None:
         """End the run after so many updates, 0 for no limit; what is decided once is decided for all ranks."""
         self.args.max_steps = max_steps
@@ -205,6 +233,7 @@ class Run:
             **{f"--{name}": getattr(self.args, name) for name in _RESUMED_FLAGS},
             "--stride": self.stride,
             "what --ngram_share adds": "a trigram and a cache" if self.args.ngram_share else "a trigram",
+            "when --teacher is asked": "once" if self.stored_bytes else "in every window",
             "the span of windows": "the whole text" if self.args.shift_windows else "a piece",
             "--warmup_steps": self.warmup_steps,
             "--precision": self.precision,

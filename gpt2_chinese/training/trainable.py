@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import GPT2LMHeadModel
 
-from gpt2_chinese.best_model import model_of_run
 from gpt2_chinese.command_line import remark
-from gpt2_chinese.model_folder import load_model
 from gpt2_chinese.precision import Precision, is_bf16_fast, load_apex
 from gpt2_chinese.text.pieces import text_of_tokens
 from gpt2_chinese.training.allocator import keep_freed_memory
@@ -26,6 +23,7 @@ from gpt2_chinese.training.ngram_teacher import NgramTeacher
 from gpt2_chinese.training.optimizers import make_optimizer
 from gpt2_chinese.training.ranks import Rank
 from gpt2_chinese.training.run import Run
+from gpt2_chinese.training.teachers import mean_distributions, read_teachers
 
 PADDED_DEVICES = {"cuda"}  # a CPU gains nothing by whole tiles
 
@@ -50,24 +48,6 @@ class Trainable:
     flops_per_token: float
 
 
-def read_teachers(args: argparse.Namespace, vocab_file: Path, n_ctx: int) -> list[GPT2LMHeadModel]:
-    """The models of --teacher, to be learnt from and not to be trained.
-
-    Raises:
-        ValueError, FileNotFoundError: one is no model folder, or has another vocabulary or shorter windows.
-    """
-    teachers = []
-    for folder in filter(None, args.teacher.split(",")):
-        model, _ = load_model(model_of_run(folder), vocab_file=vocab_file)
-        if model.config.n_positions < n_ctx:
-            raise ValueError(
-                f"--teacher {folder} knows {model.config.n_positions} positions, and a window of this run has {n_ctx} "
-                "(n_ctx): take a --model_config with smaller windows, or another teacher"
-            )
-        teachers.append(model.requires_grad_(False).eval())
-    return teachers
-
-
 def _count_ngrams(run: Run, rank: Rank) -> NgramTeacher:
     ngram = NgramTeacher(
         run.corpus.tokens,
@@ -88,6 +68,22 @@ def _share_characters(run: Run, rank: Rank) -> CharacterVectors:
     return characters
 
 
+def _ask_teachers(run: Run, rank: Rank, teachers: list[GPT2LMHeadModel], rows: int, precision: Precision) -> Tensor:
+    """What teachers predict of the whole text, stored on the device."""
+    stored = mean_distributions(
+        teachers,
+        run.corpus.tokens,
+        run.document_starts if run.args.document_mask else None,
+        rows=rows,
+        n_ctx=run.config.n_ctx,
+        autocast=precision.autocast,
+        is_main=rank.is_main,
+    )
+    if rank.is_main:
+        remark(f"teachers   their predictions of the text are stored, {stored.nbytes / 2**20:,.0f} MiB")
+    return stored
+
+
 def build(run: Run, rank: Rank, model: GPT2LMHeadModel, *, is_new: bool) -> Trainable:
     """Move a model to its device and prepare it for training; `is_new` for one that no checkpoint will replace."""
     args, device = run.args, rank.device
@@ -104,11 +100,19 @@ def build(run: Run, rank: Rank, model: GPT2LMHeadModel, *, is_new: bool) -> Trai
     model.to(device).train()  # type: ignore[arg-type]
     if run.precision == "fp16-only":
         model.half()
+    apex = load_apex() if args.amp_backend == "apex" else None
+    precision = Precision(run.precision, device, apex)
+    for teacher in teachers:
+        teacher.to(device)  # type: ignore[arg-type]
+    distributions = None
+    if teachers and run.stored_bytes:
+        distributions, teachers = _ask_teachers(run, rank, teachers, rows, precision), []
     window_loss = WindowLoss(
         model,
         rows=rows,
         recompute=args.gradient_checkpointing,
-        teachers=[teacher.to(device) for teacher in teachers],  # type: ignore[arg-type]
+        teachers=teachers,
+        distributions=distributions,
         teacher_share=args.teacher_share,
         ngram=_count_ngrams(run, rank) if args.ngram_share else None,
         ngram_share=args.ngram_share,
@@ -132,7 +136,6 @@ def build(run: Run, rank: Rank, model: GPT2LMHeadModel, *, is_new: bool) -> Trai
         characters=_share_characters(run, rank) if args.character_lr else None,
         character_lr=args.character_lr,
     )
-    apex = load_apex() if args.amp_backend == "apex" else None
     trained: nn.Module = window_loss
     if apex is not None:
         trained, optimizer = apex.initialize(window_loss, optimizer, opt_level=args.fp16_opt_level)
@@ -142,7 +145,7 @@ def build(run: Run, rank: Rank, model: GPT2LMHeadModel, *, is_new: bool) -> Trai
         model=model,
         window_loss=trained,
         optimizer=optimizer,
-        precision=Precision(run.precision, device, apex),
+        precision=precision,
         vocab_rows=rows,
         micro_batch=micro_batch,
         flops_per_token=flops,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -135,6 +135,20 @@ def document_positions(
     places = starts[:, None] + np.arange(n_ctx)
     begins = document_starts[np.searchsorted(document_starts, places, side="right") - 1]
     return torch.from_numpy(places - np.maximum(begins, starts[:, None]))
+
+
+class MicroBatch(NamedTuple):
+    """Windows that go through the model at once, on its device, as `WindowLoss` takes them.
+
+    Attributes:
+        input_ids: int64 [windows, n_ctx].
+        position_ids: int64 [windows, n_ctx]; None counts from each window's begin.
+        starts: where the windows begin in the text, int64 [windows]; None where that is of no use.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
 
 
 def share_of_rank(

@@ -14,6 +14,8 @@ from small_run import MASK_ID, assert_same_weights, run, weights, write_document
 import generate
 from gpt2_chinese.model_folder import note_of_a_better_model
 from gpt2_chinese.precision import is_bf16_fast
+from gpt2_chinese.training import run as run_module
+from gpt2_chinese.training import teachers
 from gpt2_chinese.training.loss import WindowLoss
 
 # A high learning rate and few documents: the validation loss rises soon.
@@ -142,13 +144,13 @@ def test_two_ranks_keep_the_best_model_of_one(train, optimizer):
 
 def test_windows_that_shift_are_others_in_each_epoch_and_each_is_seen_once(train, monkeypatch):
     seen: list[tuple[int, ...]] = []
-    original = train.window_batch
+    original = run_module.window_batch
 
     def recorded(tokens, starts, n_ctx):
         seen.extend(tuple(row) for row in original(tokens, starts, n_ctx).tolist())
         return original(tokens, starts, n_ctx)
 
-    monkeypatch.setattr(train, "window_batch", recorded)
+    monkeypatch.setattr(run_module, "window_batch", recorded)
     assert run(train, *OVERFITTING, "--shift_windows", epochs=2) == 0
     first, second = set(seen[: len(seen) // 2]), set(seen[len(seen) // 2 :])
     assert len(first - second) > len(first) / 2
@@ -158,9 +160,9 @@ def test_with_a_document_mask_positions_begin_anew_at_each_document(train, monke
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     original = WindowLoss.forward
 
-    def recorded(self, input_ids, position_ids=None):
+    def recorded(self, input_ids, position_ids=None, starts=None):
         seen.append((input_ids, position_ids))
-        return original(self, input_ids, position_ids)
+        return original(self, input_ids, position_ids, starts)
 
     monkeypatch.setattr(WindowLoss, "forward", recorded)
     flags = ["--batch_size", "4", "--stride", "5", "--val_fraction", "0"]
@@ -199,7 +201,10 @@ def test_an_ngram_is_learnt_from_exactly_in_resume_and_on_two_ranks(train, monke
     assert 10 * rounding < taught
 
 
-def test_a_teacher_is_learnt_from_exactly_in_resume_too(train, monkeypatch):
+@pytest.mark.parametrize("is_stored", [True, False])
+def test_a_teacher_is_learnt_from_exactly_in_resume_and_on_two_ranks(train, monkeypatch, capsys, is_stored):
+    if not is_stored:
+        monkeypatch.setattr(teachers, "MOST_BYTES", 0)
     assert run(train, *OVERFITTING, epochs=2, output_dir="teacher") == 0
     flags = [*OVERFITTING, "--teacher", "teacher/final_model,teacher/best_model", "--teacher_share", "0.7"]
     assert run(train, *flags, epochs=2, output_dir="whole") == 0
@@ -209,8 +214,16 @@ def test_a_teacher_is_learnt_from_exactly_in_resume_too(train, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_update", stops_after(9, train.train_update))
         assert run(train, *flags, epochs=2) == 143
+    assert ("teachers   their predictions of the text are stored" in capsys.readouterr().out) == is_stored
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="when --teacher is asked was .*, is "):
+        patch.setattr(teachers, "MOST_BYTES", 0 if is_stored else 1 << 30)
+        run(train, *flags, "--resume", epochs=2)
     assert run(train, *flags, "--resume", epochs=2) == 0
     assert_same_weights(student, weights())
+    if is_stored:  # ranks are processes of their own
+        assert run(train, *flags, epochs=2, output_dir="two", device="cpu,cpu") == 0
+        rounding, taught = (distance(weights(f"{name}/final_model"), student) for name in ("two", "alone"))
+        assert 10 * rounding < taught
     with pytest.raises(
         ValueError, match=r"--teacher model/best_model is part of the run that --overwrite would delete"
     ):

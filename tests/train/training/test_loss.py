@@ -40,7 +40,7 @@ def test_with_teachers_the_gradient_is_that_of_the_mixed_loss_and_the_value_that
     generator = torch.Generator().manual_seed(1)
     taught = [torch.randn(ROWS, 8, generator=generator), torch.randn(50, 8, generator=generator)]
     taught += [torch.randn(ROWS, 24, generator=generator), torch.randn(50, 24, generator=generator)]
-    loss = HeadLoss.apply(hidden, head, targets, 0.6, None, None, *taught)
+    loss = HeadLoss.apply(hidden, head, targets, 0.6, None, None, None, *taught)
     loss.backward()
 
     mean = (torch.softmax(taught[0] @ taught[1].T, 1) + torch.softmax(taught[2] @ taught[3].T, 1)) / 2

@@ -208,6 +208,6 @@ def test_the_gradient_is_the_same_wherever_its_numbers_lie_in_memory():
         target = NgramTarget(teacher.predictions(windows, 0.3), 0.4)
         mine = hidden.clone().requires_grad_()
         copies = [tensor.clone() for tensor in (*taught, *taught)]
-        HeadLoss.apply(mine, head.clone(), windows[:, 1:].flatten(), 0.7, None, target, *copies).backward()
+        HeadLoss.apply(mine, head.clone(), windows[:, 1:].flatten(), 0.7, None, target, None, *copies).backward()
         found.add(mine.grad.numpy().tobytes())
     assert len(found) == 1

@@ -33,7 +33,7 @@ from gpt2_chinese.training.estimates import will_overfit
 from gpt2_chinese.training.loss import WindowLoss, pad_vocabulary, unpadded
 from gpt2_chinese.training.optimizers import learning_rate_factor, make_optimizer
 from gpt2_chinese.training.token_cache import read_pieces
-from gpt2_chinese.training.windows import share_of_rank, window_batch, window_starts
+from gpt2_chinese.training.windows import MicroBatch, share_of_rank, window_batch, window_starts
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[3]
@@ -70,7 +70,7 @@ def test_losses_and_gradient_norms_are_the_reference_s(script, reference, tmp_pa
         update = train.train_update(
             window_loss,
             optimizer,
-            [window_batch(tokens, windows, n_ctx)],
+            [MicroBatch(window_batch(tokens, windows, n_ctx))],
             predicted_tokens=len(windows) * (n_ctx - 1),
             precision=precision,
             max_grad_norm=trace["max_grad_norm"],
@@ -272,7 +272,7 @@ def test_every_window_of_the_corpus_is_trained_once_an_epoch_in_another_order(tr
     original = train.train_update
 
     def spy(window_loss, optimizer, micro_batches, **kwargs):
-        batch = [tuple(window) for micro_batch in micro_batches for window in micro_batch.tolist()]
+        batch = [tuple(window) for micro_batch in micro_batches for window in micro_batch.input_ids.tolist()]
         assert kwargs["predicted_tokens"] == len(batch) * (N_CTX - 1)
         seen.extend(batch)
         return original(window_loss, optimizer, micro_batches, **kwargs)
@@ -321,7 +321,7 @@ def test_one_accumulated_update_equals_a_larger_batch_to_1e_6(train):
         update = train.train_update(
             WindowLoss(model),
             make_optimizer(model, 1e-2),
-            micro_batches,
+            [MicroBatch(windows) for windows in micro_batches],
             predicted_tokens=8 * (N_CTX - 1),
             precision=Precision("fp32", torch.device("cpu")),
             max_grad_norm=1.0,
