@@ -87,7 +87,10 @@ def train(rank: Rank, run: Run, model: GPT2LMHeadModel, resume: Path | None) -> 
 
             # 2) the update
             with memory_advice(
-                len(micro_batches[0].input_ids), n_ctx, batch_size=args.batch_size, accumulation=args.gradient_accumulation
+                len(micro_batches[0].input_ids),
+                n_ctx,
+                batch_size=args.batch_size,
+                accumulation=args.gradient_accumulation,
             ):
                 loss, grad_norm = train_update(
                     trainable.window_loss,

@@ -1,4 +1,4 @@
-"""What teachers predict of a text is stored: once for every token, as the models say it with enough of the text before."""
+"""What teachers predict of a text is stored: once for every token, as the models say it with text enough before it."""
 
 from __future__ import annotations
 
