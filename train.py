@@ -240,7 +240,7 @@ def train_teachers(run: Run) -> int:
         status = train_on_devices(teacher, model, find_checkpoint(teacher, len(teacher.devices)))
         if status:
             return status
-    remark(f"plan       the last model learns from the text and from {run.plan.teachers} teachers")
+    remark(f"plan       the last model learns from the text and from the teachers ({run.plan.teachers})")
     return 0
 
 

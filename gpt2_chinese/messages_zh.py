@@ -1919,12 +1919,12 @@ TABLE: tuple[tuple[str, str], ...] = (
         "规划       第 {0} 个教师模型（共 {1} 个），在 {2}，{3} 分钟",
     ),
     (
-        "plan       the last model learns from the text and from {} teachers",
-        "规划       最后一个模型从文本和 {0} 个教师模型学习",
+        "plan       the last model learns from the text and from the teachers ({})",
+        "规划       最后一个模型从文本和教师模型（{0} 个）学习",
     ),
     (
-        "time for {} teachers ({}, {} s each) and a model that learns from the text and from them, {} epochs",
-        "时间够先训练 {0} 个教师模型（{1}，各 {2} 秒），再训练一个从文本和它们学习的模型，{3} 轮",
+        "time for teachers ({} of {}, {} s each) and a model that learns from the text and from them, {} epochs",
+        "时间够先训练教师模型（{1}，{0} 个，各 {2} 秒），再训练一个从文本和它们学习的模型，{3} 轮",
     ),
     (
         "characters {} vectors of first and last characters of tokens",

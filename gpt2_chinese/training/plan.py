@@ -45,6 +45,7 @@ from gpt2_chinese.training.estimates import flops_per_token
 from gpt2_chinese.training.hold_out import MAX_BYTES, MIN_BYTES
 from gpt2_chinese.training.loss import WindowLoss
 from gpt2_chinese.training.optimizers import make_optimizer
+from gpt2_chinese.training.teachers import stored_bytes
 
 PLAN = "plan.json"
 TEACHERS = "teachers"  # their folder in --output_dir
@@ -67,10 +68,13 @@ TEACHING_GAIN = 0.07  # bits per character
 TAUGHT_WIDTH = 256
 TAUGHT_EPOCHS = 17  # in the time, from which on two teachers and their pupil are better than one model
 PUPIL_SHARE = 0.2  # of an update's time, that each teacher adds to it
-# Teachers of a small text, of the smallest shape: their epochs, and the part of the run that all of them have at most;
-# the second line where the first one allows no two teachers. Their pupil then has some five epochs at least.
-SMALL_TEACHERS = ((6, 0.45), (4, 0.55))
-SMALL_PUPIL_EPOCHS = 8  # that a larger pupil has to have; a guess: 2x128 had 8, 3x192 had 9
+STORED_SHARE = 0.1  # that all of them and a trigram add to it where the teachers' predictions are stored
+# Teachers of a small text, of the smallest shape, in a part of the time: a few more epochs where there is time for
+# `MAX_TEACHERS` of them, and otherwise as many as there is time for, or one where it leaves its pupil half of the time.
+FEW_EPOCHS, MORE_EPOCHS = 4, 6
+ASKED_EPOCHS = 0.45  # that asking a teacher for its predictions takes as long as
+TEACHING_PART, MOST_OF_ONE = 0.3, 0.45
+SMALL_PUPIL_EPOCHS = 7  # that a larger pupil has to have: 3x192 with 6 is as good as 2x128 in the same time
 TEACHER_OVERHEAD = 3.0  # seconds, for a teacher's beginning, measurements and saving
 SMALL_SHARES = {"teacher_share": 0.42, "ngram_share": 0.28}  # in what a model of a small text learns
 SHARES_TOGETHER = 0.7
@@ -236,7 +240,7 @@ def make_plan(
     elif is_taught:
         teachers = large_teachers(available, epochs)
     left = 1 - teachers.number * teachers.seconds / facts.seconds
-    epochs_left = epochs * left / (1 + PUPIL_SHARE * teachers.number)
+    epochs_left = epochs * left / _slower_by(facts, teachers)
     flags, reasons = _settings(facts, shape, epochs_left, teachers, is_taught=teachers.number > 0 or bool(args.teacher))
     flags |= _shares_beside_given(args, given, flags)
     most_bytes = int(BYTES_OF_A_TOKEN * MEASURING * facts.seconds * MEASURED_FASTER * speed)
@@ -378,12 +382,14 @@ def small_teachers(facts: Facts, available: float, shape: str, speed_of: Callabl
     Args:
         available: seconds, for them and the last model.
     """
-    for epochs, part in SMALL_TEACHERS:
-        seconds = epochs * facts.tokens / speed_of(shape, facts.vocab_size) + TEACHER_OVERHEAD
-        number = min(MAX_TEACHERS, int(part * available / seconds))
-        if number >= 2:
+    for epochs in (MORE_EPOCHS, FEW_EPOCHS):
+        seconds = (epochs + ASKED_EPOCHS) * facts.tokens / speed_of(shape, facts.vocab_size) + TEACHER_OVERHEAD
+        number = min(MAX_TEACHERS, int(TEACHING_PART * available / seconds))
+        if number == MAX_TEACHERS:
             break
-    else:
+    if number == 0 and seconds <= MOST_OF_ONE * available:
+        number = 1
+    if number == 0:
         return Teachers()
     dropout, weight_decay, muon_weight_decay = 0.2, 1.0, 3.0
     flags = {
@@ -398,6 +404,13 @@ def small_teachers(facts: Facts, available: float, shape: str, speed_of: Callabl
     return Teachers(number, seconds, flags)
 
 
+def _slower_by(facts: Facts, teachers: Teachers) -> float:
+    """How many times as long an update takes for a pupil."""
+    if teachers.number and stored_bytes(facts.tokens, facts.vocab_size, SMALL_PUPIL_EPOCHS):
+        return 1 + STORED_SHARE
+    return 1 + PUPIL_SHARE * teachers.number
+
+
 def shape_of_small_pupil(
     facts: Facts, available: float, shapes: list[str], speed_of: Callable[[str, int], float], teachers: Teachers
 ) -> str:
@@ -408,7 +421,7 @@ def shape_of_small_pupil(
         available: seconds, for them and the last model.
         shapes: paths of configurations, the smallest first.
     """
-    seconds = (available - teachers.number * teachers.seconds) * (1 - SPARED) / (1 + PUPIL_SHARE * teachers.number)
+    seconds = (available - teachers.number * teachers.seconds) * (1 - SPARED) / _slower_by(facts, teachers)
     needed = SMALL_PUPIL_EPOCHS * facts.tokens
     fast_enough = [shape for shape in shapes if seconds * speed_of(shape, facts.vocab_size) >= needed]
     return fast_enough[-1] if fast_enough else shapes[0]
@@ -509,8 +522,8 @@ def _teaching(teachers: Teachers, shape: str, epochs: float) -> list[str]:
         return []
     own = Path(teachers.flags.get("model_config", shape)).stem
     return [
-        f"time for {teachers.number} teachers ({own}, {teachers.seconds:.0f} s each) and a model that learns from the "
-        f"text and from them, {epochs:.1f} epochs"
+        f"time for teachers ({teachers.number} of {own}, {teachers.seconds:.0f} s each) and a model that learns from "
+        f"the text and from them, {epochs:.1f} epochs"
     ]
 
 
