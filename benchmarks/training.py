@@ -46,7 +46,7 @@ from gpt2_chinese.training.loss import WindowLoss, pad_vocabulary, should_compil
 from gpt2_chinese.training.optimizers import make_optimizer  # noqa: E402
 from gpt2_chinese.training.token_cache import read_pieces  # noqa: E402
 from gpt2_chinese.training.trainable import PADDED_DEVICES  # noqa: E402
-from gpt2_chinese.training.windows import epoch_order, window_batch, window_starts  # noqa: E402
+from gpt2_chinese.training.windows import MicroBatch, epoch_order, window_batch, window_starts  # noqa: E402
 
 # layers, width, heads, vocabulary, windows, tokens of a window
 SHAPES = {
@@ -107,7 +107,7 @@ def ours(shape: str, dtype: str, *, recompute: bool = False) -> Step:
         train.train_update(
             window_loss,
             optimizer,
-            [batch],
+            [MicroBatch(batch)],
             predicted_tokens=batch[:, 1:].numel(),
             precision=precision,
             max_grad_norm=1.0,

@@ -1330,7 +1330,7 @@ TABLE: tuple[tuple[str, str], ...] = (
         "三元语法和缓存",
     ),
     (
-        "when --teacher is asked",
+        "when --teacher predicts",
         "--teacher 的预测何时计算",
     ),
     (
@@ -1931,7 +1931,7 @@ TABLE: tuple[tuple[str, str], ...] = (
         "字向量     {0} 个（token 的首字和末字）",
     ),
     (
-        "teachers   their predictions of the text are stored, {} MiB",
+        "teachers   their predictions of the text are kept, {} MiB",
         "教师模型   已存下对全部文本的预测，{0} MiB",
     ),
     (
@@ -2020,7 +2020,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     ("counting characters", "统计字"),
     ("tokenizing", "分词"),
     ("measuring", "测量"),
-    ("asking the teachers", "计算教师模型的预测"),
+    ("predictions of the teachers", "计算教师模型的预测"),
     ("reading pieces", "读取分片"),
     (" documents", " 篇"),
     (" batches", " 批"),

@@ -34,6 +34,12 @@ _CONTENTS = {"model", "optimizer", "scaler", "random", "progress"}
 _MEND = "resume from another checkpoint, or start over with --resume none"
 
 
+NGRAM_ADDS, TEACHERS_PREDICT = "what --ngram_share adds", "when --teacher predicts"
+_FOLLOWING = {  # from others, which are named instead where they differ
+    NGRAM_ADDS: {"--ngram_share"},
+    TEACHERS_PREDICT: {"--teacher", "--epochs", "the number of updates"},
+}
+
 ADDED_SETTINGS: dict[str, Any] = {
     "--weight_decay": 0.0,
     "--muon_weight_decay": None,
@@ -41,9 +47,9 @@ ADDED_SETTINGS: dict[str, Any] = {
     "--document_mask": False,
     "--teacher": "",
     "--teacher_share": 0.6,
-    "when --teacher is asked": "in every window",
+    TEACHERS_PREDICT: "in every window",
     "--ngram_share": 0.0,
-    "what --ngram_share adds": "a trigram",
+    NGRAM_ADDS: "a trigram",
     "--character_lr": 0.0,
     "the span of windows": "a piece",
     "--val_bytes": None,
@@ -167,8 +173,7 @@ def check_settings(path: Path, saved: Mapping[str, Any], current: Mapping[str, A
     """
     saved = ADDED_SETTINGS | dict(saved)
     differing = [name for name in current if saved.get(name) != current[name]]
-    if "--ngram_share" in differing:
-        differing = [name for name in differing if name != "what --ngram_share adds"]  # which may be nothing
+    differing = [name for name in differing if not _FOLLOWING.get(name, set()) & set(differing)]
     if differing:
         named = ""
         for name in differing:

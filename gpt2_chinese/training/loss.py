@@ -43,7 +43,7 @@ class HeadLoss(torch.autograd.Function):
 
     With teachers the gradient is that of `(1 - share) * (loss of the text) + share * (cross-entropy with the teachers'
     distribution)` (Hinton et al. 2015, at temperature 1); the value stays the loss of the text. That distribution is
-    the mean of several models', computed here or stored, or an n-gram's, or a mean of these two.
+    the mean of several models', computed here or before, or an n-gram's, or a mean of these two.
     """
 
     @staticmethod
@@ -55,7 +55,7 @@ class HeadLoss(torch.autograd.Function):
         share: float = 0.0,
         of_head: list[torch.Tensor] | None = None,
         ngram: NgramTarget | None = None,
-        stored: StoredTarget | None = None,
+        soft: SoftTarget | None = None,
         *taught: torch.Tensor,
     ) -> torch.Tensor:
         """Sum of the losses, in nats, of hidden states [N, n_embd] under a head [V, n_embd] for targets [N].
@@ -66,12 +66,12 @@ class HeadLoss(torch.autograd.Function):
             share: of the teachers in the gradient; 0 without teachers.
             of_head: gets the head's gradient in the backward pass, instead of the head: for `TiedLookup`.
             ngram: what an n-gram predicts in the N rows, and its part of `share`.
-            stored: what the teachers predict in the N rows, where that is stored.
+            soft: what teachers predict in the N rows, where that has been computed before.
             taught: otherwise the hidden states [N, its n_embd] and the head [V, its n_embd] of each teacher, one after
                 the other.
         """
         dtype = matrix_type() if torch.is_autocast_enabled("cpu") else head.dtype
-        is_taught = bool(taught) or ngram is not None or stored is not None
+        is_taught = bool(taught) or ngram is not None or soft is not None
         assert is_taught or not share
         weights = head.to(dtype)
         loss = torch.zeros((), dtype=torch.float32)
@@ -84,7 +84,7 @@ class HeadLoss(torch.autograd.Function):
                 part = slice(first, first + rows_at_once)
                 rows = hidden[part].to(dtype)
                 logits = _logits(rows, weights)
-                distributions = _mean_distribution(taught, ngram, stored, part, dtype) if is_taught else None
+                distributions = _mean_distribution(taught, ngram, soft, part, dtype) if is_taught else None
                 loss += cross_entropy_in_place(logits, targets[part], distributions, share).sum()
                 gradient = logits.to(dtype)
                 hidden_gradient[part] = gradient @ weights
@@ -148,17 +148,17 @@ class NgramTarget(NamedTuple):
     share: float
 
 
-class StoredTarget(NamedTuple):
-    """What teachers predict in N rows: the row `places[i]` of `distributions` (see `WindowLoss`), int64 [N]."""
+class SoftTarget(NamedTuple):
+    """What teachers predict in N rows: the rows `places`, int64 [N], of the whole text's `soft_targets`."""
 
-    distributions: torch.Tensor
+    of_text: torch.Tensor
     places: torch.Tensor
 
 
 def _mean_distribution(
     taught: Sequence[torch.Tensor],
     ngram: NgramTarget | None,
-    stored: StoredTarget | None,
+    soft: SoftTarget | None,
     rows: slice,
     dtype: torch.dtype,
 ) -> torch.Tensor:
@@ -170,9 +170,9 @@ def _mean_distribution(
     if ngram is not None:
         mean = ngram.predictions.dense(rows, ngram.share, dtype_of_logits)
         of_models -= ngram.share
-    if stored is not None:
-        told = stored.distributions[stored.places[rows]]
-        return told.to(dtype_of_logits) if mean is None else mean.add_(told, alpha=of_models)
+    if soft is not None:
+        predicted = soft.of_text[soft.places[rows]]
+        return predicted.to(dtype_of_logits) if mean is None else mean.add_(predicted, alpha=of_models)
     for hidden, head in pairs:
         logits = _logits(hidden[rows].to(dtype), head.to(dtype))
         mean = torch.zeros_like(logits) if mean is None else mean
@@ -190,8 +190,7 @@ class WindowLoss(nn.Module):
         rows: of the embedding, those that are tokens (see `pad_vocabulary`); None for all.
         recompute: compute activations and logits again in the backward pass instead of keeping them.
         teachers: models of the same vocabulary whose mean distribution is learnt too, on the device.
-        distributions: what teachers predict after each token of the text, [tokens, V], on the device; instead of
-            `teachers`.
+        soft_targets: instead of `teachers`, what they predict after each token of the text (see teachers.py).
         teacher_share: of the teachers in the gradient, from 0 to 1 (see `HeadLoss`).
         ngram: that is learnt from too, on the device.
         ngram_share: of the n-gram in the gradient; with `teacher_share` 1 at most.
@@ -204,7 +203,7 @@ class WindowLoss(nn.Module):
         rows: int | None = None,
         recompute: bool = False,
         teachers: Sequence[GPT2LMHeadModel] = (),
-        distributions: torch.Tensor | None = None,
+        soft_targets: torch.Tensor | None = None,
         teacher_share: float = 0.0,
         ngram: NgramTeacher | None = None,
         ngram_share: float = 0.0,
@@ -225,12 +224,12 @@ class WindowLoss(nn.Module):
         self._compiled: Callable[..., torch.Tensor] | None = None
         self._compiled_shape: tuple[int, ...] = ()
         self._teachers = tuple(teachers)  # in a tuple they are no parameters of this module
-        self._distributions = distributions  # no buffer of this module either
-        self._teacher_share = teacher_share if teachers or distributions is not None else 0.0
+        self._soft_targets = soft_targets  # no buffer of this module either
+        self._teacher_share = teacher_share if teachers or soft_targets is not None else 0.0
         self._ngram = ngram if ngram_share else None
         self._ngram_share = ngram_share if ngram else 0.0
         assert self._teacher_share + self._ngram_share <= 1
-        assert not teachers or distributions is None
+        assert not teachers or soft_targets is None
 
     def compile_for(self, shape: tuple[int, ...]) -> None:
         """Compile for windows of this shape; others, as the last ones of an epoch, are not worth another minute."""
@@ -256,7 +255,7 @@ class WindowLoss(nn.Module):
         Args:
             position_ids: of the same shape; where they begin anew, tokens do not attend to those before. None counts
                 from the window's begin.
-            starts: where the windows begin in the text, int64 [windows]; wanted where `distributions` were given.
+            starts: where the windows begin in the text, int64 [windows]; wanted where `soft_targets` were given.
         """
         compiled = self._compiled if tuple(input_ids.shape) == self._compiled_shape else None
         if input_ids.is_cuda:
@@ -275,18 +274,18 @@ class WindowLoss(nn.Module):
         else:
             hidden = self._hidden(input_ids, position_ids, embedded)
         hidden = hidden[:, :-1]
-        taught = self._taught(input_ids, position_ids)
+        taught = states_of_teachers(self._teachers, self._rows, input_ids, position_ids)
         targets = input_ids[:, 1:].flatten()
         share, ngram = self._teacher_share + self._ngram_share, self._ngram_target(input_ids)
-        stored = self._stored_target(input_ids, starts)
-        return HeadLoss.apply(hidden.flatten(0, 1), head, targets, share, of_head, ngram, stored, *taught)
+        soft = self._soft_target(input_ids, starts)
+        return HeadLoss.apply(hidden.flatten(0, 1), head, targets, share, of_head, ngram, soft, *taught)
 
-    def _stored_target(self, input_ids: torch.Tensor, starts: torch.Tensor | None) -> StoredTarget | None:
-        if self._distributions is None:
+    def _soft_target(self, input_ids: torch.Tensor, starts: torch.Tensor | None) -> SoftTarget | None:
+        if self._soft_targets is None:
             return None
         assert starts is not None
         places = starts[:, None] + torch.arange(input_ids.shape[1] - 1, device=starts.device)
-        return StoredTarget(self._distributions, places.flatten())
+        return SoftTarget(self._soft_targets, places.flatten())
 
     def _ngram_target(self, input_ids: torch.Tensor) -> NgramTarget | None:
         if self._ngram is None:
@@ -295,9 +294,6 @@ class WindowLoss(nn.Module):
         # A share of all that is taught, for a plan's teachers have not learnt from a cache.
         cache_share = min(MOST_OF_NGRAM, CACHE_SHARE / part)
         return NgramTarget(self._ngram.predictions(input_ids, cache_share), part)
-
-    def _taught(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> list[torch.Tensor]:
-        return states_of_teachers(self._teachers, self._rows, input_ids, position_ids)
 
     def _hidden(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, embedded: torch.Tensor
@@ -332,21 +328,21 @@ class WindowLoss(nn.Module):
         loss = F.cross_entropy(logits, input_ids[:, 1:].flatten(), reduction="sum")
         mixed = loss
         with torch.no_grad():
-            taught = self._taught(input_ids, position_ids)
+            taught = states_of_teachers(self._teachers, self._rows, input_ids, position_ids)
             distributions = [
                 torch.softmax(states @ head.to(states.dtype).T, 1, dtype=torch.float32)
                 for states, head in zip(taught[::2], taught[1::2], strict=True)
             ]
-            if (stored := self._stored_target(input_ids, starts)) is not None:
-                distributions = [stored.distributions[stored.places].float()]
+            mean = torch.stack(distributions).mean(0) if distributions else None
+            if (soft := self._soft_target(input_ids, starts)) is not None:
+                mean = soft.of_text[soft.places].float()
             ngram = self._ngram_target(input_ids)
-        if distributions:
-            mean = torch.stack(distributions).mean(0)
+        if mean is not None:
             mixed = mixed + self._teacher_share * (F.cross_entropy(logits, mean, reduction="sum") - loss)
         if ngram is not None:
             expected = ngram.predictions.dense(slice(None), 1.0, torch.float32)
             mixed = mixed + self._ngram_share * (F.cross_entropy(logits, expected, reduction="sum") - loss)
-        return loss.detach() + mixed - mixed.detach() if distributions or ngram is not None else loss
+        return loss if mixed is loss else loss.detach() + mixed - mixed.detach()
 
 
 def use_causal_attention(*models: GPT2LMHeadModel) -> None:

@@ -45,7 +45,7 @@ from gpt2_chinese.training.estimates import flops_per_token
 from gpt2_chinese.training.hold_out import MAX_BYTES, MIN_BYTES
 from gpt2_chinese.training.loss import WindowLoss
 from gpt2_chinese.training.optimizers import make_optimizer
-from gpt2_chinese.training.teachers import stored_bytes
+from gpt2_chinese.training.teachers import bytes_of_soft_targets
 
 PLAN = "plan.json"
 TEACHERS = "teachers"  # their folder in --output_dir
@@ -68,12 +68,13 @@ TEACHING_GAIN = 0.07  # bits per character
 TAUGHT_WIDTH = 256
 TAUGHT_EPOCHS = 17  # in the time, from which on two teachers and their pupil are better than one model
 PUPIL_SHARE = 0.2  # of an update's time, that each teacher adds to it
-STORED_SHARE = 0.1  # that all of them and a trigram add to it where the teachers' predictions are stored
-# Teachers of a small text, of the smallest shape, in a part of the time: a few more epochs where there is time for
-# `MAX_TEACHERS` of them, and otherwise as many as there is time for, or one where it leaves its pupil half of the time.
+# Teachers of a small text, of the smallest shape, in `TEACHING_PART` of the time: a few more epochs where there is time
+# for `MAX_TEACHERS` of them, and otherwise as many as there is time for, or one that may take `MOST_OF_ONE` of it.
 FEW_EPOCHS, MORE_EPOCHS = 4, 6
-ASKED_EPOCHS = 0.45  # that asking a teacher for its predictions takes as long as
 TEACHING_PART, MOST_OF_ONE = 0.3, 0.45
+SMALL_PUPIL_SHARE = 0.3  # of an update's time, that each of these adds where it predicts in every update;
+SOFT_SHARE = 0.1  # that soft targets and a trigram add together,
+SOFT_EPOCHS = 0.45  # and epochs of a teacher's training that making its soft targets takes as long as
 SMALL_PUPIL_EPOCHS = 7  # that a larger pupil has to have: 3x192 with 6 is as good as 2x128 in the same time
 TEACHER_OVERHEAD = 3.0  # seconds, for a teacher's beginning, measurements and saving
 SMALL_SHARES = {"teacher_share": 0.42, "ngram_share": 0.28}  # in what a model of a small text learns
@@ -120,7 +121,7 @@ class Plan:
         flags: of train.py, those that were not given.
         reasons: why, a line each.
         deadline: Unix time at which the run has to be over.
-        seconds: of the run without its teachers, from its first update to the deadline.
+        seconds: of the run without its teachers, from their soft targets or its first update to the deadline.
         teachers: models that are trained before, for the last one to learn from.
         teacher_seconds: of each.
         teacher_flags: theirs that are others than the last model's.
@@ -232,15 +233,17 @@ def make_plan(
     available = max(0.0, deadline - time.time() - reserved)
     teachers = Teachers()
     if is_small and may_be_taught:
-        teachers = small_teachers(facts, available, shapes[0], speed_of)
+        known_epochs = args.epochs if "epochs" in given else SMALL_PUPIL_EPOCHS
+        is_soft = bytes_of_soft_targets(facts.tokens, facts.vocab_size, known_epochs) > 0
+        teachers = small_teachers(facts, available, shapes[0], speed_of, is_soft=is_soft)
         if teachers.number:
             shape = shape_of_small_pupil(facts, available, shapes[: shapes.index(shape) + 1], speed_of, teachers)
             speed = speed_of(shape, facts.vocab_size)
             epochs = facts.seconds * (1 - SPARED) * speed / facts.tokens
     elif is_taught:
         teachers = large_teachers(available, epochs)
-    left = 1 - teachers.number * teachers.seconds / facts.seconds
-    epochs_left = epochs * left / _slower_by(facts, teachers)
+    left = 1 - (teachers.number * teachers.seconds + teachers.soft_seconds) / facts.seconds
+    epochs_left = epochs * left / (1 + teachers.slowdown)
     flags, reasons = _settings(facts, shape, epochs_left, teachers, is_taught=teachers.number > 0 or bool(args.teacher))
     flags |= _shares_beside_given(args, given, flags)
     most_bytes = int(BYTES_OF_A_TOKEN * MEASURING * facts.seconds * MEASURED_FASTER * speed)
@@ -352,11 +355,20 @@ def choose_shape(
 
 
 class Teachers(NamedTuple):
-    """How many there are, the seconds of each, and their flags that are others than the last model's."""
+    """
+    Attributes:
+        number: how many there are.
+        seconds: of the training of each.
+        flags: theirs that are others than the last model's.
+        soft_seconds: that it takes to make the soft targets of all of them, if they are made.
+        slowdown: what the teachers add to an update of the last model, as a part of its time.
+    """
 
     number: int = 0
     seconds: float = 0.0
     flags: Mapping[str, Any] = MappingProxyType({})
+    soft_seconds: float = 0.0
+    slowdown: float = 0.0
 
 
 def large_teachers(available: float, epochs: float) -> Teachers:
@@ -367,7 +379,8 @@ def large_teachers(available: float, epochs: float) -> Teachers:
         epochs: of one model in the time.
     """
     number = teachers_for(epochs)
-    return Teachers(number, available / (number + 1 + PUPIL_SHARE * number))
+    slowdown = PUPIL_SHARE * number
+    return Teachers(number, available / (number + 1 + slowdown), slowdown=slowdown)
 
 
 def teachers_for(epochs: float) -> int:
@@ -376,18 +389,23 @@ def teachers_for(epochs: float) -> int:
     return min(MAX_TEACHERS, max(2, int(affordable)))
 
 
-def small_teachers(facts: Facts, available: float, shape: str, speed_of: Callable[[str, int], float]) -> Teachers:
+def small_teachers(
+    facts: Facts, available: float, shape: str, speed_of: Callable[[str, int], float], *, is_soft: bool
+) -> Teachers:
     """Teachers of a small text, which do not need more time than for a few epochs of the smallest shape.
 
     Args:
         available: seconds, for them and the last model.
+        is_soft: their predictions are computed once, as soft targets (see teachers.py).
     """
+    epoch = facts.tokens / speed_of(shape, facts.vocab_size)
+    soft_seconds = SOFT_EPOCHS * epoch if is_soft else 0.0
     for epochs in (MORE_EPOCHS, FEW_EPOCHS):
-        seconds = (epochs + ASKED_EPOCHS) * facts.tokens / speed_of(shape, facts.vocab_size) + TEACHER_OVERHEAD
-        number = min(MAX_TEACHERS, int(TEACHING_PART * available / seconds))
+        seconds = epochs * epoch + TEACHER_OVERHEAD
+        number = min(MAX_TEACHERS, int(TEACHING_PART * available / (seconds + soft_seconds)))
         if number == MAX_TEACHERS:
             break
-    if number == 0 and seconds <= MOST_OF_ONE * available:
+    if number == 0 and seconds + soft_seconds <= MOST_OF_ONE * available:
         number = 1
     if number == 0:
         return Teachers()
@@ -401,14 +419,8 @@ def small_teachers(facts: Facts, available: float, shape: str, speed_of: Callabl
         "ngram_share": 0.0,
         "character_lr": 0.0,
     }
-    return Teachers(number, seconds, flags)
-
-
-def _slower_by(facts: Facts, teachers: Teachers) -> float:
-    """How many times as long an update takes for a pupil."""
-    if teachers.number and stored_bytes(facts.tokens, facts.vocab_size, SMALL_PUPIL_EPOCHS):
-        return 1 + STORED_SHARE
-    return 1 + PUPIL_SHARE * teachers.number
+    slowdown = SOFT_SHARE if is_soft else SMALL_PUPIL_SHARE * number
+    return Teachers(number, seconds, flags, number * soft_seconds, slowdown)
 
 
 def shape_of_small_pupil(
@@ -421,7 +433,8 @@ def shape_of_small_pupil(
         available: seconds, for them and the last model.
         shapes: paths of configurations, the smallest first.
     """
-    seconds = (available - teachers.number * teachers.seconds) * (1 - SPARED) / _slower_by(facts, teachers)
+    own = available - teachers.number * teachers.seconds - teachers.soft_seconds
+    seconds = own * (1 - SPARED) / (1 + teachers.slowdown)
     needed = SMALL_PUPIL_EPOCHS * facts.tokens
     fast_enough = [shape for shape in shapes if seconds * speed_of(shape, facts.vocab_size) >= needed]
     return fast_enough[-1] if fast_enough else shapes[0]

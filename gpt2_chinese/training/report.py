@@ -85,7 +85,7 @@ def describe(run: Run, model: GPT2LMHeadModel) -> Iterator[str]:
         recompute=args.gradient_checkpointing,
         on_cpu=run.devices[0].type == "cpu",
     )
-    memory += run.stored_bytes
+    memory += run.bytes_of_soft_targets
     yield f"memory     about {memory / 2**30:,.1f} GiB on each device"
     if run.warmup_steps >= run.total_steps:
         yield f"note: the warm-up of {run.warmup_steps:,} updates is longer than the run: --lr is never reached"

@@ -32,12 +32,13 @@ from gpt2_chinese.text.pieces import (
     text_of_tokens,
 )
 from gpt2_chinese.text.tokenizers import Tokenizer, vocabulary_of_folder
+from gpt2_chinese.training.checkpoints import NGRAM_ADDS, TEACHERS_PREDICT
 from gpt2_chinese.training.corpus_text import document_starts
 from gpt2_chinese.training.hold_out import MAX_BYTES, MIN_BYTES, HoldOut
 from gpt2_chinese.training.optimizers import learning_rate_factor
 from gpt2_chinese.training.plan import PLAN, Plan, decides_after
 from gpt2_chinese.training.state import TrainingState
-from gpt2_chinese.training.teachers import stored_bytes
+from gpt2_chinese.training.teachers import bytes_of_soft_targets
 from gpt2_chinese.training.token_cache import Corpus, read_pieces
 from gpt2_chinese.training.vocabulary_transfer import transfer_vocabulary
 from gpt2_chinese.training.windows import (
@@ -199,15 +200,22 @@ class Run:
         return MicroBatch(
             to_device(window_batch(self.corpus.tokens, starts, n_ctx), device),
             None if positions is None else to_device(positions, device),
-            to_device(torch.from_numpy(starts), device) if self.stored_bytes else None,
+            to_device(torch.from_numpy(np.ascontiguousarray(starts)), device) if self.has_soft_targets else None,
         )
 
     @property
-    def stored_bytes(self) -> int:
-        """Of the teachers' predictions, if they are stored (see teachers.py)."""
+    def bytes_of_soft_targets(self) -> int:
+        """Of the teachers' predictions, if they are computed before training (see teachers.py)."""
         if not self.args.teacher:
             return 0
-        return stored_bytes(len(self.corpus.tokens), self.config.vocab_size, self.args.epochs)
+        epochs = float(self.args.epochs)
+        if self.args.max_steps and self.plan is None:  # a plan changes it during the run
+            epochs = min(epochs, self.args.max_steps / self.updates_per_epoch)
+        return bytes_of_soft_targets(len(self.corpus.tokens), self.config.vocab_size, epochs)
+
+    @property
+    def has_soft_targets(self) -> bool:
+        return self.bytes_of_soft_targets > 0
 
     def limit_updates(self, max_steps: int) -> None:
         """End the run after so many updates, 0 for no limit; what is decided once is decided for all ranks."""
@@ -232,8 +240,8 @@ class Run:
             "the model's shape": json.loads(json.dumps(shape)),
             **{f"--{name}": getattr(self.args, name) for name in _RESUMED_FLAGS},
             "--stride": self.stride,
-            "what --ngram_share adds": "a trigram and a cache" if self.args.ngram_share else "a trigram",
-            "when --teacher is asked": "once" if self.stored_bytes else "in every window",
+            NGRAM_ADDS: "a trigram and a cache" if self.args.ngram_share else "a trigram",
+            TEACHERS_PREDICT: "once" if self.has_soft_targets else "in every window",
             "the span of windows": "the whole text" if self.args.shift_windows else "a piece",
             "--warmup_steps": self.warmup_steps,
             "--precision": self.precision,

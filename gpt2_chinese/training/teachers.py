@@ -1,8 +1,8 @@
-"""Models that another one learns from: read, and where the text is small asked only once what they predict of it.
+"""Models that another one learns from, and their predictions of a small text, the soft targets, computed once.
 
-A text is shown several times, and what its teachers predict after a token changes little with where the window begins.
-Asked in every window, two teachers of a small model take half of an update's time; asked once for the whole text, they
-take less than two of their pupil's epochs do with them.
+A text is shown several times. Teachers that compute their predictions in every window anew take up to half of a small
+pupil's updates; for the whole text it takes them as long as half an epoch of their own training. These predictions have
+a quarter of a window and more before them, a pupil's window often less; what that changes is within what seeds change.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from gpt2_chinese.best_model import model_of_run
 from gpt2_chinese.command_line import is_quiet, localized
 from gpt2_chinese.model_folder import load_model
 from gpt2_chinese.training.loss import states_of_teachers, use_causal_attention
-from gpt2_chinese.training.windows import document_positions, to_device, window_batch
+from gpt2_chinese.training.windows import document_positions, spans, to_device, window_batch
 
-STORED_TYPE = torch.float16  # what is below 6e-8 becomes 0
-MOST_BYTES = 1 << 30  # of stored predictions
+TYPE = torch.float16  # what is below 6e-8 becomes 0
+MOST_BYTES = 1 << 30  # of soft targets
 FEWEST_EPOCHS = 2  # in which they pay: made from windows that overlap by a quarter, they cost as much as 1.3
 _WINDOWS_AT_ONCE = 8
 
@@ -50,79 +50,83 @@ def read_teachers(args: argparse.Namespace, vocab_file: Path, n_ctx: int) -> lis
     return teachers
 
 
-def stored_bytes(tokens: int, vocab_size: int, epochs: int) -> int:
-    """What the predictions for a text take in memory; 0 where they are not stored but asked for in every update."""
-    needed = tokens * vocab_size * STORED_TYPE.itemsize
+def bytes_of_soft_targets(tokens: int, vocab_size: int, epochs: float) -> int:
+    """What they take in memory; 0 where the teachers predict in every update instead."""
+    needed = tokens * vocab_size * TYPE.itemsize
     return needed if epochs >= FEWEST_EPOCHS and needed <= MOST_BYTES else 0
 
 
 class _Stretch(NamedTuple):
-    """A window of the text, and after which of its tokens the predictions are stored."""
+    """A window of the text, and those of its tokens after which the predictions are kept."""
 
     start: int
     first: int
     end: int
 
 
-def _stretches(tokens: int, n_ctx: int) -> Iterator[_Stretch]:
-    """Windows that overlap by a quarter: behind the first one a prediction has a quarter of a window before it.
+def _stretches(begin: int, end: int, n_ctx: int) -> Iterator[_Stretch]:
+    """Windows of a span that overlap by a quarter: behind the first one a prediction has so much before it.
 
     Example:
-        >>> [tuple(one) for one in _stretches(12, n_ctx=8)]
+        >>> [tuple(one) for one in _stretches(0, 12, n_ctx=8)]
         [(0, 0, 7), (4, 3, 7)]
     """
-    done = 0
-    last = tokens - n_ctx
-    for start in [*range(0, last, max(1, n_ctx * 3 // 4)), last]:
+    done, last = begin, end - n_ctx
+    for start in [*range(begin, last, max(1, n_ctx * 3 // 4)), last]:
         yield _Stretch(start, done - start, n_ctx - 1)
         done = start + n_ctx - 1
 
 
 @torch.no_grad()
-def mean_distributions(
+def soft_targets(
     teachers: Sequence[GPT2LMHeadModel],
     text: npt.NDArray[Any],
+    piece_lengths: Sequence[int],
     document_starts: npt.NDArray[np.int64] | None,
     *,
     rows: int,
     n_ctx: int,
     autocast: Callable[[], AbstractContextManager[Any]],
-    is_main: bool = True,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> torch.Tensor:
-    """The mean of the teachers' distributions after each token of a text but the last, `STORED_TYPE` [tokens, rows].
+    """The mean of the teachers' distributions after each token of a text, `TYPE` [tokens, rows].
+
+    The last token of a piece has zeros, since no window predicts what follows. A rank computes its share of the text
+    and has zeros elsewhere; their sum is the whole.
 
     Args:
         text: ids of tokens, at least `n_ctx`.
+        piece_lengths: of the text, as for `window_starts`.
         document_starts: where documents begin, the first at 0, for tokens that attend to their own document only.
         rows: of the teachers' heads, those that are tokens.
-        is_main: whether this is the rank that shows progress.
     """
     use_causal_attention(*teachers)
     device = teachers[0].device
-    stored = torch.zeros(len(text), rows, dtype=STORED_TYPE, device=device)
-    stretches = list(_stretches(len(text), n_ctx))
-    batches = [stretches[begin : begin + _WINDOWS_AT_ONCE] for begin in range(0, len(stretches), _WINDOWS_AT_ONCE)]
+    targets = torch.zeros(len(text), rows, dtype=TYPE, device=device)
+    stretches = [one for span in spans(piece_lengths, n_ctx) for one in _stretches(*span, n_ctx)][rank::world_size]
     interval = 0.1 if sys.stderr.isatty() else 10  # in a log file every refresh is a line
-    for batch in tqdm(
-        batches,
-        desc=localized("asking the teachers"),
+    for begin in tqdm(
+        range(0, len(stretches), _WINDOWS_AT_ONCE),
+        desc=localized("predictions of the teachers"),
         unit=localized(" batches"),
         leave=False,
         delay=5,
         mininterval=interval,
-        disable=not is_main or is_quiet(),
+        disable=rank > 0 or is_quiet(),
     ):
+        batch = stretches[begin : begin + _WINDOWS_AT_ONCE]
         starts = np.array([stretch.start for stretch in batch])
         positions = None
         if document_starts is not None:
             positions = to_device(document_positions(document_starts, starts, n_ctx), device)
         with autocast():
             taught = states_of_teachers(teachers, rows, to_device(window_batch(text, starts, n_ctx), device), positions)
-            for number, stretch in enumerate(batch):
-                own = slice(number * (n_ctx - 1) + stretch.first, number * (n_ctx - 1) + stretch.end)
-                mean = torch.zeros(stretch.end - stretch.first, rows, device=device)
-                for states, head in zip(taught[::2], taught[1::2], strict=True):
-                    logits = states[own] @ head.to(states.dtype).T
-                    mean += torch.softmax(logits, 1, dtype=torch.float32)
-                stored[stretch.start + stretch.first : stretch.start + stretch.end] = mean / len(teachers)
-    return stored
+            pairs = [(states, head.to(states.dtype)) for states, head in zip(taught[::2], taught[1::2], strict=True)]
+            for number, (start, first, end) in enumerate(batch):
+                own = slice(number * (n_ctx - 1) + first, number * (n_ctx - 1) + end)
+                mean = torch.zeros(end - first, rows, device=device)
+                for states, head in pairs:
+                    mean += torch.softmax(states[own] @ head.T, 1, dtype=torch.float32)
+                targets[start + first : start + end] = mean / len(teachers)
+    return targets

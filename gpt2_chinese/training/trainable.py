@@ -22,7 +22,7 @@ from gpt2_chinese.training.ngram_teacher import NgramTeacher
 from gpt2_chinese.training.optimizers import make_optimizer
 from gpt2_chinese.training.ranks import Rank
 from gpt2_chinese.training.run import Run
-from gpt2_chinese.training.teachers import mean_distributions, read_teachers
+from gpt2_chinese.training.teachers import read_teachers, soft_targets
 
 PADDED_DEVICES = {"cuda"}  # a CPU gains nothing by whole tiles
 
@@ -67,20 +67,22 @@ def _share_characters(run: Run, rank: Rank) -> CharacterVectors:
     return characters
 
 
-def _ask_teachers(run: Run, rank: Rank, teachers: list[GPT2LMHeadModel], rows: int, precision: Precision) -> Tensor:
-    """What teachers predict of the whole text, stored on the device."""
-    stored = mean_distributions(
+def _soft_targets(run: Run, rank: Rank, teachers: list[GPT2LMHeadModel], rows: int, precision: Precision) -> Tensor:
+    """The teachers' predictions of the whole text, on the device."""
+    own = soft_targets(
         teachers,
         run.corpus.tokens,
+        run.span_lengths,
         run.document_starts if run.args.document_mask else None,
         rows=rows,
         n_ctx=run.config.n_ctx,
         autocast=precision.autocast,
-        is_main=rank.is_main,
+        rank=rank.number,
+        world_size=rank.world_size,
     )
     if rank.is_main:
-        remark(f"teachers   their predictions of the text are stored, {stored.nbytes / 2**20:,.0f} MiB")
-    return stored
+        remark(f"teachers   their predictions of the text are kept, {own.nbytes / 2**20:,.0f} MiB")
+    return rank.sum(own)
 
 
 def build(run: Run, rank: Rank, model: GPT2LMHeadModel, *, is_new: bool) -> Trainable:
@@ -103,15 +105,15 @@ def build(run: Run, rank: Rank, model: GPT2LMHeadModel, *, is_new: bool) -> Trai
     precision = Precision(run.precision, device, apex)
     for teacher in teachers:
         teacher.to(device)  # type: ignore[arg-type]
-    distributions = None
-    if teachers and run.stored_bytes:
-        distributions, teachers = _ask_teachers(run, rank, teachers, rows, precision), []
+    targets = None
+    if run.has_soft_targets:
+        targets, teachers = _soft_targets(run, rank, teachers, rows, precision), []
     window_loss = WindowLoss(
         model,
         rows=rows,
         recompute=args.gradient_checkpointing,
         teachers=teachers,
-        distributions=distributions,
+        soft_targets=targets,
         teacher_share=args.teacher_share,
         ngram=_count_ngrams(run, rank) if args.ngram_share else None,
         ngram_share=args.ngram_share,

@@ -40,7 +40,7 @@ def window_starts(piece_lengths: Sequence[int], n_ctx: int, stride: int) -> npt.
     """
     assert 1 <= stride <= n_ctx
     starts = [
-        np.append(np.arange(begin, end - n_ctx, stride), end - n_ctx) for begin, end in _spans(piece_lengths, n_ctx)
+        np.append(np.arange(begin, end - n_ctx, stride), end - n_ctx) for begin, end in spans(piece_lengths, n_ctx)
     ]
     return np.concatenate([np.empty(0, np.int64), *starts])
 
@@ -83,7 +83,7 @@ def shifted_starts(
     """
     distances = np.random.default_rng([seed, epoch, _DISTANCES])
     starts: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
-    for begin, end in _spans(piece_lengths, n_ctx):
+    for begin, end in spans(piece_lengths, n_ctx):
         last = end - n_ctx
         own: npt.NDArray[np.int64] = np.append(np.arange(begin, last, stride), last)
         own = np.minimum(own + distances.integers(stride), last)
@@ -93,18 +93,18 @@ def shifted_starts(
     return np.concatenate(starts)
 
 
-def _spans(piece_lengths: Sequence[int], n_ctx: int) -> list[tuple[int, int]]:
-    """Begin and end of each piece, or of several joined ones, that has room for a window."""
-    spans: list[tuple[int, int]] = []
+def spans(piece_lengths: Sequence[int], n_ctx: int) -> list[tuple[int, int]]:
+    """Begin and end of each piece, or of several joined ones, that has room for a window; no window crosses an end."""
+    found: list[tuple[int, int]] = []
     begin = end = 0
     for length in piece_lengths:
         end += length
         if end - begin >= n_ctx:
-            spans.append((begin, end))
+            found.append((begin, end))
             begin = end
-    if end > begin and spans:
-        spans[-1] = (spans[-1][0], end)
-    return spans
+    if end > begin and found:
+        found[-1] = (found[-1][0], end)
+    return found
 
 
 def epoch_order(count: int, *, seed: int, epoch: int) -> npt.NDArray[np.int64]:

@@ -125,6 +125,7 @@ def test_compiled_losses_are_the_eager_ones_up_to_rounding(train, capsys, precis
         ["--precision", "bf16", "--optimizer", "muon"],
         ["--precision", "bf16", "--gradient_checkpointing"],
         ["--precision", "fp32", "--ngram_share", "0.4", "--document_mask"],
+        ["--precision", "bf16", "--teacher", "teacher/final_model"],
         pytest.param(["--precision", "bf16", "--compile", "on"], marks=pytest.mark.slow),
     ],
 )
@@ -134,6 +135,8 @@ def test_a_resumed_run_ends_with_the_same_bits(train, monkeypatch, flags):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)  # otherwise the order of the embedding's gradient varies
     try:
+        if "--teacher" in flags:
+            run(train, "teacher")
         run(train, "whole", *flags)
         original, calls = train.train_update, []
 

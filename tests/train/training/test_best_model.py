@@ -201,29 +201,37 @@ def test_an_ngram_is_learnt_from_exactly_in_resume_and_on_two_ranks(train, monke
     assert 10 * rounding < taught
 
 
-@pytest.mark.parametrize("is_stored", [True, False])
-def test_a_teacher_is_learnt_from_exactly_in_resume_and_on_two_ranks(train, monkeypatch, capsys, is_stored):
-    if not is_stored:
+@pytest.mark.parametrize("is_soft", [True, False])
+def test_a_teacher_is_learnt_from_exactly_in_resume_and_soft_targets_on_two_ranks(train, monkeypatch, capsys, is_soft):
+    if not is_soft:
         monkeypatch.setattr(teachers, "MOST_BYTES", 0)
     assert run(train, *OVERFITTING, epochs=2, output_dir="teacher") == 0
-    flags = [*OVERFITTING, "--teacher", "teacher/final_model,teacher/best_model", "--teacher_share", "0.7"]
+    alike = [*OVERFITTING, "--document_mask", "--shift_windows", "--gradient_accumulation", "2", "--ngram_share", "0.2"]
+    flags = [*alike, "--teacher", "teacher/final_model,teacher/best_model", "--teacher_share", "0.7"]
     assert run(train, *flags, epochs=2, output_dir="whole") == 0
-    assert run(train, *OVERFITTING, epochs=2, output_dir="alone") == 0
+    assert run(train, *alike, epochs=2, output_dir="alone") == 0
     student = weights("whole/final_model")
     assert any((student[name] != tensor).any() for name, tensor in weights("alone/final_model").items())
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_update", stops_after(9, train.train_update))
+        patch.setattr(train, "train_update", stops_after(5, train.train_update))
         assert run(train, *flags, epochs=2) == 143
-    assert ("teachers   their predictions of the text are stored" in capsys.readouterr().out) == is_stored
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="when --teacher is asked was .*, is "):
-        patch.setattr(teachers, "MOST_BYTES", 0 if is_stored else 1 << 30)
+    assert ("teachers   their predictions of the text are kept" in capsys.readouterr().out) == is_soft
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="when --teacher predicts was .*, is "):
+        patch.setattr(teachers, "MOST_BYTES", 0 if is_soft else 1 << 30)
         run(train, *flags, "--resume", epochs=2)
+    with pytest.raises(ValueError, match="--teacher was .*, is ") as refused:
+        run(train, *alike, "--teacher", "", "--teacher_share", "0.7", "--resume", epochs=2)
+    assert "predicts" not in str(refused.value)
     assert run(train, *flags, "--resume", epochs=2) == 0
     assert_same_weights(student, weights())
-    if is_stored:  # ranks are processes of their own
+    if is_soft:  # ranks are processes of their own, in which nothing is patched
         assert run(train, *flags, epochs=2, output_dir="two", device="cpu,cpu") == 0
         rounding, taught = (distance(weights(f"{name}/final_model"), student) for name in ("two", "alone"))
         assert 10 * rounding < taught
+    capsys.readouterr()
+    few = ["--max_steps", "3", "--overwrite"]  # of the 4 or so of an epoch
+    assert run(train, *flags, *few, epochs=2, output_dir="few") == 0
+    assert "their predictions of the text are kept" not in capsys.readouterr().out
     with pytest.raises(
         ValueError, match=r"--teacher model/best_model is part of the run that --overwrite would delete"
     ):

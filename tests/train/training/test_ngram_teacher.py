@@ -161,19 +161,26 @@ def mixed_losses(model, input_ids: torch.Tensor, ngram: NgramTeacher, teacher, s
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("compute", ["forward", "_loss"])
 @pytest.mark.parametrize("shares", OF_CACHE)
-def test_the_gradient_is_that_of_the_three_losses_mixed_and_the_value_that_of_the_text(compute, shares, recompute):
+@pytest.mark.parametrize("is_soft", [False, True])
+def test_the_gradient_is_that_of_the_three_losses_mixed_and_the_value_that_of_the_text(
+    compute, shares, recompute, is_soft
+):
     model, teacher = tiny_model(), tiny_model().requires_grad_(False)
     teacher.transformer.wte.weight.mul_(1.5)
     generator = torch.Generator().manual_seed(0)
     ngram = teacher_of([torch.randint(2, 200, (60,), generator=generator).tolist() for _ in range(5)], vocab_size=200)
     input_ids = torch.randint(0, 200, (3, 16), generator=generator)
     shared = {"teacher_share": shares[0], "ngram_share": shares[1]}
-    window_loss = WindowLoss(model, teachers=[teacher], ngram=ngram, recompute=recompute, **shared)
+    taught: dict[str, object] = {"teachers": [teacher]}
+    if is_soft:
+        with torch.no_grad():
+            taught = {"soft_targets": torch.softmax(teacher(input_ids).logits.flatten(0, 1), 1)}
+    window_loss = WindowLoss(model, ngram=ngram, recompute=recompute, **taught, **shared)
     of_text, mixed = mixed_losses(model, input_ids, ngram, teacher, shares)
     mixed.backward()
     expected = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    loss = getattr(window_loss, compute)(input_ids)
+    loss = getattr(window_loss, compute)(input_ids, None, torch.tensor([0, 16, 32]))
     loss.backward()
     torch.testing.assert_close(loss, of_text.detach(), rtol=1e-5, atol=0)
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
