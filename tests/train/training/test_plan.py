@@ -262,19 +262,20 @@ def test_a_small_text_has_small_short_teachers_and_a_trigram(train):
 def test_the_slower_a_machine_the_fewer_teachers_a_small_text_has_and_the_smaller_their_pupil():
     facts, shapes = Facts(55_000, 322, 3000, 105.0), [planning._path_of(shape) for shape in SHAPES[:2]]
 
-    def planned_for(speed: float, *, is_soft: bool = True) -> tuple[int, int, str]:
+    def planned_for(speed: float) -> tuple[int, int, str]:
         def speed_of(shape: str, vocab_size: int) -> float:
             return speed * {"2x128": 1.0, "3x192": 0.45}[Path(shape).stem]
 
-        teachers = small_teachers(facts, 95.0, shapes[0], speed_of, is_soft=is_soft)
+        teachers = small_teachers(facts, 95.0, shapes[0], speed_of, is_soft=True)
         pupil = shape_of_small_pupil(facts, 95.0, shapes, speed_of, teachers) if teachers.number else ""
         return teachers.number, teachers.flags.get("epochs", 0), Path(pupil).stem
 
     expected = {90_000: (4, 6, "3x192"), 50_000: (3, 4, "3x192"), 30_000: (2, 4, "3x192"), 10_000: (1, 4, "2x128")}
     expected |= {8_000: (1, 4, "2x128"), 5_000: (0, 0, "")}
     assert {speed: planned_for(speed) for speed in expected} == expected
-    # Teachers that predict in every update make each take longer.
-    assert planned_for(17_000) == (1, 4, "3x192") and planned_for(20_000, is_soft=False) == (2, 4, "2x128")
+    soft, live = (small_teachers(facts, 95.0, shapes[0], lambda *_: 25_000, is_soft=one) for one in (True, False))
+    assert (soft.number, live.number) == (2, 2) and (soft.slowdown, live.slowdown) == (0.1, 0.6)
+    assert soft.soft_seconds == pytest.approx(2 * 0.45 * 55_000 / 25_000) and live.soft_seconds == 0
 
 
 def test_a_plan_for_a_slow_machine_takes_the_pupil_s_shape_and_says_its_speed(train, monkeypatch):
