@@ -9,7 +9,7 @@ The rules come from experiments, which docs/training.md lists. In short:
 - A model memorises a small text however slowly it learns: parameters are bounded by the tokens, and so are the epochs.
 - With several epochs, windows at other places in each help; dropout and weight decay too, as far as a model memorises.
 - Tokens that attend to their own document only help, the more the shorter documents are.
-- Where there is time for three times as many epochs as a model can use, two of them are its teachers.
+- Where there is time for twice as many epochs as a model can use, one of its kind is its teacher.
 - What is memorised is learnt from a trigram and a cache too, unless there are teachers. A small text always is, and it
   has teachers wherever a part of the time is enough for them: small, trained for a few epochs and strongly
   regularized, since a teacher that has memorised its text teaches no more than the text.
@@ -66,12 +66,14 @@ SPARED = 0.015  # of the time, for saving and for what other programs take
 MAX_TEACHERS = 4
 TEACHING_GAIN = 0.07  # bits per character
 TAUGHT_WIDTH = 256
-TAUGHT_EPOCHS = 17  # in the time, from which on two teachers and their pupil are better than one model
+TAUGHT_EPOCHS = 17  # in the time, from which on a teacher and its pupil are better than one model
 PUPIL_SHARE = 0.2  # of an update's time, that each teacher adds to it
-# Teachers of a small text, of the smallest shape, in `TEACHING_PART` of the time: a few more epochs where there is time
-# for `MAX_TEACHERS` of them, and otherwise as many as there is time for, or one that may take `MOST_OF_ONE` of it.
+ENOUGH_OF_PUPIL = 14  # epochs of a pupil, from which on more teachers are better than more of them
+TEACHING_PART = 0.3  # of the time, for all teachers together
+# Teachers of a small text, of the smallest shape: a few more epochs where there is time for `MAX_TEACHERS` of them, and
+# otherwise as many as there is time for, or one that may take `MOST_OF_ONE` of it.
 FEW_EPOCHS, MORE_EPOCHS = 4, 6
-TEACHING_PART, MOST_OF_ONE = 0.3, 0.45
+MOST_OF_ONE = 0.45
 SMALL_PUPIL_SHARE = 0.3  # of an update's time, that each of these adds where it predicts in every update;
 SOFT_SHARE = 0.1  # that soft targets and a trigram add together,
 SOFT_EPOCHS = 0.45  # and epochs of a teacher's training that making its soft targets takes as long as
@@ -372,7 +374,7 @@ class Teachers(NamedTuple):
 
 
 def large_teachers(available: float, epochs: float) -> Teachers:
-    """Teachers of the last model's shape.
+    """Teachers of the last model's shape, which leave it the most of the time, as far as it can use that.
 
     Args:
         available: seconds, for them and the last model.
@@ -380,13 +382,14 @@ def large_teachers(available: float, epochs: float) -> Teachers:
     """
     number = teachers_for(epochs)
     slowdown = PUPIL_SHARE * number
-    return Teachers(number, available / (number + 1 + slowdown), slowdown=slowdown)
+    part = max(TEACHING_PART, 1 - ENOUGH_OF_PUPIL * (1 + slowdown) / epochs)
+    return Teachers(number, available * part / number, slowdown=slowdown)
 
 
 def teachers_for(epochs: float) -> int:
-    wanted = 8  # of every model, before there are more than two of them
-    affordable = (epochs / wanted - 1) / (1 + PUPIL_SHARE)
-    return min(MAX_TEACHERS, max(2, int(affordable)))
+    """As many as there is time for when the last model has enough, and one at least."""
+    affordable = (epochs - ENOUGH_OF_PUPIL) / (FEW_EPOCHS + 1 + PUPIL_SHARE * ENOUGH_OF_PUPIL)
+    return min(MAX_TEACHERS, max(1, int(affordable)))
 
 
 def small_teachers(
