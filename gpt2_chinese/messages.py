@@ -39,6 +39,8 @@ def _patterns() -> list[tuple[re.Pattern[str], str]]:
 
 def _pattern(english: str) -> str:
     pattern = "(.*?)".join(map(re.escape, english.split("{}")))
+    if english.startswith("{}"):
+        pattern = "(?![a-z]+  )" + pattern  # a label, as of "plan       ", is no value but has a row of its own
     # A value right behind another one is an addition to it.
     return pattern.replace("(.*?)(.*?)", r"(.*?)((?: \(|;| ±| and ).*?|)")
 

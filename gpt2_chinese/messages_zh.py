@@ -1109,7 +1109,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     ),
     (
         "{} tokens in {} documents, vocabulary {}, {} minutes left",
-        "{1} 篇文档，{0} 个 token，词表 {2}，还剩 {3} 分钟",
+        "{0} 个 token，{1} 篇文档，词表 {2}，还剩 {3} 分钟",
     ),
     (
         "{}: {} tokens/s here, {} epochs in the time",

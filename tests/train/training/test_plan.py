@@ -330,8 +330,9 @@ def test_every_reason_of_a_plan_has_its_chinese(train, monkeypatch, tokens, minu
     flags = ["--minutes", str(minutes), *(["--model_config", planning._path_of(shape)] if shape else [])]
     plan = make_plan(parse_args(flags), given_flags(flags), speed_of, print)
     for reason in plan.reasons:
-        words = re.findall("[A-Za-z_]{3,}", re.sub(r"--\w+|medical_qa.txt|dropout|Muon|token", "", translated(reason)))
-        assert not words, reason
+        line = translated(f"plan       {reason}")
+        assert line.startswith("规划       ")
+        assert not re.findall("[A-Za-z_]{3,}", re.sub(r"--\w+|medical_qa.txt|dropout|Muon|token", "", line)), reason
 
 
 def test_the_time_of_a_plan_is_that_of_its_teachers_and_the_last_model(train, monkeypatch):
