@@ -26,7 +26,7 @@ from gpt2_chinese.model_folder import load_model
 from gpt2_chinese.training.loss import states_of_teachers, use_causal_attention
 from gpt2_chinese.training.windows import document_positions, spans, to_device, window_batch
 
-TYPE = torch.float16  # what is below 6e-8 becomes 0
+DTYPE = torch.float16  # what is below 6e-8 becomes 0
 MOST_BYTES = 1 << 30  # of soft targets
 FEWEST_EPOCHS = 2  # in which they pay: made from windows that overlap by a quarter, they cost as much as 1.3
 _WINDOWS_AT_ONCE = 8
@@ -52,7 +52,7 @@ def read_teachers(args: argparse.Namespace, vocab_file: Path, n_ctx: int) -> lis
 
 def bytes_of_soft_targets(tokens: int, vocab_size: int, epochs: float) -> int:
     """What they take in memory; 0 where the teachers predict in every update instead."""
-    needed = tokens * vocab_size * TYPE.itemsize
+    needed = tokens * vocab_size * DTYPE.itemsize
     return needed if epochs >= FEWEST_EPOCHS and needed <= MOST_BYTES else 0
 
 
@@ -90,7 +90,7 @@ def soft_targets(
     rank: int = 0,
     world_size: int = 1,
 ) -> torch.Tensor:
-    """The mean of the teachers' distributions after each token of a text, `TYPE` [tokens, rows].
+    """The mean of the teachers' distributions after each token of a text, `DTYPE` [tokens, rows].
 
     The last token of a piece has zeros, since no window predicts what follows. A rank computes its share of the text
     and has zeros elsewhere; their sum is the whole.
@@ -103,7 +103,7 @@ def soft_targets(
     """
     use_causal_attention(*teachers)
     device = teachers[0].device
-    targets = torch.zeros(len(text), rows, dtype=TYPE, device=device)
+    targets = torch.zeros(len(text), rows, dtype=DTYPE, device=device)
     stretches = [one for span in spans(piece_lengths, n_ctx) for one in _stretches(*span, n_ctx)][rank::world_size]
     interval = 0.1 if sys.stderr.isatty() else 10  # in a log file every refresh is a line
     for begin in tqdm(
