@@ -173,7 +173,8 @@ def measure(
         Interrupted: on every rank, if one of them has had a signal. No state has changed.
     """
     validation = validate(run, rank, trainable, documents, stop)
-    if validation.evaluation is not None and state.measured(validation.evaluation.bits_per_character) and rank.is_main:
+    measured = validation.evaluation
+    if measured is not None and state.measured(measured.bits_per_character, measured.scale) and rank.is_main:
         save_model_folder(run, trainable, state, BEST_MODEL, epoch=run.epoch(state.step))
     report.validation(state, validation)
 

@@ -1182,6 +1182,14 @@ TABLE: tuple[tuple[str, str], ...] = (
         "第 {0} 步：验证集损失 {1}，困惑度 {2}，每字符 {3}{4} 比特",
     ),
     (
+        "; its logits times {}",
+        "；logits 乘以 {0}",
+    ),
+    (
+        "--calibrate measures held-out text, and --val_fraction 0 holds none out: leave one of them out",
+        "--calibrate 要用验证集测量，而 --val_fraction 0 不留验证集：请去掉其中一个",
+    ),
+    (
         "overfitting since update {}: the training loss falls, the validation loss does not",
         "从第 {0} 步起过拟合：训练损失下降，验证集损失不再下降",
     ),

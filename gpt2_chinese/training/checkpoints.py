@@ -43,6 +43,7 @@ _FOLLOWING = {  # from others, which are named instead where they differ
 ADDED_SETTINGS: dict[str, Any] = {
     "--weight_decay": 0.0,
     "--muon_weight_decay": None,
+    "--calibrate": False,
     "--shift_windows": False,
     "--document_mask": False,
     "--teacher": "",

@@ -145,6 +145,12 @@ def _add_validation(parser: argparse.ArgumentParser) -> None:
         f"fifth of the text (default: {MIN_BYTES} {MAX_BYTES})",
     )
     parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="find at each measurement the scale of the logits (temperature) that suits the validation set best, and "
+        "save best_model and final_model with it; a model of a small text is too sure of itself",
+    )
+    parser.add_argument(
         "--patience",
         type=_not_negative,
         default=0,

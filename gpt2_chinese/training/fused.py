@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum, auto
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class Operation(IntEnum):
 def _kernel() -> Callable[..., None]:
     package = Path(__file__).resolve().parents[1]
     sources = [package / name for name in _SOURCES]
-    return load_function("gpt2_chinese.training.fused_kernel", sources, arguments=5, keep_lock=False)
+    return load_function("gpt2_chinese.training.fused_kernel", sources, arguments=1, keep_lock=False)
 
 
 @cache
@@ -60,8 +61,33 @@ def _helpers(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="fused")
 
 
+@cache
+def _openmp_parallel() -> Callable[..., None] | None:
+    """`GOMP_parallel` of the OpenMP that PyTorch has loaded: it runs a C function in each of OpenMP's threads.
+
+    They spin where they have just done a product, so they begin at once. Other threads would have to wake, and to wait
+    until these have slept.
+    """
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        function = ctypes.CDLL(str(library)).GOMP_parallel  # found in what the library is linked to
+    except (OSError, AttributeError):
+        return None  # not Linux, or built with another OpenMP
+    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    function.restype = None
+    return cast(Callable[..., None], function)
+
+
+def _forget_threads() -> None:
+    """A forked process has no threads but one, and OpenMP waits for the others forever."""
+    global _openmp_works
+    _helpers.cache_clear()
+    _openmp_works = False
+
+
+_openmp_works = True
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_helpers.cache_clear)  # a forked process has no threads but one
+    os.register_at_fork(after_in_child=_forget_threads)
 
 
 def _threads() -> int:
@@ -79,19 +105,23 @@ def run(operation: Operation, dtype: torch.dtype, rows: int, numbers: int, *args
     """
     assert dtype in DTYPES and all(arg.is_contiguous() for arg in args if isinstance(arg, Tensor))
     given = (ctypes.c_int64 * len(args))(*[arg.data_ptr() if isinstance(arg, Tensor) else arg or 0 for arg in args])
-    kernel, is_bf16 = _kernel(), int(dtype == torch.bfloat16)
-    threads = min(_threads(), rows, max(1, numbers // _NUMBERS_WORTH_A_THREAD))
-    if threads == 1:
-        kernel(given, operation, is_bf16, 0, rows)
-        return
-    bounds = [rows * number // threads for number in range(threads + 1)]
-    others = [
-        _helpers(threads - 1).submit(kernel, given, operation, is_bf16, begin, end)
-        for begin, end in zip(bounds[1:], bounds[2:], strict=False)
-    ]
-    kernel(given, operation, is_bf16, 0, bounds[1])
-    for other in others:
-        other.result()
+    threads = _threads()
+    parts = min(rows, max(1, numbers // _NUMBERS_WORTH_A_THREAD), threads)
+    begun = ctypes.c_int64(0)
+    task = (ctypes.c_int64 * 6)(
+        ctypes.addressof(given), operation, dtype == torch.bfloat16, rows, parts, ctypes.addressof(begun)
+    )
+    kernel, parallel = _kernel(), _openmp_parallel() if _openmp_works else None
+    if parts == 1:
+        kernel(task)
+    elif parallel is not None:
+        # All of the threads, also where there are fewer parts: GNU's OpenMP ends those that a call has no use for.
+        parallel(kernel, task, threads, 0)
+    else:
+        others = [_helpers(parts - 1).submit(kernel, task) for _ in range(parts - 1)]
+        kernel(task)
+        for other in others:
+            other.result()
 
 
 def cross_entropy_in_place(

@@ -21,6 +21,7 @@ from numba.extending import intrinsic
 
 from gpt2_chinese.decoding.decoder_kernel import (
     _pointer_to,
+    atomic_fetch_add_one,
     exp,
     float32_at,
     float_from_bits,
@@ -541,13 +542,25 @@ _run_bf16 = _operations(uint16_at, load_bf16, store_bf16)
 _run_float32 = _operations(float32_at, load_float32, store_float32)
 
 
-def run(args, operation, is_bf16, begin, end):
-    if is_bf16:
-        _run_bf16(operation, args, begin, end)
-    else:
-        _run_float32(operation, args, begin, end)
+@compiled
+def run(task):
+    """Run the parts of an operation that no other thread has begun; every thread gets the same `Task` of fused.py."""
+    args, operation, is_bf16, rows, parts = int64_at(task[0]), task[1], task[2], task[3], task[4]
+    while True:
+        part = atomic_fetch_add_one(task[5])
+        if part >= parts:
+            return
+        begin, end = part * rows // parts, (part + 1) * rows // parts
+        if is_bf16:
+            _run_bf16(operation, args, begin, end)
+        else:
+            _run_float32(operation, args, begin, end)
 
 
 def compile_entry():
     """Compile `run`; compiled.py caches the machine code."""
-    return cfunc(types.void(types.CPointer(types.int64), *[types.int64] * 4), error_model="numpy")(run)
+
+    def entry(task):
+        run(task)
+
+    return cfunc(types.void(types.CPointer(types.int64)), error_model="numpy")(entry)

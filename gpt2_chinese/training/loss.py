@@ -434,6 +434,22 @@ def unpadded(model: GPT2LMHeadModel, rows: int) -> Iterator[GPT2LMHeadModel]:
         _set_vocabulary_weights(model, embedding, None if tied else head)
 
 
+@contextmanager
+def with_scaled_logits(model: GPT2LMHeadModel, scale: float) -> Iterator[GPT2LMHeadModel]:
+    """The model with its logits times a scale, to be saved: temperature scaling (Guo et al. 2017).
+
+    The head has no bias, so the last layer norm's weight and bias times the scale give that, and any GPT-2 has them.
+    """
+    norm = model.transformer.ln_f
+    before = norm.weight, norm.bias
+    if scale != 1.0:
+        norm.weight, norm.bias = (nn.Parameter(parameter.detach() * scale) for parameter in before)
+    try:
+        yield model
+    finally:
+        norm.weight, norm.bias = before
+
+
 def is_tied(model: GPT2LMHeadModel) -> bool:
     """Whether the output layer is the embedding."""
     return model.lm_head.weight is model.transformer.wte.weight

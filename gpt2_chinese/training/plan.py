@@ -99,7 +99,7 @@ _KINDS: dict[str, type] = {
     **dict.fromkeys(("lr", "muon_lr", "character_lr", "dropout", "weight_decay", "muon_weight_decay"), float),
     **dict.fromkeys(("teacher_share", "ngram_share"), float),
     "val_bytes": list,
-    **dict.fromkeys(("shift_windows", "document_mask", "report"), bool),
+    **dict.fromkeys(("shift_windows", "document_mask", "calibrate", "report"), bool),
 }  # of the flags that a plan has
 
 # Bits per character of medical_qa.txt after so many epochs e: floor + gap * e ** -1.13, fitted to the experiments.
@@ -252,6 +252,9 @@ def make_plan(
     if "val_bytes" not in flags and most_bytes < BYTES_OF_A_TOKEN * args.val_fraction * facts.tokens:
         flags["val_bytes"] = [MIN_BYTES, max(MIN_BYTES, min(MAX_BYTES, most_bytes))]
         reasons.append("much text for the time: less is held out, so that measuring it takes 2 % of the time at most")
+    # The trigram keeps a model of a small text from being too sure, and its few held-out documents would mislead: what
+    # they repeat are tokens of their own, since the vocabulary was learnt from them too.
+    flags["calibrate"] = args.val_fraction > 0 and not is_small
     # A GPU's fastest attention takes no mask; what it costs there has not been measured.
     flags["document_mask"] = choose_devices(args.device)[0][0].type == "cpu"
     if (

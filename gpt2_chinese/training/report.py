@@ -296,10 +296,13 @@ class Reporter:
         self._metrics.validation(state.step, epoch, completions=completions, **figures)
         if measured is not None:
             error = f" ± {measured.error:.4f}" if math.isfinite(measured.error) else ""
-            self._say(
+            line = (
                 f"update {state.step:,}: validation loss {measured.loss:.4f}, perplexity "
                 f"{_figure(measured.perplexity)}, {measured.bits_per_character:.4f}{error} bits per character"
             )
+            if self._run.args.calibrate:
+                line += f"; its logits times {measured.scale:.2f}"
+            self._say(line)
             if state.overfits and not self._has_warned:
                 self._has_warned = True
                 self._say(

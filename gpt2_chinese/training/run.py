@@ -81,6 +81,7 @@ _RESUMED_FLAGS = (
     "ngram_share",
     "val_fraction",
     "val_bytes",
+    "calibrate",
     "shift_windows",
     "document_mask",
     "pretrained_model",
@@ -378,6 +379,10 @@ def prepare(
         raise ValueError(
             f"--embedding_init {args.embedding_init} is for new models, and --pretrained_model {args.pretrained_model} "
             "has an embedding; leave one of them out"
+        )
+    if args.calibrate and not args.val_fraction:
+        raise ValueError(
+            "--calibrate measures held-out text, and --val_fraction 0 holds none out: leave one of them out"
         )
     if args.teacher and args.teacher_share + args.ngram_share > 1:
         raise ValueError(

@@ -23,7 +23,7 @@ from gpt2_chinese.training.checkpoints import (
     verify,
     write_checkpoint,
 )
-from gpt2_chinese.training.loss import unpadded
+from gpt2_chinese.training.loss import unpadded, with_scaled_logits
 from gpt2_chinese.training.plan import MEASURED_UPDATES, TEACHERS
 from gpt2_chinese.training.ranks import Rank
 from gpt2_chinese.training.run import CHECKPOINTS, METRICS, OTHER_FILES, Run
@@ -32,7 +32,11 @@ from gpt2_chinese.training.trainable import Trainable
 
 
 def save_model_folder(run: Run, trainable: Trainable, state: TrainingState, name: str, *, epoch: int) -> Path:
-    """Write the model as it stands, after so many epochs, to a folder of --output_dir."""
+    """Write the model as it stands, after so many epochs, to a folder of --output_dir.
+
+    `best_model` and `final_model` are saved behind a measurement, and so are calibrated.
+    """
+    scale = state.scale if name in (BEST_MODEL, FINAL_MODEL) else 1.0
     facts = {
         "epoch": epoch,
         "updates": state.step,
@@ -42,8 +46,8 @@ def save_model_folder(run: Run, trainable: Trainable, state: TrainingState, name
         else None,
         "corpus_tokens": len(run.corpus.tokens),
         "settings": vars(run.args),
-    }
-    with unpadded(trainable.model, trainable.vocab_rows):
+    } | ({"logit_scale": scale} if scale != 1.0 else {})
+    with unpadded(trainable.model, trainable.vocab_rows), with_scaled_logits(trainable.model, scale):
         save_model(run.output / name, trainable.model, run.tokenizer, facts=facts)
     return run.output / name
 

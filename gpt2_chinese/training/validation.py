@@ -15,7 +15,15 @@ from gpt2_chinese.model_folder import load_model
 from gpt2_chinese.precision import Precision, choose_devices, choose_precision
 from gpt2_chinese.text.pieces import check_vocabulary, read_manifest
 from gpt2_chinese.text.tokenizers import bytes_of_tokens, vocabulary_of_folder
-from gpt2_chinese.training.evaluation import Documents, Evaluation, complete, evaluate, sum_of_losses
+from gpt2_chinese.training.evaluation import (
+    AS_IT_IS,
+    SCALES,
+    Documents,
+    Evaluation,
+    complete,
+    evaluate,
+    sum_of_losses,
+)
 from gpt2_chinese.training.loss import WindowLoss
 from gpt2_chinese.training.ranks import Rank
 from gpt2_chinese.training.run import Run, choose_vocabulary
@@ -42,20 +50,23 @@ def validate(run: Run, rank: Rank, trainable: Trainable, documents: Documents, s
     Raises:
         Interrupted: on every rank, if one of them has had a signal. No state has changed.
     """
-    # the nats of each document; predicted tokens; ranks that were interrupted
-    sums = torch.zeros(len(documents.bounds) + 2, dtype=torch.float64, device=rank.device)
+    scales = SCALES if run.args.calibrate else AS_IT_IS
+    # the nats of each document at each scale; predicted tokens; ranks that were interrupted
+    sums = torch.zeros(len(scales) * len(documents.bounds) + 2, dtype=torch.float64, device=rank.device)
     completions: dict[str, str] = {}
     try:
         with stop.interrupts():
-            sums[:-2], sums[-2] = sum_of_losses(
+            nats, sums[-2] = sum_of_losses(
                 trainable.model,
                 documents,
                 rows=trainable.vocab_rows,
                 batch_size=trainable.micro_batch,
                 autocast=trainable.precision.autocast,
+                scales=scales,
                 rank=rank.number,
                 world_size=rank.world_size,
             )
+            sums[:-2] = nats.flatten()
             for text, ids in run.prompts.items() if rank.is_main else ():
                 completion = complete(
                     trainable.model,
@@ -73,7 +84,9 @@ def validate(run: Run, rank: Rank, trainable: Trainable, documents: Documents, s
     sums = rank.sum(sums).cpu()
     if sums[-1]:
         raise Interrupted
-    evaluation = documents.evaluation(sums[:-2].numpy(), float(sums[-2])) if documents.windows else None
+    evaluation: Evaluation | None = None
+    if documents.windows:
+        evaluation = documents.evaluation(sums[:-2].view(len(scales), -1).numpy(), float(sums[-2]), scales)
     return Validation(evaluation, completions)
 
 

@@ -28,8 +28,8 @@ def documents(train):
     return write_documents([20] * 20)
 
 
-def validations() -> list[dict]:
-    lines = Path("model/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+def validations(folder: str = "model") -> list[dict]:
+    lines = Path(folder, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [point for point in map(json.loads, lines) if point["kind"] == "validation"]
 
 
@@ -70,6 +70,28 @@ def test_a_measurement_tells_its_error(train, capsys):
     assert figure in capsys.readouterr().out
 
 
+def test_a_calibrated_model_is_the_same_one_with_its_logits_times_what_suits_held_out_text(train, capsys):
+    assert run(train, *OVERFITTING, output_dir="as_it_is") == 0
+    capsys.readouterr()
+    assert run(train, *OVERFITTING, "--calibrate") == 0
+    printed = capsys.readouterr().out
+    plain, calibrated = validations("as_it_is"), validations()
+    gained = [one["bits_per_character"] - other["bits_per_character"] for one, other in zip(plain, calibrated)]
+    assert min(gained) > -1e-5 and max(gained) > 0.05
+    for name in ("best_model", "final_model"):
+        scale = facts(name)["logit_scale"]
+        (point,) = (point for point in calibrated if point["step"] == facts(name)["updates"])
+        assert scale == point["logit_scale"] < 1
+        assert f"{point['bits_per_character']:.4f} ± " in printed and f"; its logits times {scale:.2f}" in printed
+        expected = weights(f"model/model_epoch{facts(name)['epoch']}")
+        for part in ("weight", "bias"):
+            expected[f"transformer.ln_f.{part}"] = expected[f"transformer.ln_f.{part}"] * scale
+        assert_same_weights(expected, weights(f"model/{name}"))
+    assert_same_weights(weights("as_it_is/model_epoch8"), weights("model/model_epoch8"))
+    with pytest.raises(ValueError, match="--calibrate measures held-out text, and --val_fraction 0 holds none out"):
+        run(train, *OVERFITTING, "--calibrate", val_fraction="0", output_dir="nothing")
+
+
 def test_patience_ends_a_run_that_overfits_and_there_is_nothing_left_to_resume(train, capsys):
     assert run(train, *OVERFITTING) == 0
     whole = [point["bits_per_character"] for point in validations()]
@@ -89,14 +111,15 @@ def test_patience_ends_a_run_that_overfits_and_there_is_nothing_left_to_resume(t
 
 
 def test_a_run_that_was_interrupted_has_the_same_best_model_and_ends_at_the_same_update(train, monkeypatch):
-    assert run(train, *OVERFITTING, patience=2) == 0
+    flags = [*OVERFITTING, "--calibrate"]
+    assert run(train, *flags, patience=2) == 0
     steps = [point["step"] for point in validations()]
     Path("model").rename("whole")
     for after in (steps[-2], steps[-1]):  # at the end of an epoch, before it is measured
         with monkeypatch.context() as patch:
             patch.setattr(train, "train_update", stops_after(after, train.train_update))
-            assert run(train, *OVERFITTING, patience=2) == 143
-        assert run(train, *OVERFITTING, "--resume", patience=2) == 0
+            assert run(train, *flags, patience=2) == 143
+        assert run(train, *flags, "--resume", patience=2) == 0
         assert [point["step"] for point in validations()] == steps
         assert_same_weights(weights("whole/best_model"), weights("model/best_model"))
         assert_same_weights(weights("whole/final_model"), weights("model/final_model"))
@@ -131,7 +154,7 @@ def test_more_bad_updates_may_be_allowed(train):
 def test_two_ranks_keep_the_best_model_of_one(train, optimizer):
     if optimizer == "muon" and is_bf16_fast(torch.device("cpu")):
         pytest.skip("Muon computes in bf16 here: the last bits of a gradient, in which two ranks differ, grow")
-    flags = [*OVERFITTING, "--optimizer", optimizer]
+    flags = [*OVERFITTING, "--optimizer", optimizer, "--calibrate"]
     assert run(train, *flags, epochs=3) == 0
     Path("model").rename("one")
     assert run(train, *flags, epochs=3, device="cpu,cpu") == 0

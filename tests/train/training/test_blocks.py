@@ -1,8 +1,13 @@
 """The blocks that are written out for a CPU, beside the same in PyTorch's operations."""
 
+import ctypes
 import functools
 import math
+import os
+import signal
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -168,7 +173,11 @@ def test_dropout_is_decided_by_the_generator_of_torch():
     assert torch.equal(states(1), states(2))
 
 
-def test_no_result_depends_on_the_number_of_threads(monkeypatch):
+@pytest.mark.parametrize("has_openmp", [True, False])
+def test_no_result_depends_on_the_number_of_threads(monkeypatch, has_openmp):
+    if has_openmp and fused._openmp_parallel() is None:
+        pytest.skip("PyTorch's OpenMP cannot be called here")
+    monkeypatch.setattr(fused, "_openmp_works", has_openmp)
     monkeypatch.setattr(fused, "_NUMBERS_WORTH_A_THREAD", 1)
     model = make_model(dropout=0.2)
     outer = torch.randn(2, 150, 24)
@@ -184,6 +193,38 @@ def test_no_result_depends_on_the_number_of_threads(monkeypatch):
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(own, theirs) for own, theirs in zip(results[0], other, strict=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch for Linux is what is installed there")
+def test_openmp_of_pytorch_is_found_and_runs_the_parts_in_its_threads(monkeypatch):
+    parallel = fused._openmp_parallel()
+    assert parallel is not None
+    threads = []
+    inner = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: threads.append(threading.get_native_id()))
+    parallel(inner, None, 3, 0)
+    assert len(set(threads)) == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+def test_a_forked_process_has_threads_of_its_own(monkeypatch):
+    monkeypatch.setattr(fused, "_NUMBERS_WORTH_A_THREAD", 1)
+    monkeypatch.setattr(fused, "_threads", lambda: 2)
+    logits = torch.randn(300, 40)
+    targets = torch.arange(300) % 40
+    expected = cross_entropy_in_place(logits.clone(), targets).tolist()
+    child = os.fork()
+    if not child:
+        os._exit(0 if cross_entropy_in_place(logits, targets).tolist() == expected else 1)
+    for _ in range(300):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("it waits for threads that it has not")
+    assert status == 0
 
 
 def test_two_python_threads_may_train_at_once(monkeypatch):

@@ -21,14 +21,19 @@ from gpt2_chinese.text.pieces import text_of_tokens
 from gpt2_chinese.text.vocabulary import read_vocabulary
 from gpt2_chinese.text.word_tokenizer import BYTE_TOKENS, WordTokenizer
 from gpt2_chinese.training.evaluation import (
+    AS_IT_IS,
+    SCALES,
     Documents,
     bits_per_character,
     complete,
     count_characters,
     document_windows,
     evaluate,
+    losses_at_scales,
+    sum_of_losses,
 )
 from gpt2_chinese.training.hold_out import HoldOut
+from gpt2_chinese.training.loss import with_scaled_logits
 from gpt2_chinese.training.token_cache import read_pieces
 
 
@@ -58,6 +63,36 @@ def test_the_loss_is_that_of_transformers_one_document_after_the_other(batch_siz
     assert measured.tokens == tokens
     assert measured.loss == pytest.approx(nats / tokens, rel=1e-5)
     assert measured.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+
+
+@given(st.integers(1, 6), st.integers(1, 50), st.floats(0, 60), st.integers(0, 2**32 - 1))
+def test_losses_at_scales_are_those_of_logits_times_each(rows, columns, spread, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = spread * torch.randn(rows, columns, generator=generator)
+    targets = torch.randint(columns, (rows,), generator=generator)
+    targets[::3] = -100  # is not counted
+    expected = [F.cross_entropy(logits * scale, targets, reduction="none", ignore_index=-100) for scale in SCALES]
+    assert torch.equal(losses_at_scales(logits, targets, AS_IT_IS)[0], expected[SCALES.index(1.0)])
+    found = losses_at_scales(logits.clone(), targets, SCALES)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_a_scale_of_the_logits_is_one_of_the_last_norm_and_leaves_the_model_as_it_was():
+    model, tokenizer = tiny_model(n_ctx=32), tiny_tokenizer()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.tensor([[MASK_ID, 7, 8, 9, 7, 30, CLS_ID]])
+    documents = Documents(ids[0].numpy(), 32, tokenizer)
+    nats, tokens = sum_of_losses(model, documents, rows=200, batch_size=2, autocast=nullcontext, scales=SCALES)
+    logits = model(ids).logits
+    for scale, of_scale in zip(SCALES, nats, strict=True):
+        with with_scaled_logits(model, scale):
+            torch.testing.assert_close(model(ids).logits, logits * scale)
+            measured = evaluate(model, documents, rows=200, batch_size=2, autocast=nullcontext)
+        assert measured.loss == pytest.approx(of_scale.item() / 6, rel=1e-4) and measured.scale == 1.0
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert tokens == 6
+    best = documents.evaluation(nats.numpy(), 6, SCALES)
+    assert best.loss == pytest.approx(nats.min().item() / 6) and best.scale == SCALES[nats.argmin()]
 
 
 def test_characters_are_those_of_the_text_and_an_unknown_one_is_charged():

@@ -59,7 +59,7 @@ def points(folder: str = "model") -> list[dict]:
 def small_run_flags(precision: str = "fp32", optimizer: str = "adamw") -> list[str]:
     flags = ["--epochs", "2", "--batch_size", "2", "--gradient_accumulation", "2", "--save_steps", str(SAVE_STEPS)]
     flags += ["--precision", precision, "--optimizer", optimizer, "--val_fraction", "0.1", "--val_steps", "4"]
-    flags += ["--stride", "5", "--weight_decay", "0.1", "--shift_windows", "--document_mask"]
+    flags += ["--stride", "5", "--weight_decay", "0.1", "--shift_windows", "--document_mask", "--calibrate"]
     if optimizer == "muon":
         flags += ["--character_lr", "0.05"]
     return [*flags, "--ngram_share", "0.3", "--patience", "20"]
