@@ -39,6 +39,7 @@ from gpt2_chinese.precision import Precision, is_bf16_fast  # noqa: E402
 from gpt2_chinese.text.pieces import read_manifest, text_of_tokens  # noqa: E402
 from gpt2_chinese.text.vocabulary import read_vocabulary  # noqa: E402
 from gpt2_chinese.text.word_tokenizer import WordTokenizer  # noqa: E402
+from gpt2_chinese.training import fused  # noqa: E402
 from gpt2_chinese.training.allocator import keep_freed_memory  # noqa: E402
 from gpt2_chinese.training.estimates import flops_per_token, peak_flops  # noqa: E402
 from gpt2_chinese.training.evaluation import Documents, evaluate  # noqa: E402
@@ -53,6 +54,8 @@ SHAPES = {
     "4x256": (4, 256, 4, 23_574, 16, 128),
     "small": (12, 768, 12, 50_005, 2, 512),
     "small-gpu": (12, 768, 12, 50_005, 16, 1024),
+    "2x128": (2, 128, 4, 3_000, 8, 128),  # as --minutes takes for small texts
+    "3x192": (3, 192, 6, 3_000, 8, 128),
     "tiny": (2, 32, 2, 500, 4, 32),
 }
 Step = Callable[[torch.Tensor], None]
@@ -230,9 +233,16 @@ def stepping_round(step: Step, shape: str) -> Callable[[int], float]:
     return run
 
 
+def with_a_pool(args: argparse.Namespace) -> Callable[[int], float]:
+    """Ours, with a pool of Python's for what is between the products, instead of OpenMP's threads."""
+    fused._openmp_works = False
+    return stepping_round(ours(args.shape, args.dtype), args.shape)
+
+
 CONTENDERS = {
     "ours": lambda args: stepping_round(ours(args.shape, args.dtype), args.shape),
     "ours, recomputing": lambda args: stepping_round(ours(args.shape, args.dtype, recompute=True), args.shape),
+    "ours, a pool": with_a_pool,
     "nanoGPT": lambda args: stepping_round(nanogpt(args.shape, args.dtype, args.nanogpt), args.shape),
     "Trainer": lambda args: trainer_round(args.shape, args.dtype, tempfile.mkdtemp()),
     "Trainer, recomputing": lambda args: trainer_round(args.shape, args.dtype, tempfile.mkdtemp(), recompute=True),
@@ -291,7 +301,7 @@ def hear(process: subprocess.Popen[str]) -> tuple[float, float]:
 
 def throughput(args: argparse.Namespace) -> None:
     """Tokens per second of all contenders, in turns."""
-    names = ["ours", "nanoGPT", "Trainer", "plain fp32 loop"]
+    names = args.contenders.split(";")
     for shape in args.shapes.split(","):
         *_, windows, length = SHAPES[shape]
         processes = {name: start(name, shape, args) for name in names if name != "nanoGPT" or args.nanogpt}
@@ -496,6 +506,8 @@ def main() -> None:
     parser.add_argument("what", choices=["throughput", "memory", "time-to-loss", "contend", "recipe"])
     parser.add_argument("--nanogpt", default="", help="a checkout of nanoGPT")
     parser.add_argument("--shapes", default="small-gpu" if device().type == "cuda" else "4x256,small")
+    peers = "ours;nanoGPT;Trainer;plain fp32 loop"
+    parser.add_argument("--contenders", default=peers, help=f"of throughput, among {'; '.join(CONTENDERS)}")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default=native, help="of all but the plain loop")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5, help="updates of a round")
@@ -518,6 +530,8 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=0)
     parser.add_argument("--every", type=int, default=100)
     args = parser.parse_args()
+    if unknown := set(args.contenders.split(";")) - set(CONTENDERS):
+        parser.error(f"--contenders: there is no {', '.join(sorted(unknown))}, only {'; '.join(CONTENDERS)}")
     functions = {"throughput": throughput, "memory": memory, "time-to-loss": time_to_loss}
     {**functions, "contend": contend, "recipe": recipe}[args.what](args)
 

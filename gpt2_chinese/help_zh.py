@@ -161,9 +161,10 @@ FLAGS = {
     "of the text (default: 12000 3000000)": (
         "验证集大小的下限和上限，按 UTF-8 字节计，一个汉字三个；下限不超过文本的五分之一（默认：12000 3000000）"
     ),
-    "find at each measurement the scale of the logits (temperature) that suits the validation set best, and save "
-    "best_model and final_model with it; a model of a small text is too sure of itself": (
-        "每次测量时找出最适合验证集的 logits 缩放（即温度），保存 best_model 和 final_model 时乘上它；小语料的模型总是过于自信"
+    "measure with the factor on the logits (1 / temperature) that suits the validation set best, and save "
+    "best_model and final_model with it: a model that sees its text several times is too sure of itself": (
+        "测量时给 logits 乘上最适合验证集的系数（温度的倒数），best_model 和 final_model 按它保存：多次看同一文本的"
+        "模型过于自信"
     ),
     "stop after so many measurements in a row without fewer bits per character; 0 never stops": (
         "验证集每字比特数连续这么多次没有下降就停止；0 表示从不提前停止"

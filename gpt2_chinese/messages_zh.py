@@ -1178,12 +1178,12 @@ TABLE: tuple[tuple[str, str], ...] = (
         "；至今跳过 {0} 步，因为损失或梯度不是有限的数",
     ),
     (
-        "update {}: validation loss {}, perplexity {}, {}{} bits per character",
-        "第 {0} 步：验证集损失 {1}，困惑度 {2}，每字符 {3}{4} 比特",
+        "update {}: validation loss {}, perplexity {}, {}{} bits per character{}",
+        "第 {0} 步：验证集损失 {1}，困惑度 {2}，每字符 {3}{4} 比特{5}",
     ),
     (
-        "; its logits times {}",
-        "；logits 乘以 {0}",
+        ", with its logits times {}",
+        "，logits 乘以 {0}",
     ),
     (
         "--calibrate measures held-out text, and --val_fraction 0 holds none out: leave one of them out",

@@ -146,9 +146,10 @@ def _add_validation(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--calibrate",
-        action="store_true",
-        help="find at each measurement the scale of the logits (temperature) that suits the validation set best, and "
-        "save best_model and final_model with it; a model of a small text is too sure of itself",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="measure with the factor on the logits (1 / temperature) that suits the validation set best, and save "
+        "best_model and final_model with it: a model that sees its text several times is too sure of itself",
     )
     parser.add_argument(
         "--patience",

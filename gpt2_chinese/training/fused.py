@@ -22,7 +22,7 @@ from gpt2_chinese.compiled import load_function
 DTYPES = (torch.float32, torch.bfloat16)
 SUM_ROWS = 64  # whose sums are one portion
 TILE = 16  # rows and columns that are transposed at once
-_NUMBERS_WORTH_A_THREAD = 1 << 15  # fewer are computed sooner than another thread wakes
+_NUMBERS_WORTH_A_THREAD = 1 << 15  # fewer are computed about as soon by one
 _SOURCES = (
     "training/fused.py",
     "training/fused_kernel.py",
@@ -94,6 +94,10 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
+def _call(kernel: Callable[..., None], task: ctypes.Array[ctypes.c_int64], kept: tuple[object, ...]) -> None:
+    kernel(task)
+
+
 def run(operation: Operation, dtype: torch.dtype, rows: int, numbers: int, *args: Tensor | int | None) -> None:
     """Run an operation on some rows with as many threads as PyTorch has.
 
@@ -108,6 +112,7 @@ def run(operation: Operation, dtype: torch.dtype, rows: int, numbers: int, *args
     threads = _threads()
     parts = min(rows, max(1, numbers // _NUMBERS_WORTH_A_THREAD), threads)
     begun = ctypes.c_int64(0)
+    # What each thread is given: where the arguments are, what to do, of how many parts, and how many have been begun.
     task = (ctypes.c_int64 * 6)(
         ctypes.addressof(given), operation, dtype == torch.bfloat16, rows, parts, ctypes.addressof(begun)
     )
@@ -118,7 +123,8 @@ def run(operation: Operation, dtype: torch.dtype, rows: int, numbers: int, *args
         # All of the threads, also where there are fewer parts: GNU's OpenMP ends those that a call has no use for.
         parallel(kernel, task, threads, 0)
     else:
-        others = [_helpers(parts - 1).submit(kernel, task) for _ in range(parts - 1)]
+        kept = given, begun, args  # what the addresses are of, as long as a thread has the task
+        others = [_helpers(parts - 1).submit(_call, kernel, task, kept) for _ in range(parts - 1)]
         kernel(task)
         for other in others:
             other.result()

@@ -544,7 +544,7 @@ _run_float32 = _operations(float32_at, load_float32, store_float32)
 
 @compiled
 def run(task):
-    """Run the parts of an operation that no other thread has begun; every thread gets the same `Task` of fused.py."""
+    """Run the parts of an operation that no other thread has begun; every thread gets the same `task` of fused.py."""
     args, operation, is_bf16, rows, parts = int64_at(task[0]), task[1], task[2], task[3], task[4]
     while True:
         part = atomic_fetch_add_one(task[5])

@@ -52,14 +52,15 @@ _FACTS = {
 }
 """What of a manifest's facts is used, as `artifacts.has_shape` takes it."""
 _TRAIN_FIGURES = ("loss", "learning_rate", "tokens_per_second")
-_VALIDATION_FIGURES = ("loss", "perplexity", "bits_per_character", "bits_per_character_error")
+_VALIDATION_FIGURES = ("loss", "perplexity", "bits_per_character", "bits_per_character_error", "logit_scale")
 
 
 class Curves(NamedTuple):
     """
     Attributes:
         training: update, epoch, loss (nats for a token), learning_rate, tokens_per_second; at most MAX_POINTS of each.
-        validation: update, epoch, loss, perplexity, bits_per_character, and its standard error where it is known.
+        validation: update, epoch, loss, perplexity, bits_per_character, and its standard error where it is known; the
+            factor on the logits where the run was calibrated.
     """
 
     training: dict[str, list[float | None]]

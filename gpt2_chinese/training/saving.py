@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,10 +35,10 @@ from gpt2_chinese.training.trainable import Trainable
 def save_model_folder(run: Run, trainable: Trainable, state: TrainingState, name: str, *, epoch: int) -> Path:
     """Write the model as it stands, after so many epochs, to a folder of --output_dir.
 
-    `best_model` and `final_model` are saved behind a measurement, and so are calibrated.
+    `best_model` and `final_model` follow a measurement, and so they are calibrated where that is asked for.
     """
     scale = state.scale if name in (BEST_MODEL, FINAL_MODEL) else 1.0
-    facts = {
+    facts: dict[str, Any] = {
         "epoch": epoch,
         "updates": state.step,
         "loss": state.epoch_loss,
@@ -46,7 +47,9 @@ def save_model_folder(run: Run, trainable: Trainable, state: TrainingState, name
         else None,
         "corpus_tokens": len(run.corpus.tokens),
         "settings": vars(run.args),
-    } | ({"logit_scale": scale} if scale != 1.0 else {})
+    }
+    if run.args.calibrate:
+        facts["logit_scale"] = scale
     with unpadded(trainable.model, trainable.vocab_rows), with_scaled_logits(trainable.model, scale):
         save_model(run.output / name, trainable.model, run.tokenizer, facts=facts)
     return run.output / name

@@ -75,7 +75,7 @@ class TrainingState:
         best_bits: the fewest bits per character of the validation set so far, after update `best_step`, when the
             training loss was `best_training_loss`.
         since_best: measurements since then.
-        scale: times which the logits of the model have to be taken, as the last measurement has found.
+        scale: the factor on the logits that the last measurement has found the best, 1 without --calibrate.
     """
 
     running: RunningLoss
@@ -139,9 +139,9 @@ class TrainingState:
             raise ValueError(f"every update of epoch {epoch} overflowed in fp16; take --precision fp32 or bf16")
         self.epoch_loss = self.running.mean
 
-    def measured(self, bits_per_character: float, scale: float = 1.0) -> bool:
+    def measured(self, bits_per_character: float, scale: float | None = None) -> bool:
         """Take a measurement of the validation set; gives whether it is the best so far."""
-        self.scale = scale
+        self.scale = 1.0 if scale is None else scale
         if bits_per_character < self.best_bits:
             self.best_bits, self.best_step, self.since_best = bits_per_character, self.step, 0
             self.best_training_loss = self.training_loss
@@ -175,7 +175,8 @@ class TrainingState:
             "best_step": self.best_step,
             "best_training_loss": self.best_training_loss,
             "since_best": self.since_best,
-            "scale": self.scale,
+            # Earlier versions can go on from a run that has none.
+            **({"scale": self.scale} if self.scale != 1.0 else {}),
         }
 
     @classmethod

@@ -76,13 +76,18 @@ def test_a_calibrated_model_is_the_same_one_with_its_logits_times_what_suits_hel
     assert run(train, *OVERFITTING, "--calibrate") == 0
     printed = capsys.readouterr().out
     plain, calibrated = validations("as_it_is"), validations()
-    gained = [one["bits_per_character"] - other["bits_per_character"] for one, other in zip(plain, calibrated)]
+    gained = [
+        one["bits_per_character"] - other["bits_per_character"] for one, other in zip(plain, calibrated, strict=True)
+    ]
     assert min(gained) > -1e-5 and max(gained) > 0.05
     for name in ("best_model", "final_model"):
         scale = facts(name)["logit_scale"]
         (point,) = (point for point in calibrated if point["step"] == facts(name)["updates"])
         assert scale == point["logit_scale"] < 1
-        assert f"{point['bits_per_character']:.4f} ± " in printed and f"; its logits times {scale:.2f}" in printed
+        assert (
+            f"{point['bits_per_character']:.4f} ± " in printed
+            and f"bits per character, with its logits times {scale:.2f}" in printed
+        )
         expected = weights(f"model/model_epoch{facts(name)['epoch']}")
         for part in ("weight", "bias"):
             expected[f"transformer.ln_f.{part}"] = expected[f"transformer.ln_f.{part}"] * scale
@@ -90,6 +95,14 @@ def test_a_calibrated_model_is_the_same_one_with_its_logits_times_what_suits_hel
     assert_same_weights(weights("as_it_is/model_epoch8"), weights("model/model_epoch8"))
     with pytest.raises(ValueError, match="--calibrate measures held-out text, and --val_fraction 0 holds none out"):
         run(train, *OVERFITTING, "--calibrate", val_fraction="0", output_dir="nothing")
+
+
+def test_a_calibrated_run_that_was_out_of_patience_ends_the_same_once_more(train):
+    assert run(train, *OVERFITTING, "--calibrate", patience=2) == 0
+    before = weights("model/final_model")
+    assert facts("final_model")["updates"] < 8 * 9 and facts("final_model")["logit_scale"] < 1
+    assert run(train, *OVERFITTING, "--calibrate", "--resume", patience=2) == 0
+    assert_same_weights(before, weights("model/final_model"))
 
 
 def test_patience_ends_a_run_that_overfits_and_there_is_nothing_left_to_resume(train, capsys):
@@ -162,6 +175,8 @@ def test_two_ranks_keep_the_best_model_of_one(train, optimizer):
         facts("best_model")["updates"]
         == json.loads(Path("one/best_model/manifest.json").read_text(encoding="utf-8"))["facts"]["updates"]
     )
+    of_one = json.loads(Path("one/best_model/manifest.json").read_text(encoding="utf-8"))["facts"]["logit_scale"]
+    assert facts("best_model")["logit_scale"] == of_one
     assert_same_weights(weights("one/best_model"), weights("model/best_model"), rtol=1e-4, atol=1e-5)
 
 

@@ -178,6 +178,8 @@ def test_no_result_depends_on_the_number_of_threads(monkeypatch, has_openmp):
     if has_openmp and fused._openmp_parallel() is None:
         pytest.skip("PyTorch's OpenMP cannot be called here")
     monkeypatch.setattr(fused, "_openmp_works", has_openmp)
+    unused = "_helpers" if has_openmp else "_openmp_parallel"
+    monkeypatch.setattr(fused, unused, lambda *_: pytest.fail("the other threads were to be used"))
     monkeypatch.setattr(fused, "_NUMBERS_WORTH_A_THREAD", 1)
     model = make_model(dropout=0.2)
     outer = torch.randn(2, 150, 24)
@@ -195,14 +197,13 @@ def test_no_result_depends_on_the_number_of_threads(monkeypatch, has_openmp):
         assert all(torch.equal(own, theirs) for own, theirs in zip(results[0], other, strict=True))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch for Linux is what is installed there")
-def test_openmp_of_pytorch_is_found_and_runs_the_parts_in_its_threads(monkeypatch):
+@pytest.mark.skipif(sys.platform != "linux", reason="only PyTorch's packages for Linux have GNU's OpenMP")
+def test_openmp_of_pytorch_is_found_and_calls_a_function_in_each_of_its_threads():
     parallel = fused._openmp_parallel()
     assert parallel is not None
     threads = []
-    inner = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: threads.append(threading.get_native_id()))
-    parallel(inner, None, 3, 0)
-    assert len(set(threads)) == 3
+    parallel(ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: threads.append(threading.get_native_id())), None, 2, 0)
+    assert 1 <= len(set(threads)) == len(threads) <= 2  # OMP_THREAD_LIMIT and others may allow fewer
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
@@ -214,7 +215,11 @@ def test_a_forked_process_has_threads_of_its_own(monkeypatch):
     expected = cross_entropy_in_place(logits.clone(), targets).tolist()
     child = os.fork()
     if not child:
-        os._exit(0 if cross_entropy_in_place(logits, targets).tolist() == expected else 1)
+        try:
+            status = 0 if cross_entropy_in_place(logits, targets).tolist() == expected else 1
+        except BaseException:
+            status = 2
+        os._exit(status)  # this process has nothing to do with the rest of the tests
     for _ in range(300):
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:

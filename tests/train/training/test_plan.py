@@ -105,6 +105,15 @@ def test_what_is_given_is_kept(train):
     assert "model_config" not in planned("--model_config", "mine.json").flags
 
 
+def test_a_model_of_a_text_that_is_not_small_is_calibrated_unless_nothing_is_held_out(train, monkeypatch):
+    pieces()
+    assert planned().flags["calibrate"] is False
+    monkeypatch.setattr(planning, "SMALL", 0)
+    assert planned().flags["calibrate"] is True
+    assert planned("--val_fraction", "0").flags["calibrate"] is False
+    assert "calibrate" not in planned("--no-calibrate").flags
+
+
 def test_defaults_are_not_taken_for_given():
     assert given_flags([]) == set()
     assert given_flags(["--lr", "1.5e-4", "--overwrite"]) == {"lr", "overwrite"}
