@@ -275,6 +275,13 @@ def _models(models: Mapping[str, Any]) -> str:
             "The weights of the best measurement are not in a folder best_model.",
             "最佳一次测量的权重没有保存在 best_model 文件夹里。",
         )
+    scales = [f"{row['logit_scale']:.2f}" for _, row in rows if row.get("logit_scale") is not None]
+    if scales:
+        note += _note(
+            f"The models are calibrated: their logits are those of the training times {', '.join(scales)}, which suits "
+            "the held-out text best.",
+            f"模型经过校准：logits 是训练所得乘以 {'、'.join(scales)}，这最适合验证集。",
+        )
     return _table(head, cells, numbers=range(2, 7)) + note
 
 

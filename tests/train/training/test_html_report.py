@@ -119,6 +119,24 @@ def test_the_figures_are_those_of_the_run(reported):
     assert re.fullmatch(r"\d\.\d\d bits per character; counting \(7-gram\) \d\.\d\d", english)
 
 
+def test_the_page_says_how_the_models_are_calibrated(reported):
+    figures, html = read_report()
+    assert "calibrated" not in html and "logit_scale" not in figures["validation"]
+    figures["models"]["best"]["logit_scale"], figures["models"]["final"]["logit_scale"] = 0.9, 0.84
+    figures["models"]["final"]["update"] = figures["models"]["best"]["update"] + 1
+    page = render(figures)
+    assert "logits are those of the training times 0.90, 0.84, which suits" in page
+    assert "logits 是训练所得乘以 0.90、0.84，" in page
+
+
+def test_a_calibrated_run_has_its_factors_in_the_report(reported):
+    flags = ["--val_fraction", "0.3", "--report", "--calibrate", "--overwrite"]
+    assert run(reported, *flags, epochs=1, batch_size=4) == 0
+    figures, html = read_report()
+    (scale,) = figures["validation"]["logit_scale"]
+    assert figures["models"]["best"]["logit_scale"] == scale and f"training times {scale:.2f}, which suits" in html
+
+
 def test_completions_stand_beside_what_really_followed(reported):
     figures, html = read_report()
     tokenizer = own_tokenizer()
