@@ -22,7 +22,7 @@ from gpt2_chinese.compiled import load_function
 DTYPES = (torch.float32, torch.bfloat16)
 SUM_ROWS = 64  # whose sums are one portion
 TILE = 16  # rows and columns that are transposed at once
-_NUMBERS_WORTH_A_THREAD = 1 << 15  # fewer are computed about as soon by one
+_NUMBERS_WORTH_A_THREAD = 1 << 15  # chosen for a pool of Python's; not measured again for OpenMP's threads
 _SOURCES = (
     "training/fused.py",
     "training/fused_kernel.py",
